@@ -1,0 +1,8897 @@
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#define QLORA_INTERNAL
+#include "qlora.h"
+enum { MAX_THREADS = 256 };
+// =================================================================================================
+//  1. Conventions: letters, contracts, errors, memory, threads, random numbers
+//
+//  Dimension letters, the same on every tensor of this file and of qlora.cu:
+//      T   tokens of a micro-batch, its sequences laid end to end, no padding
+//      S   supervised positions among them: the only ones that meet the output head
+//      D   hidden size          F   feed-forward size       V   vocabulary
+//      H   query heads          G   key/value heads (G divides H)
+//      hd  head size            r   LoRA rank               L   layers
+//      N,K rows (out features) and columns (in features) of a weight matrix
+//  A comment (T, D) after a pointer means T rows of D values, row-major.
+//
+//  Names: a leading d means "gradient of the loss with respect to".
+//  Arguments: outputs, inputs, saved values, sizes, in this order.
+//  The gradient contract: gradients of activations are written (=), with one exception, the residual
+//  stream's dh, to which every block adds (+=). Gradients of parameters are added to (+=), sequence
+//  after sequence, each sequence's sum formed on its own first. The trainer zeroes them.
+//
+//  Determinism: work is split over outputs, never over a sum. Whatever thread computes an element,
+//  it adds the same terms in the same order.
+// =================================================================================================
+
+// real is the type of all arithmetic: float. The tests build this file once more with double, so
+// that finite differences can check every derivative to seven digits.
+#ifdef QLORA_REAL_DOUBLE
+#define REAL_IS_DOUBLE 1
+#else
+#define REAL_IS_DOUBLE 0
+#endif
+
+// ---------------------------------------------------------------------------------------- errors
+
+// Writes the message, with control characters from hostile files made visible; returns -1.
+__attribute__((format(printf, 2, 3)))
+static int fail(qlora_error *err, const char *format, ...) {
+    if (!err) return -1;
+    char raw[sizeof err->text];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(raw, sizeof raw, format, args);
+    va_end(args);
+    size_t n = 0;
+    for (const char *c = raw; *c && n + 5 < sizeof err->text; c++) {
+        unsigned char byte = (unsigned char)*c;
+        if (byte >= 0x20 && byte != 0x7F) err->text[n++] = *c;
+        else n += (size_t)snprintf(err->text + n, 5, "\\x%02X", byte);
+    }
+    err->text[n] = 0;
+    return -1;
+}
+
+// ---------------------------------------------------------------------------------------- memory
+
+// Products and sums of numbers that come from files go through these: true when they overflow.
+static bool mul_overflows(size_t a, size_t b, size_t *out) {
+    return __builtin_mul_overflow(a, b, out);
+}
+
+static bool add_overflows(size_t a, size_t b, size_t *out) {
+    return __builtin_add_overflow(a, b, out);
+}
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+static size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
+static size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
+
+static void *default_allocate(void *user, size_t bytes) { (void)user; return malloc(bytes); }
+static void default_release(void *user, void *p, size_t bytes) { (void)user; (void)bytes; free(p); }
+
+// n objects of the given size, not cleared; NULL with a message when that much is not to be had.
+static void *mem_reserve(const qlora_allocator *a, size_t n, size_t size, qlora_error *err) {
+    size_t bytes;
+    void *p = NULL;
+    if (!mul_overflows(n, size, &bytes)) p = a->allocate(a->user, max_size(bytes, 1));
+    if (!p) fail(err, "out of memory: %zu x %zu bytes were refused", n, size);
+    return p;
+}
+
+static void *mem_alloc(const qlora_allocator *a, size_t n, size_t size, qlora_error *err) {
+    void *p = mem_reserve(a, n, size, err);
+    if (p) memset(p, 0, n * size);
+    return p;
+}
+
+static void mem_free(const qlora_allocator *a, void *p, size_t n, size_t size) {
+    if (p) a->release(a->user, p, max_size(n * size, 1));
+}
+
+// A region: many small allocations of one owner (a parsed file, a tokenizer), freed together.
+typedef struct RegionBlock {
+    _Alignas(16) struct RegionBlock *next;            // what follows the block is 16-aligned too
+    size_t size, used;
+} RegionBlock;
+typedef struct { const qlora_allocator *allocator; RegionBlock *blocks; } Region;
+
+static void *region_alloc(Region *region, size_t n, size_t size, qlora_error *err) {
+    size_t bytes;
+    if (mul_overflows(n, size, &bytes) || bytes > SIZE_MAX / 2) {
+        fail(err, "out of memory: %zu x %zu bytes were asked for", n, size);
+        return NULL;
+    }
+    bytes = round_up(bytes ? bytes : 1, 16);
+    RegionBlock *block = region->blocks;
+    if (!block || block->size - block->used < bytes) {
+        // Blocks double up to 1 MiB, so that tiny files stay tiny and large ones need few calls.
+        size_t size_now = block ? min_size(block->size * 2, (size_t)1 << 20) : 4096;
+        size_now = max_size(size_now, bytes);
+        block = mem_alloc(region->allocator, 1, sizeof *block + size_now, err);
+        if (!block) return NULL;
+        block->next = region->blocks;
+        block->size = size_now;
+        region->blocks = block;
+    }
+    void *p = (char *)(block + 1) + block->used;
+    block->used += bytes;
+    return p;
+}
+
+static char *region_text(Region *region, const char *text, size_t n, qlora_error *err) {
+    char *copy = region_alloc(region, n + 1, 1, err);
+    if (copy) memcpy(copy, text, n);
+    return copy;
+}
+
+static void region_free(Region *region) {
+    while (region->blocks) {
+        RegionBlock *block = region->blocks;
+        region->blocks = block->next;
+        mem_free(region->allocator, block, 1, sizeof *block + block->size);
+    }
+}
+
+// A growing array of bytes; with sizeof(T) as unit, of anything.
+typedef struct { char *data; size_t size, capacity; const qlora_allocator *allocator; } Buffer;
+
+static int buffer_reserve(Buffer *b, size_t more, qlora_error *err) {
+    size_t need;
+    if (add_overflows(b->size, more, &need)) return fail(err, "out of memory: size overflow");
+    if (need <= b->capacity) return 0;
+    size_t capacity = max_size(need, max_size(256, b->capacity + b->capacity / 2));
+    char *data = mem_reserve(b->allocator, capacity, 1, err);
+    if (!data) return -1;
+    if (b->size) memcpy(data, b->data, b->size);
+    mem_free(b->allocator, b->data, b->capacity, 1);
+    b->data = data;
+    b->capacity = capacity;
+    return 0;
+}
+
+static int buffer_append(Buffer *b, const void *bytes, size_t n, qlora_error *err) {
+    if (buffer_reserve(b, n, err)) return -1;
+    if (n) memcpy(b->data + b->size, bytes, n);
+    b->size += n;
+    return 0;
+}
+
+__attribute__((format(printf, 3, 4)))
+static int buffer_printf(Buffer *b, qlora_error *err, const char *format, ...) {
+    va_list args, again;
+    va_start(args, format);
+    va_copy(again, args);
+    int n = vsnprintf(NULL, 0, format, args);
+    va_end(args);
+    int bad = n < 0 ? fail(err, "cannot format text") : buffer_reserve(b, (size_t)n + 1, err);
+    if (!bad) {
+        vsnprintf(b->data + b->size, (size_t)n + 1, format, again);
+        b->size += (size_t)n;
+    }
+    va_end(again);
+    return bad;
+}
+
+static void buffer_free(Buffer *b) {
+    mem_free(b->allocator, b->data, b->capacity, 1);
+    b->data = NULL;
+    b->size = b->capacity = 0;
+}
+
+// The arena: everything whose size the model and the batch determine lies in one allocation. The
+// same carving code runs twice, first with base NULL to learn the size, then to hand out addresses.
+typedef struct { char *base; size_t used; } Arena;
+
+static void *arena_alloc(Arena *arena, size_t n, size_t size) {
+    void *p = arena->base ? arena->base + arena->used : NULL;
+    arena->used += round_up(n * size, 64);            // 64: a cache line, an AVX-512 register
+    return p;
+}
+
+// --------------------------------------------------------------------------------------- threads
+
+// A pool of threads that sleep between jobs. A job is n tasks; threads take the next task off a
+// shared counter, which balances load and cannot change results (see Determinism above).
+typedef void (*TaskFunction)(void *arguments, size_t task, int thread);
+
+typedef struct Pool {
+    int threads;                    // including the caller's
+    pthread_t *handles;             // (threads - 1)
+    pthread_mutex_t lock;
+    pthread_cond_t work, done;
+    unsigned job;                   // number of the current job; a change wakes the workers
+    int busy;                       // workers that have not finished it
+    int started, quit;
+    TaskFunction function;
+    void *arguments;
+    size_t n_tasks;
+    atomic_size_t next;
+    const qlora_allocator *allocator;
+} Pool;
+
+typedef struct { Pool *pool; int thread; } PoolWorker;
+
+static void pool_run_tasks(Pool *pool, int thread) {
+    for (;;) {
+        size_t task = atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
+        if (task >= pool->n_tasks) return;
+        pool->function(pool->arguments, task, thread);
+    }
+}
+
+static void *pool_worker(void *pointer) {
+    Pool *pool = pointer;
+    pthread_mutex_lock(&pool->lock);
+    int thread = ++pool->started;                     // 1, 2, ...; the caller is 0
+    unsigned seen = 0;
+    for (;;) {
+        while (pool->job == seen && !pool->quit) pthread_cond_wait(&pool->work, &pool->lock);
+        if (pool->quit) break;
+        seen = pool->job;
+        pthread_mutex_unlock(&pool->lock);
+        pool_run_tasks(pool, thread);
+        pthread_mutex_lock(&pool->lock);
+        if (--pool->busy == 0) pthread_cond_signal(&pool->done);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return NULL;
+}
+
+// Calls function(arguments, task, thread) for every task in 0..n_tasks-1 and returns when all ended.
+static void parallel_for(Pool *pool, size_t n_tasks, TaskFunction function, void *arguments) {
+    if (pool->threads == 1 || n_tasks < 2) {
+        for (size_t task = 0; task < n_tasks; task++) function(arguments, task, 0);
+        return;
+    }
+    pthread_mutex_lock(&pool->lock);
+    pool->function = function;
+    pool->arguments = arguments;
+    pool->n_tasks = n_tasks;
+    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
+    pool->busy = pool->threads - 1;
+    pool->job++;
+    pthread_cond_broadcast(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+
+    pool_run_tasks(pool, 0);
+
+    pthread_mutex_lock(&pool->lock);
+    while (pool->busy) pthread_cond_wait(&pool->done, &pool->lock);
+    pthread_mutex_unlock(&pool->lock);
+}
+
+static void pool_close(Pool *pool) {
+    if (!pool) return;
+    pthread_mutex_lock(&pool->lock);
+    pool->quit = 1;
+    pthread_cond_broadcast(&pool->work);
+    pthread_mutex_unlock(&pool->lock);
+    for (int i = 0; i < pool->threads - 1; i++) pthread_join(pool->handles[i], NULL);
+    pthread_cond_destroy(&pool->work);
+    pthread_cond_destroy(&pool->done);
+    pthread_mutex_destroy(&pool->lock);
+    mem_free(pool->allocator, pool->handles, MAX_THREADS, sizeof *pool->handles);
+    mem_free(pool->allocator, pool, 1, sizeof *pool);
+}
+
+static Pool *pool_open(int threads, const qlora_allocator *allocator, qlora_error *err) {
+    Pool *pool = mem_alloc(allocator, 1, sizeof *pool, err);
+    if (!pool) return NULL;
+    pool->allocator = allocator;
+    pool->threads = 1;
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->work, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    pool->handles = mem_alloc(allocator, MAX_THREADS, sizeof *pool->handles, err);
+    while (pool->handles && pool->threads < threads) {
+        int bad = pthread_create(&pool->handles[pool->threads - 1], NULL, pool_worker, pool);
+        if (bad) { fail(err, "cannot start thread %d: %s", pool->threads, strerror(bad)); break; }
+        pool->threads++;
+    }
+    if (!pool->handles || pool->threads < threads) { pool_close(pool); return NULL; }
+    return pool;
+}
+
+// -------------------------------------------------------------------------------- random numbers
+
+// Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a keyed
+// bijection of a counter. Every random number of a run is a pure function of where it is used:
+//     key     = (seed, step)                   counter = (feature / 4, position, ordinal, module)
+// so that packing, recomputation, batch shape, resuming and the device cannot change it.
+static void philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]) {
+    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+    uint32_t k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
+        uint32_t n0 = (uint32_t)(b >> 32) ^ c1 ^ k0, n2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)b;
+        c3 = (uint32_t)a;
+        c0 = n0;
+        c2 = n2;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
+}
+
+// What a number is drawn for; the value takes the place of the step in the key (no run has as many
+// steps), so that no two uses share a stream.
+enum { RANDOM_INIT = 0x7F000001, RANDOM_SHUFFLE = 0x7F000002, RANDOM_SAMPLE = 0x7F000003 };
+
+static uint32_t random_u32(uint64_t seed, uint32_t use, uint32_t stream, uint64_t index) {
+    uint32_t key[2] = {(uint32_t)seed ^ (uint32_t)(seed >> 32) * 0x9E3779B9u, use}, out[4];
+    uint64_t block = index / 4;
+    uint32_t counter[4] = {(uint32_t)block, (uint32_t)(block >> 32), 0, stream};
+    philox(out, counter, key);
+    return out[index % 4];
+}
+
+// Uniform in [0, 1): the upper 24 bits, which a float holds exactly.
+static float unit_float(uint32_t bits) { return (float)(bits >> 8) * 0x1p-24f; }
+
+// Standard normal by Box and Muller, value number `index` of a stream.
+static double random_normal(uint64_t seed, uint32_t use, uint32_t stream, uint64_t index) {
+    double u = ((double)random_u32(seed, use, stream, index / 2 * 2) + 0.5) * 0x1p-32;
+    double v = ((double)random_u32(seed, use, stream, index / 2 * 2 + 1) + 0.5) * 0x1p-32;
+    double radius = sqrt(-2 * log(u)), angle = 6.283185307179586 * v;
+    return index % 2 ? radius * sin(angle) : radius * cos(angle);
+}
+// =================================================================================================
+//  2. Numbers: bf16, NF4, double quantisation
+//
+//  A weight of a 7B model costs 28 GB in float32, 14 in bf16, 3.6 in NF4: that is why QLoRA fits.
+//  bf16 is a float32 with its lower 16 bits cut off. NF4 stores, for 64 weights at a time, their
+//  largest magnitude and for each weight the nearest of 16 fixed levels, which lie where normally
+//  distributed weights are equally likely to fall. The frozen weights are read through these formats
+//  and never updated; what is trained stays float32.
+// =================================================================================================
+
+static uint32_t float_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
+static float bits_float(uint32_t u) { float x; memcpy(&x, &u, 4); return x; }
+
+static float bf16_to_float(uint16_t h) { return bits_float((uint32_t)h << 16); }
+
+// Round to nearest, ties to even; a NaN stays one (its payload's upper bit is set).
+static uint16_t float_to_bf16(float x) {
+    uint32_t u = float_bits(x);
+    uint32_t rounded = u + 0x7FFF + (u >> 16 & 1);
+    return (uint16_t)((u & 0x7FFFFFFF) > 0x7F800000 ? u >> 16 | 0x40 : rounded >> 16);
+}
+
+static float f16_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 0x3FF;
+    if (exponent == 31) return bits_float(sign | 0x7F800000 | fraction << 13);
+    if (exponent) return bits_float(sign | (exponent + 112) << 23 | fraction << 13);
+    float value = (float)fraction * 0x1p-24f;                 // subnormal: fraction * 2^-24, exact
+    return sign ? -value : value;
+}
+
+// Activations are real or bf16; rows are widened on the way in and rounded once on the way out.
+static size_t act_size(DType act) { return act == DT_BF16 ? 2 : sizeof(real); }
+
+static void *act_at(DType act, const void *base, size_t index) {
+    return (char *)(uintptr_t)base + index * act_size(act);
+}
+
+static void load_row(real *row, DType act, const void *base, size_t index, size_t n) {
+    if (act == DT_BF16) {
+        const uint16_t *from = (const uint16_t *)base + index;
+        for (size_t i = 0; i < n; i++) row[i] = bf16_to_float(from[i]);
+    } else memcpy(row, (const real *)base + index, n * sizeof(real));
+}
+
+static void store_row(DType act, void *base, size_t index, const real *row, size_t n) {
+    if (act == DT_BF16) {
+        uint16_t *to = (uint16_t *)base + index;
+        for (size_t i = 0; i < n; i++) to[i] = float_to_bf16((float)row[i]);
+    } else memcpy((real *)base + index, row, n * sizeof(real));
+}
+
+// A value as a matrix multiplication sees it: rounded to the compute type.
+static real as_act(DType act, real x) {
+    return act == DT_BF16 ? bf16_to_float(float_to_bf16((float)x)) : x;
+}
+
+// ------------------------------------------------------------------------------- NF4 and FP4 blocks
+
+enum { QUANT_BLOCK = 64, SCALE_BLOCK = 256 };
+
+// The levels (QLoRA, appendix E): quantiles of the normal distribution, scaled to [-1, 1], with an
+// exact zero. `thresholds` are their midpoints in float32, as bitsandbytes' CPU code forms them (a few
+// of its CUDA constants differ in the last bit): x above one means the next level, x equal to it the
+// lower.
+static const float nf4_levels[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
+    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
+    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+static const float nf4_thresholds[15] = {
+    -0.848096371f, -0.610632896f, -0.45999527f, -0.33967942f, -0.234607399f, -0.137911737f,
+    -0.0455250181f, 0.0397901498f, 0.120255247f, 0.203521252f, 0.292013764f, 0.389312536f,
+    0.501663446f, 0.64278692f, 0.861478448f};
+
+// FP4: a sign bit and eight magnitudes whose codes are not in order of size.
+static const float fp4_levels[16] = {
+    0.0f, 0.00520833349f, 0.666666687f, 1.0f, 0.333333343f, 0.5f, 0.166666672f, 0.25f, 0.0f,
+    -0.00520833349f, -0.666666687f, -1.0f, -0.333333343f, -0.5f, -0.166666672f, -0.25f};
+static const float fp4_thresholds[7] = {
+    0.00260416674f, 0.0859375f, 0.208333343f, 0.291666687f, 0.416666687f, 0.583333373f,
+    0.833333373f};
+static const uint8_t fp4_codes[8] = {0, 1, 6, 7, 4, 5, 2, 3};         // by ascending magnitude
+
+static uint8_t nf4_code(float x) {
+    int code = 0;
+    for (int i = 0; i < 15; i++) code += x > nf4_thresholds[i];
+    return (uint8_t)code;
+}
+
+// Like NF4's, ties go to the lower value, which is the larger magnitude of a negative one.
+static uint8_t fp4_code(float x) {
+    int rank = 0;
+    for (int i = 0; i < 7; i++)
+        rank += x < 0 ? -x >= fp4_thresholds[i] : x > fp4_thresholds[i];
+    return (uint8_t)(fp4_codes[rank] | (x < 0 ? 8 : 0));
+}
+
+// Quantises n values (at most 64) to (n + 1) / 2 bytes and their scale. bitsandbytes multiplies a
+// full block by the float32 reciprocal of its largest magnitude, and divides in a short last one.
+static float quantize_block(uint8_t *packed, const float *x, size_t n, DType type) {
+    const float smallest = 1e-38f;                            // keeps a block of zeros dividable
+    float absmax = 0;
+    for (size_t i = 0; i < n; i++) absmax = fmaxf(absmax, fabsf(x[i]));
+    bool full = n == QUANT_BLOCK;
+    float divisor = fmaxf(absmax, smallest), reciprocal = 1.0f / divisor;
+    uint8_t codes[QUANT_BLOCK + 1] = {0};
+    codes[n] = type == DT_NF4 ? 7 : 0;                        // an odd tail's partner is the value 0
+    for (size_t i = 0; i < n; i++) {
+        float scaled = full ? x[i] * reciprocal : x[i] / divisor;
+        scaled = fminf(fmaxf(scaled, -1.0f), 1.0f);
+        codes[i] = type == DT_NF4 ? nf4_code(scaled) : fp4_code(scaled);
+    }
+    for (size_t i = 0; i < n; i += 2) packed[i / 2] = (uint8_t)(codes[i] << 4 | codes[i + 1]);
+    return full ? absmax : divisor;
+}
+
+// ------------------------------------------------------------------------------ double quantisation
+
+// The 256 levels scales are quantised to (Dettmers 2015, dynamic 8-bit type, signed): for each power
+// of ten from 1e-6 to 1 the means of neighbouring points of 2^i equal intervals of [0.1, 1], their
+// negatives, 0 and 1. PyTorch forms the points from the nearer end, with one rounding (a fused
+// multiply-add); double arithmetic rounded once is the same.
+static void dynamic_map(float map[256]) {
+    const float start = 0.1f, end = 1.0f;
+    size_t n = 128;
+    map[127] = 0;
+    for (int i = 0; i < 7; i++) {
+        int intervals = 1 << i;
+        float step = (end - start) / (float)intervals, before = start;
+        for (int k = 1; k <= intervals; k++) {
+            bool low = k < (intervals + 1) / 2;
+            float point = low ? (float)((double)start + (double)step * k)
+                              : (float)((double)end - (double)step * (intervals - k));
+            map[n++] = (float)pow(10, i - 6) * ((before + point) / 2);
+            before = point;
+        }
+    }
+    map[255] = 1.0f;
+    for (size_t i = 128; i < 255; i++) map[254 - i] = -map[i];
+}
+
+// Index of the level nearest to x; x halfway between two goes to the lower.
+static uint8_t nearest_level(const float map[256], float x) {
+    int low = 0, high = 255;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (x > map[middle]) low = middle;
+        else high = middle;
+    }
+    return (uint8_t)(x > (map[low] + map[high]) / 2 ? high : low);
+}
+
+// Scales (n) to 8-bit codes (n), one float32 per 256 of them, and their common offset, the mean. The
+// mean is summed in double and rounded once; bitsandbytes sums in float32 in an order of its own, so
+// the offset's last bit may differ from its files.
+static float quantize_scales(uint8_t *codes, float *absmax2, const float *absmax, size_t n,
+                             const float map[256]) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += (double)absmax[i];
+    float offset = (float)(sum / (double)n);
+    for (size_t start = 0; start < n; start += SCALE_BLOCK) {
+        size_t end = min_size(start + SCALE_BLOCK, n);
+        float largest = 0;
+        for (size_t i = start; i < end; i++) largest = fmaxf(largest, fabsf(absmax[i] - offset));
+        absmax2[start / SCALE_BLOCK] = largest;
+        for (size_t i = start; i < end; i++) {
+            float scaled = (absmax[i] - offset) * (1.0f / fmaxf(largest, 1e-38f));
+            // All scales equal: bitsandbytes divides 0 by 0 and lands on code 0; so do we.
+            codes[i] = largest > 0 ? nearest_level(map, fminf(fmaxf(scaled, -1.0f), 1.0f)) : 0;
+        }
+    }
+    return offset;
+}
+
+// ---------------------------------------------------------------------------------------- reading
+
+static bool is_4bit(DType type) { return type == DT_NF4 || type == DT_FP4; }
+
+static size_t dtype_size(DType type) {
+    return type == DT_F32 ? 4 : type == DT_REAL ? sizeof(real) : type == DT_OTHER ? 0 : 2;
+}
+
+static float block_scale(const Weight *w, size_t block) {
+    if (w->absmax) return w->absmax[block];
+    return w->code8[w->absmax8[block]] * w->absmax2[block / SCALE_BLOCK] + w->offset;
+}
+
+// n values of a row from column k on, widened. 4-bit values are level * scale in float32; with bf16
+// compute every type is rounded to bf16, as bitsandbytes dequantises to its compute type.
+static void weight_row(real *out, const Weight *w, size_t row, size_t k, size_t n, DType act) {
+    size_t index = row * w->K + k;
+    if (is_4bit(w->dtype)) {
+        const uint8_t *packed = w->data;
+        for (size_t i = 0; i < n;) {
+            size_t end = min_size(n, i + QUANT_BLOCK - (index + i) % QUANT_BLOCK);
+            float scale = block_scale(w, (index + i) / QUANT_BLOCK);
+            for (; i < end; i++) {
+                size_t at = index + i;
+                unsigned nibble = at % 2 ? packed[at / 2] & 15u : packed[at / 2] >> 4;
+                out[i] = as_act(act, w->code[nibble] * scale);
+            }
+        }
+        return;
+    }
+    for (size_t i = 0; i < n; i++) {
+        float value = w->dtype == DT_F32 ? ((const float *)w->data)[index + i]
+                    : w->dtype == DT_F16 ? f16_to_float(((const uint16_t *)w->data)[index + i])
+                                         : bf16_to_float(((const uint16_t *)w->data)[index + i]);
+        out[i] = as_act(act, value);
+    }
+}
+// =================================================================================================
+//  3. Kernels: each operation forward, then at once backward
+//
+//  These are the plain versions: one loop nest per formula, the specification that the fast kernels
+//  of chapter 18 and of qlora.cu are compared with. Rows are independent of each other (a row is a
+//  token), so a task is a row or a feature and no sum is ever split between threads.
+// =================================================================================================
+
+// Where ops run. `act` is the type of activations; scratch is memory for the duration of one op.
+struct Device {
+    const Ops *ops;
+    DType act;                      // DT_REAL or DT_BF16
+    Pool *pool;
+    char *scratch;                  // (scratch_size) shared by the threads of an op
+    size_t scratch_size;
+    char *thread_scratch;           // (threads, thread_size) one piece each
+    size_t thread_size;
+};
+
+static real *thread_rows(const Device *dev, int thread) {
+    return (real *)(void *)(dev->thread_scratch + (size_t)thread * dev->thread_size);
+}
+
+enum { ROWS_PER_TASK = 8 };
+
+// exp without a library call, so that loops over it become vector code and its bits are the same
+// everywhere: 2^n * e^r with n = round(x / ln 2), |r| <= ln 2 / 2; relative error below 2e-7.
+static inline float exp_float(float x) {
+    x = x > 88.0f ? 88.0f : x;                                // a NaN fails both and stays one
+    x = x < -87.0f ? -87.0f : x;
+    const float shift = 12582912.0f;                          // 1.5 * 2^23: adding it rounds to integer
+    float shifted = x * 1.44269504f + shift, n = shifted - shift;
+    float r = x - n * 0.693145752f - n * 1.42860677e-6f;      // ln 2 in two parts
+    float p = 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * bits_float((float_bits(shifted) - float_bits(shift) + 127) << 23);
+}
+
+static inline real exp_real(real x) {
+#if REAL_IS_DOUBLE
+    return exp(x);
+#else
+    return exp_float(x);
+#endif
+}
+
+// ------------------------------------------------------------------------------------- embedding
+
+typedef struct { Device *dev; void *h; const Weight *table; const int32_t *ids; } EmbedTask;
+
+static void embed_task(void *arguments, size_t t, int thread) {
+    EmbedTask *a = arguments;
+    real *row = thread_rows(a->dev, thread);
+    size_t D = a->table->K;
+    weight_row(row, a->table, (size_t)a->ids[t], 0, D, a->dev->act);
+    store_row(a->dev->act, a->h, t * D, row, D);
+}
+
+static void embed(Device *dev, void *h, const Weight *table, const int32_t *ids, size_t T) {
+    EmbedTask a = {dev, h, table, ids};
+    parallel_for(dev->pool, T, embed_task, &a);
+}
+
+// ----------------------------------------------------------------------- residual add and RMS norm
+//
+// Zhang and Sennrich 2019. With n = 1 / sqrt(mean(x^2) + eps):   y_i = w_i x_i n
+
+typedef struct {
+    Device *dev;
+    void *y, *sum;
+    const void *h, *a, *dy;
+    real *dh;
+    const float *w;
+    size_t T, D;
+    float eps;
+} NormTask;
+
+static real inverse_rms(const real *x, size_t D, float eps) {
+    real squares = 0;
+    for (size_t i = 0; i < D; i++) squares += x[i] * x[i];
+    return 1 / (real)sqrt(squares / (real)D + (real)eps);
+}
+
+static void residual_norm_forward_task(void *arguments, size_t task, int thread) {
+    NormTask *a = arguments;
+    size_t D = a->D, last = min_size(a->T, (task + 1) * ROWS_PER_TASK);
+    DType act = a->dev->act;
+    real *x = thread_rows(a->dev, thread), *add = x + D;
+    for (size_t t = task * ROWS_PER_TASK; t < last; t++) {
+        load_row(x, act, a->h, t * D, D);
+        if (a->a) {
+            load_row(add, act, a->a, t * D, D);
+            for (size_t i = 0; i < D; i++) x[i] += add[i];
+        }
+        store_row(act, a->sum, t * D, x, D);
+        load_row(x, act, a->sum, t * D, D);                   // use what is saved, rounded
+        real n = inverse_rms(x, D, a->eps);
+        for (size_t i = 0; i < D; i++) x[i] *= n * (real)a->w[i];
+        store_row(act, a->y, t * D, x, D);
+    }
+}
+
+static void residual_norm_forward(Device *dev, void *y, void *sum, const void *h, const void *a,
+                                  const float *w, size_t T, size_t D, float eps) {
+    NormTask task = {dev, y, sum, h, a, NULL, NULL, w, T, D, eps};
+    parallel_for(dev->pool, ceil_div(T, ROWS_PER_TASK), residual_norm_forward_task, &task);
+}
+
+// dn / dx_j = -n^3 x_j / D, hence   dx_j = n (w_j dy_j  -  x_j n^2 / D * sum_i w_i x_i dy_i)
+static void residual_norm_backward_task(void *arguments, size_t task, int thread) {
+    NormTask *a = arguments;
+    size_t D = a->D, last = min_size(a->T, (task + 1) * ROWS_PER_TASK);
+    DType act = a->dev->act;
+    real *x = thread_rows(a->dev, thread), *dy = x + D;
+    for (size_t t = task * ROWS_PER_TASK; t < last; t++) {
+        real *dh = a->dh + t * D, dot = 0;
+        load_row(x, act, a->h, t * D, D);
+        load_row(dy, act, a->dy, t * D, D);
+        real n = inverse_rms(x, D, a->eps);
+        for (size_t i = 0; i < D; i++) dot += (real)a->w[i] * x[i] * dy[i];
+        real pull = n * n * dot / (real)D;
+        for (size_t i = 0; i < D; i++) dh[i] += n * ((real)a->w[i] * dy[i] - x[i] * pull);
+        if (a->sum) store_row(act, a->sum, t * D, dh, D);
+    }
+}
+
+static void residual_norm_backward(Device *dev, real *dh, void *da, const void *dy, const void *sum,
+                                   const float *w, size_t T, size_t D, float eps) {
+    NormTask task = {dev, NULL, da, sum, NULL, dy, dh, w, T, D, eps};
+    parallel_for(dev->pool, ceil_div(T, ROWS_PER_TASK), residual_norm_backward_task, &task);
+}
+
+// ---------------------------------------------------------------------------------- LoRA linear
+//
+// The heart of QLoRA. W is frozen and 4-bit; only A and B learn:
+//     1   x~ = dropout(x)                               (T, K)
+//     2   u  = s x~ A^T                                 (T, r)
+//     3   y  = x W^T + u B^T + bias                     (T, N)
+// and, since W gets no gradient, backward is
+//     1   du = s dy B                                   (T, r)
+//     2   dB += dy^T u          dA += du^T x~           (N, r), (r, K)
+//     3   dx = dy W + dropout(du A)                     (T, K)
+
+// Multiplies the row of one token with its dropout mask: 0 or 1 / (1 - p).
+static void dropout_row(real *row, size_t K, const Lora *lora, const Batch *batch, const Span *span,
+                        size_t t) {
+    uint32_t key[2] = {(uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u,
+                       batch->step};
+    uint32_t counter[4] = {0, (uint32_t)(t - span->q0), span->ordinal, lora->module}, bits[4];
+    real keep = 1 / (1 - (real)lora->dropout);
+    for (size_t k = 0; k < K; k++) {
+        if (k % 4 == 0) {
+            counter[0] = (uint32_t)(k / 4);
+            philox(bits, counter, key);
+        }
+        row[k] *= unit_float(bits[k % 4]) < lora->dropout ? 0 : keep;
+    }
+}
+
+static bool has_dropout(const Lora *lora, const Batch *batch) {
+    return batch->training && lora->dropout > 0;
+}
+
+typedef struct {
+    Device *dev;
+    const Product *product;
+    real *x, *masked, *dy, *du, *dx;    // widened copies
+    real *logits;                   // where y goes unrounded, for the head; else NULL
+    const Batch *batch;
+    size_t K;
+} LinearTask;
+
+// Forward 1: one token's x~, rounded as the multiplication will see it.
+static void mask_task(void *arguments, size_t s, int thread) {
+    LinearTask *a = arguments;
+    const Lora *lora = &a->product->linear->lora;
+    const Span *span = &a->batch->spans[s];
+    (void)thread;
+    for (size_t t = span->q0; t < span->q0 + span->nq; t++) {
+        real *row = a->masked + t * a->K;
+        memcpy(row, a->x + t * a->K, a->K * sizeof *row);
+        if (has_dropout(lora, a->batch)) dropout_row(row, a->K, lora, a->batch, span, t);
+        for (size_t k = 0; k < a->K; k++) row[k] = as_act(a->dev->act, row[k]);
+    }
+}
+
+// Forward 2: column j of u.
+static void lora_down_task(void *arguments, size_t j, int thread) {
+    LinearTask *a = arguments;
+    const Lora *lora = &a->product->linear->lora;
+    (void)thread;
+    for (size_t t = 0; t < a->batch->T; t++) {
+        real sum = 0;
+        for (size_t k = 0; k < a->K; k++)
+            sum += a->masked[t * a->K + k] * as_act(a->dev->act, lora->A[j * a->K + k]);
+        sum *= lora->scale;
+        store_row(a->dev->act, a->product->u, t * lora->r + j, &sum, 1);
+    }
+}
+
+// Forward 3: column n of y.
+static void linear_column_task(void *arguments, size_t n, int thread) {
+    LinearTask *a = arguments;
+    const Linear *linear = a->product->linear;
+    const Lora *lora = &linear->lora;
+    size_t N = linear->weight.N, r = lora->r;
+    real *w = thread_rows(a->dev, thread), *u = w + a->K;
+    weight_row(w, &linear->weight, n, 0, a->K, a->dev->act);
+    for (size_t t = 0; t < a->batch->T; t++) {
+        real sum = 0;
+        for (size_t k = 0; k < a->K; k++) sum += a->x[t * a->K + k] * w[k];
+        if (r) load_row(u, a->dev->act, a->product->u, t * r, r);
+        for (size_t j = 0; j < r; j++) sum += u[j] * as_act(a->dev->act, lora->B[n * r + j]);
+        if (linear->bias) sum += (real)linear->bias[n];
+        if (a->logits) a->logits[t * N + n] = sum;
+        else store_row(a->dev->act, a->product->y, t * N + n, &sum, 1);
+    }
+}
+
+static real *widen(Arena *scratch, DType act, const void *x, size_t n) {
+    real *copy = arena_alloc(scratch, n, sizeof *copy);
+    load_row(copy, act, x, 0, n);
+    return copy;
+}
+
+static void linear_forward_plain(Device *dev, real *logits, const Product *product, const void *x,
+                                 const Batch *batch) {
+    const Linear *linear = product->linear;
+    size_t K = linear->weight.K, T = batch->T;
+    Arena scratch = {dev->scratch, 0};
+    LinearTask a = {.dev = dev, .product = product, .batch = batch, .K = K, .logits = logits};
+    a.x = widen(&scratch, dev->act, x, T * K);
+    if (linear->lora.r) {
+        a.masked = arena_alloc(&scratch, T * K, sizeof *a.masked);
+        parallel_for(dev->pool, batch->n_spans, mask_task, &a);
+        parallel_for(dev->pool, linear->lora.r, lora_down_task, &a);
+    }
+    parallel_for(dev->pool, linear->weight.N, linear_column_task, &a);
+}
+
+static void linears_forward_plain(Device *dev, Product *products, size_t n, const void *x,
+                                  const Batch *batch) {
+    for (size_t i = 0; i < n; i++) linear_forward_plain(dev, NULL, &products[i], x, batch);
+}
+
+// Backward 1: one token's du.
+static void lora_du_task(void *arguments, size_t t, int thread) {
+    LinearTask *a = arguments;
+    const Lora *lora = &a->product->linear->lora;
+    size_t N = a->product->linear->weight.N;
+    (void)thread;
+    for (size_t j = 0; j < lora->r; j++) {
+        real sum = 0;
+        for (size_t n = 0; n < N; n++)
+            sum += a->dy[t * N + n] * as_act(a->dev->act, lora->B[n * lora->r + j]);
+        a->du[t * lora->r + j] = as_act(a->dev->act, lora->scale * sum);
+    }
+}
+
+// Backward 2, first half: row n of dB. Each sequence's sum is formed on its own, then added.
+static void lora_db_task(void *arguments, size_t n, int thread) {
+    LinearTask *a = arguments;
+    const Lora *lora = &a->product->linear->lora;
+    size_t N = a->product->linear->weight.N, r = lora->r;
+    real *sum = thread_rows(a->dev, thread), *u = sum + r;
+    for (size_t s = 0; s < a->batch->n_spans; s++) {
+        const Span *span = &a->batch->spans[s];
+        memset(sum, 0, r * sizeof *sum);
+        for (size_t t = span->q0; t < span->q0 + span->nq; t++) {
+            load_row(u, a->dev->act, a->product->u, t * r, r);
+            for (size_t j = 0; j < r; j++) sum[j] += a->dy[t * N + n] * u[j];
+        }
+        for (size_t j = 0; j < r; j++) lora->dB[n * r + j] += sum[j];
+    }
+}
+
+// Backward 2, second half: row j of dA.
+static void lora_da_task(void *arguments, size_t j, int thread) {
+    LinearTask *a = arguments;
+    const Lora *lora = &a->product->linear->lora;
+    real *sum = thread_rows(a->dev, thread);
+    for (size_t s = 0; s < a->batch->n_spans; s++) {
+        const Span *span = &a->batch->spans[s];
+        memset(sum, 0, a->K * sizeof *sum);
+        for (size_t t = span->q0; t < span->q0 + span->nq; t++)
+            for (size_t k = 0; k < a->K; k++)
+                sum[k] += a->du[t * lora->r + j] * a->masked[t * a->K + k];
+        for (size_t k = 0; k < a->K; k++) lora->dA[j * a->K + k] += sum[k];
+    }
+}
+
+// Backward 3, first half: dy W, a strip of 64 columns of dx.
+static void linear_dx_task(void *arguments, size_t strip, int thread) {
+    LinearTask *a = arguments;
+    const Weight *weight = &a->product->linear->weight;
+    size_t k = strip * 64, width = min_size(64, a->K - k);
+    real *w = thread_rows(a->dev, thread);
+    for (size_t n = 0; n < weight->N; n++) {
+        weight_row(w, weight, n, k, width, a->dev->act);
+        for (size_t t = 0; t < a->batch->T; t++)
+            for (size_t i = 0; i < width; i++)
+                a->dx[t * a->K + k + i] += a->dy[t * weight->N + n] * w[i];
+    }
+}
+
+// Backward 3, second half: dropout(du A), for the tokens of one sequence.
+static void lora_dx_task(void *arguments, size_t s, int thread) {
+    LinearTask *a = arguments;
+    const Lora *lora = &a->product->linear->lora;
+    const Span *span = &a->batch->spans[s];
+    real *row = thread_rows(a->dev, thread);
+    for (size_t t = span->q0; t < span->q0 + span->nq; t++) {
+        memset(row, 0, a->K * sizeof *row);
+        for (size_t j = 0; j < lora->r; j++)
+            for (size_t k = 0; k < a->K; k++)
+                row[k] += a->du[t * lora->r + j] * as_act(a->dev->act, lora->A[j * a->K + k]);
+        if (has_dropout(lora, a->batch)) dropout_row(row, a->K, lora, a->batch, span, t);
+        for (size_t k = 0; k < a->K; k++) a->dx[t * a->K + k] += row[k];
+    }
+}
+
+// Everything one product adds: to dA, dB and, unless it is NULL, to dx (T, K).
+static void linear_backward_plain(Device *dev, real *dx, const Product *product, const void *x,
+                                  const Batch *batch) {
+    const Linear *linear = product->linear;
+    size_t K = linear->weight.K, T = batch->T, r = linear->lora.r;
+    Arena scratch = {dev->scratch, 0};
+    LinearTask a = {.dev = dev, .product = product, .batch = batch, .K = K, .dx = dx};
+    a.dy = widen(&scratch, dev->act, product->y, T * linear->weight.N);
+    if (r) {
+        a.x = widen(&scratch, dev->act, x, T * K);
+        a.masked = arena_alloc(&scratch, T * K, sizeof *a.masked);
+        a.du = arena_alloc(&scratch, T * r, sizeof *a.du);
+        parallel_for(dev->pool, batch->n_spans, mask_task, &a);
+        parallel_for(dev->pool, T, lora_du_task, &a);
+        parallel_for(dev->pool, linear->weight.N, lora_db_task, &a);
+        parallel_for(dev->pool, r, lora_da_task, &a);
+    }
+    if (!dx) return;
+    parallel_for(dev->pool, ceil_div(K, 64), linear_dx_task, &a);
+    if (r) parallel_for(dev->pool, batch->n_spans, lora_dx_task, &a);
+}
+
+static void linears_backward_plain(Device *dev, void *dx, const Product *products, size_t n,
+                                   const void *x, const Batch *batch) {
+    size_t K = products[0].linear->weight.K, T = batch->T;
+    real *sum = dx ? (real *)(void *)(dev->scratch + dev->scratch_size) - T * K : NULL;
+    if (sum) memset(sum, 0, T * K * sizeof *sum);
+    for (size_t i = 0; i < n; i++) linear_backward_plain(dev, sum, &products[i], x, batch);
+    if (dx) store_row(dev->act, dx, 0, sum, T * K);
+}
+
+// ------------------------------------------------------------------------------------------ RoPE
+//
+// Rotary position embedding (Su 2021), rotate-half layout: features i and i + hd/2 of a head are a
+// point of the plane, turned by the angle position * frequency[i]. Backward turns the other way.
+
+typedef struct {
+    Device *dev;
+    void *x;
+    size_t heads, hd;
+    const float *frequency;         // (hd / 2)
+    int sign;
+    const Batch *batch;
+} RopeTask;
+
+static void rope_task(void *arguments, size_t t, int thread) {
+    RopeTask *a = arguments;
+    size_t half = a->hd / 2, width = a->heads * a->hd;
+    real *row = thread_rows(a->dev, thread), *cosine = row + width, *sine = cosine + half;
+    for (size_t i = 0; i < half; i++) {
+        // The angle is rounded to float32 as the reference does, then taken exactly.
+        real angle = (real)((float)a->batch->position[t] * a->frequency[i]);
+        cosine[i] = (real)cos((double)angle);
+        sine[i] = (real)sin((double)angle) * (real)a->sign;
+    }
+    load_row(row, a->dev->act, a->x, t * width, width);
+    for (real *head = row; head < row + width; head += a->hd)
+        for (size_t i = 0; i < half; i++) {
+            real x = head[i], y = head[i + half];
+            head[i] = x * cosine[i] - y * sine[i];
+            head[i + half] = y * cosine[i] + x * sine[i];
+        }
+    store_row(a->dev->act, a->x, t * width, row, width);
+}
+
+static void rope(Device *dev, void *x, size_t heads, size_t hd, const float *frequency, int sign,
+                 const Batch *batch) {
+    RopeTask a = {dev, x, heads, hd, frequency, sign, batch};
+    parallel_for(dev->pool, batch->T, rope_task, &a);
+}
+
+// ------------------------------------------------------------------------------------- attention
+//
+// Causal, grouped-query (Ainslie 2023), over sequences laid end to end: a query sees the keys of its
+// own sequence up to its own place, and with a window only the last `window` of them.
+//     1   s_j = scale q . k_j            2   p = softmax(s), lse = log sum exp s
+//     3   out = sum_j p_j v_j
+
+typedef struct {
+    Device *dev;
+    void *out, *dq, *dk, *dv;
+    const void *q, *k, *v, *dout;
+    real *lse;
+    AttentionShape shape;
+    const Batch *batch;
+} AttentionTask;
+
+// First and one past the last key that query number i (of span->nq) sees.
+static size_t first_key(const Span *span, size_t i, size_t window) {
+    size_t end = span->nk - span->nq + i + 1;
+    return window && end > window ? end - window : 0;
+}
+static size_t end_key(const Span *span, size_t i) { return span->nk - span->nq + i + 1; }
+
+static real dot_rows(const real *a, const real *b, size_t n) {
+    real sum = 0;
+    for (size_t i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// A task is one head of one sequence.
+static void attention_forward_task(void *arguments, size_t task, int thread) {
+    AttentionTask *a = arguments;
+    size_t H = a->shape.H, G = a->shape.G, hd = a->shape.hd, head = task % H, group = head / (H / G);
+    const Span *span = &a->batch->spans[task / H];
+    DType act = a->dev->act;
+    real *q = thread_rows(a->dev, thread), *out = q + hd, *row = out + hd, *p = row + hd;
+    for (size_t i = 0; i < span->nq; i++) {
+        size_t first = first_key(span, i, a->shape.window), end = end_key(span, i);
+        real largest = -INFINITY, sum = 0;
+        load_row(q, act, a->q, ((span->q0 + i) * H + head) * hd, hd);
+        for (size_t j = first; j < end; j++) {                                     // 1
+            load_row(row, act, a->k, ((span->k0 + j) * G + group) * hd, hd);
+            p[j] = a->shape.scale * dot_rows(q, row, hd);
+            if (!(p[j] <= largest)) largest = p[j];
+        }
+        memset(out, 0, hd * sizeof *out);
+        for (size_t j = first; j < end; j++) {                                     // 2, 3
+            real e = exp_real(p[j] - largest);
+            sum += e;
+            load_row(row, act, a->v, ((span->k0 + j) * G + group) * hd, hd);
+            for (size_t d = 0; d < hd; d++) out[d] += e * row[d];
+        }
+        for (size_t d = 0; d < hd; d++) out[d] /= sum;
+        store_row(act, a->out, ((span->q0 + i) * H + head) * hd, out, hd);
+        a->lse[(span->q0 + i) * H + head] = largest + (real)log(sum);
+    }
+}
+
+static void attention_forward_plain(Device *dev, void *out, real *lse, const void *q, const void *k,
+                                    const void *v, AttentionShape shape, const Batch *batch) {
+    AttentionTask a = {.dev = dev, .out = out, .lse = lse, .q = q, .k = k, .v = v, .shape = shape,
+                       .batch = batch};
+    parallel_for(dev->pool, batch->n_spans * shape.H, attention_forward_task, &a);
+}
+
+// With p_j = exp(s_j - lse):
+//     3   dv_j += p_j dout              dp_j = dout . v_j
+//     2   ds_j = p_j (dp_j - sum_i p_i dp_i),    and that sum is dout . out
+//     1   dq = scale sum_j ds_j k_j     dk_j += scale ds_j q
+// A task is one key/value head of one sequence with all the query heads that share it, so that dk and
+// dv are summed by one thread, head after head.
+static void attention_backward_task(void *arguments, size_t task, int thread) {
+    AttentionTask *a = arguments;
+    size_t H = a->shape.H, G = a->shape.G, hd = a->shape.hd, group = task % G;
+    const Span *span = &a->batch->spans[task / G];
+    DType act = a->dev->act;
+    real *q = thread_rows(a->dev, thread), *dq = q + hd, *out = dq + hd, *dout = out + hd;
+    real *k = dout + hd, *v = k + hd, *dk = v + hd, *dv = dk + span->nk * hd;
+    memset(dk, 0, 2 * span->nk * hd * sizeof *dk);
+    for (size_t head = group * (H / G); head < (group + 1) * (H / G); head++)
+        for (size_t i = 0; i < span->nq; i++) {
+            size_t at = ((span->q0 + i) * H + head) * hd;
+            load_row(q, act, a->q, at, hd);
+            load_row(out, act, a->out, at, hd);
+            load_row(dout, act, a->dout, at, hd);
+            memset(dq, 0, hd * sizeof *dq);
+            real expected = dot_rows(dout, out, hd), lse = a->lse[(span->q0 + i) * H + head];
+            for (size_t j = first_key(span, i, a->shape.window); j < end_key(span, i); j++) {
+                load_row(k, act, a->k, ((span->k0 + j) * G + group) * hd, hd);
+                load_row(v, act, a->v, ((span->k0 + j) * G + group) * hd, hd);
+                real p = exp_real(a->shape.scale * dot_rows(q, k, hd) - lse);
+                real ds = a->shape.scale * p * (dot_rows(dout, v, hd) - expected);
+                for (size_t d = 0; d < hd; d++) {
+                    dv[j * hd + d] += p * dout[d];
+                    dk[j * hd + d] += ds * q[d];
+                    dq[d] += ds * k[d];
+                }
+            }
+            store_row(act, a->dq, at, dq, hd);
+        }
+    for (size_t j = 0; j < span->nk; j++) {
+        store_row(act, a->dk, ((span->k0 + j) * G + group) * hd, dk + j * hd, hd);
+        store_row(act, a->dv, ((span->k0 + j) * G + group) * hd, dv + j * hd, hd);
+    }
+}
+
+static void attention_backward_plain(Device *dev, void *dq, void *dk, void *dv, const void *dout,
+                                     const void *q, const void *k, const void *v, const void *out,
+                                     const real *lse, AttentionShape shape, const Batch *batch) {
+    AttentionTask a = {dev, (void *)(uintptr_t)out, dq, dk, dv, q, k, v, dout,
+                       (real *)(uintptr_t)lse, shape, batch};
+    parallel_for(dev->pool, batch->n_spans * shape.G, attention_backward_task, &a);
+}
+
+// ---------------------------------------------------------------------------------------- SwiGLU
+//
+// Shazeer 2020:   y = silu(g) u,   silu(g) = g sigma(g),   sigma(g) = 1 / (1 + exp(-g))
+
+typedef struct {
+    Device *dev;
+    void *y, *dgate, *dup;
+    const void *gate, *up, *dy;
+    size_t F;
+} SwigluTask;
+
+static void swiglu_forward_task(void *arguments, size_t t, int thread) {
+    SwigluTask *a = arguments;
+    size_t F = a->F;
+    DType act = a->dev->act;
+    real *g = thread_rows(a->dev, thread), *u = g + F;
+    load_row(g, act, a->gate, t * F, F);
+    load_row(u, act, a->up, t * F, F);
+    for (size_t i = 0; i < F; i++) u[i] *= g[i] / (1 + exp_real(-g[i]));
+    store_row(act, a->y, t * F, u, F);
+}
+
+static void swiglu_forward(Device *dev, void *y, const void *gate, const void *up, size_t T,
+                           size_t F) {
+    SwigluTask a = {.dev = dev, .y = y, .gate = gate, .up = up, .F = F};
+    parallel_for(dev->pool, T, swiglu_forward_task, &a);
+}
+
+// dup = dy silu(g),   dg = dy u (sigma + g sigma (1 - sigma)). dgate and dup may be gate and up.
+static void swiglu_backward_task(void *arguments, size_t t, int thread) {
+    SwigluTask *a = arguments;
+    size_t F = a->F;
+    DType act = a->dev->act;
+    real *g = thread_rows(a->dev, thread), *u = g + F, *dy = u + F;
+    load_row(g, act, a->gate, t * F, F);
+    load_row(u, act, a->up, t * F, F);
+    load_row(dy, act, a->dy, t * F, F);
+    for (size_t i = 0; i < F; i++) {
+        real sigma = 1 / (1 + exp_real(-g[i])), dsilu = sigma * (1 + g[i] * (1 - sigma));
+        real up = u[i];
+        u[i] = dy[i] * g[i] * sigma;
+        g[i] = dy[i] * up * dsilu;
+    }
+    store_row(act, a->dgate, t * F, g, F);
+    store_row(act, a->dup, t * F, u, F);
+}
+
+static void swiglu_backward(Device *dev, void *dgate, void *dup, const void *dy, const void *gate,
+                            const void *up, size_t T, size_t F) {
+    SwigluTask a = {dev, NULL, dgate, dup, gate, up, dy, F};
+    parallel_for(dev->pool, T, swiglu_backward_task, &a);
+}
+
+// ----------------------------------------------------------------------------- gather and scatter
+
+static void gather(Device *dev, void *out, const void *x, const int32_t *index, size_t n, size_t D) {
+    size_t bytes = D * act_size(dev->act);
+    for (size_t i = 0; i < n; i++)
+        memcpy((char *)out + i * bytes, (const char *)x + (size_t)index[i] * bytes, bytes);
+}
+
+static void scatter(Device *dev, real *dh, const real *dout, const int32_t *index, size_t n, size_t T,
+                    size_t D) {
+    (void)dev;
+    memset(dh, 0, T * D * sizeof *dh);
+    for (size_t i = 0; i < n; i++)
+        memcpy(dh + (size_t)index[i] * D, dout + i * D, D * sizeof *dh);
+}
+
+// ---------------------------------------------------------------------- output head, cross-entropy
+//
+// The head is a linear whose logits stay unrounded and are only ever held for a slice of the
+// vocabulary. Over slices the softmax is kept as a running maximum and a running sum of exp(z - max).
+//     nll = log sum exp z - z_target         dz = softmax(z) - onehot(target)
+
+static void head_logits_plain(Device *dev, real *logits, const Product *slice, const void *x,
+                              const Batch *rows) {
+    linear_forward_plain(dev, logits, slice, x, rows);
+}
+
+static void head_backward_plain(Device *dev, real *dx, const Product *slice, const void *x,
+                                const Batch *rows) {
+    linear_backward_plain(dev, dx, slice, x, rows);
+}
+
+typedef struct {
+    Device *dev;
+    void *dlogits;
+    const real *logits;
+    real *max, *sum, *chosen;
+    const int32_t *target;
+    real scale;
+    size_t first, C;
+} CrossEntropyTask;
+
+static void cross_entropy_forward_task(void *arguments, size_t s, int thread) {
+    CrossEntropyTask *a = arguments;
+    const real *z = a->logits + s * a->C;
+    real largest = a->max[s], sum = 0;
+    size_t target = (size_t)a->target[s];
+    (void)thread;
+    for (size_t v = 0; v < a->C; v++)
+        if (!(z[v] <= largest)) largest = z[v];                       // a NaN gets through
+    for (size_t v = 0; v < a->C; v++) sum += exp_real(z[v] - largest);
+    a->sum[s] = (a->first ? a->sum[s] * exp_real(a->max[s] - largest) : 0) + sum;
+    a->max[s] = largest;
+    if (target >= a->first && target < a->first + a->C) a->chosen[s] = z[target - a->first];
+}
+
+static void cross_entropy_forward(Device *dev, real *max, real *sum, real *chosen,
+                                  const real *logits, const int32_t *target, size_t first, size_t C,
+                                  size_t S) {
+    CrossEntropyTask a = {dev, NULL, logits, max, sum, chosen, target, 0, first, C};
+    parallel_for(dev->pool, S, cross_entropy_forward_task, &a);
+}
+
+static void cross_entropy_backward_task(void *arguments, size_t s, int thread) {
+    CrossEntropyTask *a = arguments;
+    const real *z = a->logits + s * a->C;
+    real *dz = thread_rows(a->dev, thread), inverse = 1 / a->sum[s];
+    size_t target = (size_t)a->target[s];
+    for (size_t v = 0; v < a->C; v++) dz[v] = a->scale * inverse * exp_real(z[v] - a->max[s]);
+    if (target >= a->first && target < a->first + a->C) dz[target - a->first] -= a->scale;
+    store_row(a->dev->act, a->dlogits, s * a->C, dz, a->C);
+}
+
+static void cross_entropy_backward(Device *dev, void *dlogits, const real *logits, const real *max,
+                                   const real *sum, const int32_t *target, real scale, size_t first,
+                                   size_t C, size_t S) {
+    CrossEntropyTask a = {dev, dlogits, logits, (real *)(uintptr_t)max, (real *)(uintptr_t)sum, NULL,
+                          target, scale, first, C};
+    parallel_for(dev->pool, S, cross_entropy_backward_task, &a);
+}
+
+static void round_rows(Device *dev, void *y, const real *x, size_t n) {
+    store_row(dev->act, y, 0, x, n);
+}
+
+// ------------------------------------------------------------------------------- the plain op table
+
+static double sum_of_squares(Device *dev, const real *x, size_t n);      // chapter 5
+static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr,
+                  real beta1, real beta2, real eps, real decay, real clip, size_t step);
+
+static const Ops plain_ops = {
+    embed, residual_norm_forward, residual_norm_backward, linears_forward_plain,
+    linears_backward_plain, rope, attention_forward_plain, attention_backward_plain, swiglu_forward,
+    swiglu_backward, gather, scatter, head_logits_plain, head_backward_plain, cross_entropy_forward,
+    cross_entropy_backward, round_rows, sum_of_squares, adamw};
+
+// The most that ops are called with; decides how much scratch they need.
+typedef struct {
+    size_t T, S;                    // tokens and supervised rows of a micro-batch
+    size_t D, F;                    // D: the larger of hidden size and H hd
+    size_t H, G, hd;
+    size_t V_chunk;                 // columns of the head at a time
+    size_t max_span;                // keys of a sequence
+    size_t max_r;
+    size_t threads;
+} OpSizes;
+
+static void plain_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
+    size_t width = max_size(s->D, s->F), rows = max_size(s->T, s->S);
+    size_t out = max_size(s->T * width, s->S * s->V_chunk);
+    *shared = round_up((3 * rows * width + out + rows * s->max_r) * sizeof(real) + 512, 64);
+    size_t attention = 8 * s->hd + (2 * s->hd + 1) * s->max_span;
+    size_t row = max_size(3 * width, s->V_chunk) + 2 * s->max_r;
+    *per_thread = round_up((max_size(attention, row) + s->D) * sizeof(real), 64);
+}
+
+static const Ops fast_ops;          // chapter 18
+static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread);
+
+static void op_scratch(const Ops *ops, const OpSizes *s, size_t *shared, size_t *per_thread) {
+    if (ops == &plain_ops) plain_scratch(s, shared, per_thread);
+    else fast_scratch(s, shared, per_thread);
+}
+// =================================================================================================
+//  4. The transformer: one forward, one backward, for every architecture and device
+//
+//  A layer turns the residual stream h into  mid = h + attention(norm(h))  and then into
+//  mid + mlp(norm(mid)). What an architecture does differently is data: which linears have a bias,
+//  which layers a window, what the rotation frequencies are.
+// =================================================================================================
+
+enum { LINEAR_Q, LINEAR_K, LINEAR_V, LINEAR_O, LINEAR_GATE, LINEAR_UP, LINEAR_DOWN, N_LINEARS };
+
+// Linears that read the same input, in the order in which forward meets them.
+enum { GROUP_QKV, GROUP_O, GROUP_GATE_UP, GROUP_DOWN, N_GROUPS };
+static const struct { int first, count; } groups[N_GROUPS] = {
+    {LINEAR_Q, 3}, {LINEAR_O, 1}, {LINEAR_GATE, 2}, {LINEAR_DOWN, 1}};
+
+typedef struct {
+    const float *attention_norm, *mlp_norm; // (D) each
+    Linear linear[N_LINEARS];
+    size_t window;                          // keys a query sees; 0: all before it
+} Layer;
+
+typedef struct Architecture Architecture;   // chapter 10
+
+typedef struct {
+    const Architecture *architecture;
+    size_t D, F, V, L, H, G, hd;
+    size_t context;                         // tokens the model was made for
+    float eps;
+    bool tied;                              // the head is the embedding
+} Config;
+
+typedef struct {
+    Config config;
+    Device *dev;
+    Weight embedding;                       // (V, D)
+    Layer *layers;                          // (L)
+    const float *final_norm;                // (D)
+    Linear head;                            // (V, D)
+    float *frequency;                       // (hd / 2) rotation per position
+    // Trainable parameters: A and B of every adapted linear, and like them gradients and moments.
+    real *parameters, *gradients, *moment1, *moment2;
+    size_t n_parameters;                    // padding between tensors included
+    size_t lowest_layer;                    // backward stops here: the first layer with an adapter,
+    int lowest_group;                       // and in it the first group that has one
+} Transformer;
+
+// What forward saves of a layer for backward.
+typedef struct {
+    void *h;                                // (T, D) residual stream on entry
+    void *q, *k, *v;                        // (T, H hd), (T, G hd), (T, G hd), rotated
+    void *keys, *values;                    // all rows attention reads: k, v, or the cache they end
+    void *attended;                         // (T, H hd)
+    real *lse;                              // (T, H)
+    void *mid;                              // (T, D) residual stream between the two blocks
+    void *gate, *up;                        // (T, F)
+    void *u[N_LINEARS];                     // (T, r) each
+} LayerActs;
+
+// All memory of a forward and backward pass over at most T tokens, S of them supervised.
+typedef struct {
+    size_t T, S;
+    size_t kept;                            // layers whose activations are kept; others recompute
+    LayerActs *layers;                      // (L)
+    void *h;                                // (T, D) the stream after the last layer
+    void *x;                                // (T, D) a norm's output
+    void *y;                                // (T, F) swiglu's output
+    void *add;                              // (T, D) what a block adds to the stream
+    // backward
+    real *dh;                               // (T, D)
+    void *dadd, *dx;                        // (T, D)
+    void *dq, *dk, *dv, *dattended;
+    void *dgate, *dup, *dy;                 // (T, F)
+    // head, on the S supervised rows
+    size_t chunk;                           // columns of the vocabulary at a time
+    void *xs, *hs, *dxs;                    // (S, D)
+    real *dxs_sum, *dhs;                    // (S, D)
+    real *logits;                           // (S, chunk)
+    void *dlogits;                          // (S, chunk)
+    void *head_u;                           // (S, r)
+    real *max, *sum, *chosen;               // (S)
+} Workspace;
+
+// Bytes of logits that are held at a time; sets the chunk of the vocabulary.
+enum { LOGITS_BYTES = 64 << 20 };
+
+static size_t linear_rank(const Transformer *m, size_t l, int i) {
+    return m->layers[l].linear[i].lora.r;
+}
+
+static void carve_layer(LayerActs *a, const Transformer *m, size_t l, size_t T, Arena *arena) {
+    const Config *c = &m->config;
+    size_t size = act_size(m->dev->act);
+    a->q = arena_alloc(arena, T * c->H * c->hd, size);
+    a->keys = a->k = arena_alloc(arena, T * c->G * c->hd, size);
+    a->values = a->v = arena_alloc(arena, T * c->G * c->hd, size);
+    a->attended = arena_alloc(arena, T * c->H * c->hd, size);
+    a->lse = arena_alloc(arena, T * c->H, sizeof(real));
+    a->mid = arena_alloc(arena, T * c->D, size);
+    a->gate = arena_alloc(arena, T * c->F, size);
+    a->up = arena_alloc(arena, T * c->F, size);
+    for (int i = 0; i < N_LINEARS; i++)
+        a->u[i] = arena_alloc(arena, T * linear_rank(m, l, i), size);
+}
+
+// Lays out a workspace in the arena. `layers` (L) is memory of the caller; training adds what
+// backward needs. Layers that recompute share one set of buffers and keep only their input.
+static void workspace_carve(Workspace *w, const Transformer *m, LayerActs *layers, size_t T, size_t S,
+                            size_t kept, bool training, Arena *arena) {
+    const Config *c = &m->config;
+    size_t size = act_size(m->dev->act), D = c->D, F = c->F, query = c->H * c->hd;
+    LayerActs shared = {0};
+    *w = (Workspace){.T = T, .S = S, .kept = kept, .layers = layers};
+    if (kept < c->L) {
+        // The shared set must hold the largest u of any layer that uses it.
+        size_t widest[N_LINEARS] = {0};
+        for (size_t l = 0; l < c->L; l++)
+            for (int i = 0; i < N_LINEARS; i++)
+                widest[i] = max_size(widest[i], linear_rank(m, l, i));
+        carve_layer(&shared, m, 0, T, arena);
+        for (int i = 0; i < N_LINEARS; i++) shared.u[i] = arena_alloc(arena, T * widest[i], size);
+    }
+    for (size_t l = 0; l < c->L; l++) {
+        layers[l] = shared;
+        // The last layers are kept: backward begins with them.
+        if (l >= c->L - kept) carve_layer(&layers[l], m, l, T, arena);
+        if (training || l == 0) layers[l].h = arena_alloc(arena, T * D, size);
+        else layers[l].h = layers[0].h;
+    }
+    w->h = arena_alloc(arena, T * D, size);
+    w->x = arena_alloc(arena, T * D, size);
+    w->y = arena_alloc(arena, T * F, size);
+    w->add = arena_alloc(arena, T * D, size);
+    w->xs = arena_alloc(arena, S * D, size);
+    w->head_u = arena_alloc(arena, S * m->head.lora.r, size);
+    if (!training) return;
+    w->dh = arena_alloc(arena, T * D, sizeof(real));
+    w->dadd = arena_alloc(arena, T * D, size);
+    w->dx = arena_alloc(arena, T * D, size);
+    w->dq = arena_alloc(arena, T * query, size);
+    w->dk = arena_alloc(arena, T * c->G * c->hd, size);
+    w->dv = arena_alloc(arena, T * c->G * c->hd, size);
+    w->dattended = arena_alloc(arena, T * query, size);
+    w->dgate = arena_alloc(arena, T * F, size);
+    w->dup = arena_alloc(arena, T * F, size);
+    w->dy = arena_alloc(arena, T * F, size);
+    w->chunk = min_size(c->V, max_size(64, LOGITS_BYTES / sizeof(real) / max_size(S, 1) / 64 * 64));
+    w->hs = arena_alloc(arena, S * D, size);
+    w->dxs = arena_alloc(arena, S * D, size);
+    w->dxs_sum = arena_alloc(arena, S * D, sizeof(real));
+    w->dhs = arena_alloc(arena, S * D, sizeof(real));
+    w->logits = arena_alloc(arena, S * w->chunk, sizeof(real));
+    w->dlogits = arena_alloc(arena, S * w->chunk, size);
+    w->max = arena_alloc(arena, S, sizeof(real));
+    w->sum = arena_alloc(arena, S, sizeof(real));
+    w->chosen = arena_alloc(arena, S, sizeof(real));
+}
+
+// ---------------------------------------------------------------------------------------- forward
+
+// The products of one group; their y are set by the caller.
+static size_t group_products(Product *p, const Transformer *m, size_t l, int group, LayerActs *a,
+                             void *y0, void *y1, void *y2) {
+    void *y[3] = {y0, y1, y2};
+    for (int i = 0; i < groups[group].count; i++) {
+        int linear = groups[group].first + i;
+        p[i] = (Product){&m->layers[l].linear[linear], y[i], a->u[linear]};
+    }
+    return (size_t)groups[group].count;
+}
+
+static AttentionShape attention_shape(const Transformer *m, size_t l) {
+    const Config *c = &m->config;
+    return (AttentionShape){c->H, c->G, c->hd, m->layers[l].window, 1 / (real)sqrt((real)c->hd)};
+}
+
+// One layer: from the stream h (T, D) and what the block before adds to it (NULL: nothing) to
+// a->mid and w->add, whose sum is the stream after the layer.
+static void layer_forward(const Transformer *m, size_t l, Workspace *w, const void *h,
+                          const void *add, const Batch *b) {
+    const Config *c = &m->config;
+    const Layer *layer = &m->layers[l];
+    const Ops *op = m->dev->ops;
+    Device *dev = m->dev;
+    LayerActs *a = &w->layers[l];
+    Product p[3];
+    size_t n, T = b->T;
+    // attention block
+    op->residual_norm_forward(dev, w->x, a->h, h, add, layer->attention_norm, T, c->D, c->eps);
+    n = group_products(p, m, l, GROUP_QKV, a, a->q, a->k, a->v);
+    op->linears_forward(dev, p, n, w->x, b);
+    op->rope(dev, a->q, c->H, c->hd, m->frequency, 1, b);
+    op->rope(dev, a->k, c->G, c->hd, m->frequency, 1, b);
+    op->attention_forward(dev, a->attended, a->lse, a->q, a->keys, a->values, attention_shape(m, l),
+                          b);
+    n = group_products(p, m, l, GROUP_O, a, w->add, NULL, NULL);
+    op->linears_forward(dev, p, n, a->attended, b);
+    // feed-forward block
+    op->residual_norm_forward(dev, w->x, a->mid, a->h, w->add, layer->mlp_norm, T, c->D, c->eps);
+    n = group_products(p, m, l, GROUP_GATE_UP, a, a->gate, a->up, NULL);
+    op->linears_forward(dev, p, n, w->x, b);
+    op->swiglu_forward(dev, w->y, a->gate, a->up, T, c->F);
+    n = group_products(p, m, l, GROUP_DOWN, a, w->add, NULL, NULL);
+    op->linears_forward(dev, p, n, w->y, b);
+}
+
+// From ids (T) to w->x (T, D), the final norm's output, and w->h, the stream before it.
+static void transformer_forward(const Transformer *m, Workspace *w, const int32_t *ids,
+                                const Batch *b) {
+    const Config *c = &m->config;
+    const Ops *op = m->dev->ops;
+    const void *h = w->layers[0].h, *add = NULL;
+    op->embed(m->dev, w->layers[0].h, &m->embedding, ids, b->T);
+    for (size_t l = 0; l < c->L; l++) {
+        layer_forward(m, l, w, h, add, b);
+        h = w->layers[l].mid;
+        add = w->add;
+    }
+    op->residual_norm_forward(m->dev, w->x, w->h, h, add, m->final_norm, b->T, c->D, c->eps);
+}
+
+// --------------------------------------------------------------------------------------- backward
+
+static bool group_trains(const Transformer *m, size_t l, int group) {
+    for (int i = 0; i < groups[group].count; i++)
+        if (linear_rank(m, l, groups[group].first + i)) return true;
+    return false;
+}
+
+// Finds where backward may stop.
+static void find_lowest_adapter(Transformer *m) {
+    for (m->lowest_layer = 0; m->lowest_layer < m->config.L; m->lowest_layer++)
+        for (m->lowest_group = 0; m->lowest_group < N_GROUPS; m->lowest_group++)
+            if (group_trains(m, m->lowest_layer, m->lowest_group)) return;
+}
+
+// One layer, layer_forward read from bottom to top. On entry w->dh is the gradient of the stream
+// after the layer and w->dadd the same rounded; on return, of the stream before it.
+static void layer_backward(const Transformer *m, size_t l, Workspace *w, const Batch *b) {
+    const Config *c = &m->config;
+    const Layer *layer = &m->layers[l];
+    const Ops *op = m->dev->ops;
+    Device *dev = m->dev;
+    LayerActs *a = &w->layers[l];
+    Product p[3];
+    size_t n, T = b->T;
+    int last = l == m->lowest_layer ? m->lowest_group : -1;   // the group after which nothing learns
+    if (l < c->L - w->kept) layer_forward(m, l, w, a->h, NULL, b);
+    // feed-forward block; the norm's and swiglu's outputs are cheaper to compute again than to keep
+    op->swiglu_forward(dev, w->y, a->gate, a->up, T, c->F);
+    n = group_products(p, m, l, GROUP_DOWN, a, w->dadd, NULL, NULL);
+    op->linears_backward(dev, last == GROUP_DOWN ? NULL : w->dy, p, n, w->y, b);
+    if (last == GROUP_DOWN) return;
+    op->swiglu_backward(dev, w->dgate, w->dup, w->dy, a->gate, a->up, T, c->F);
+    op->residual_norm_forward(dev, w->x, a->mid, a->mid, NULL, layer->mlp_norm, T, c->D, c->eps);
+    n = group_products(p, m, l, GROUP_GATE_UP, a, w->dgate, w->dup, NULL);
+    op->linears_backward(dev, last == GROUP_GATE_UP ? NULL : w->dx, p, n, w->x, b);
+    if (last == GROUP_GATE_UP) return;
+    op->residual_norm_backward(dev, w->dh, w->dadd, w->dx, a->mid, layer->mlp_norm, T, c->D, c->eps);
+    // attention block
+    n = group_products(p, m, l, GROUP_O, a, w->dadd, NULL, NULL);
+    op->linears_backward(dev, last == GROUP_O ? NULL : w->dattended, p, n, a->attended, b);
+    if (last == GROUP_O) return;
+    op->attention_backward(dev, w->dq, w->dk, w->dv, w->dattended, a->q, a->keys, a->values,
+                           a->attended, a->lse, attention_shape(m, l), b);
+    op->rope(dev, w->dq, c->H, c->hd, m->frequency, -1, b);
+    op->rope(dev, w->dk, c->G, c->hd, m->frequency, -1, b);
+    op->residual_norm_forward(dev, w->x, a->h, a->h, NULL, layer->attention_norm, T, c->D, c->eps);
+    n = group_products(p, m, l, GROUP_QKV, a, w->dq, w->dk, w->dv);
+    op->linears_backward(dev, last == GROUP_QKV ? NULL : w->dx, p, n, w->x, b);
+    if (last == GROUP_QKV) return;
+    op->residual_norm_backward(dev, w->dh, w->dadd, w->dx, a->h, layer->attention_norm, T, c->D,
+                               c->eps);
+}
+
+// ------------------------------------------------------------------------------------------- loss
+
+// Rows first .. first+C-1 of the head, as a linear of its own.
+static Linear head_slice(const Linear *head, size_t first, size_t C) {
+    Linear slice = *head;
+    size_t skip = first * head->weight.K * dtype_size(head->weight.dtype);
+    slice.weight.data = (const char *)head->weight.data + skip;
+    slice.weight.N = C;
+    if (head->bias) slice.bias = head->bias + first;
+    if (head->lora.r) slice.lora.B = head->lora.B + first * head->lora.r;
+    if (head->lora.dB) slice.lora.dB = head->lora.dB + first * head->lora.r;
+    return slice;
+}
+
+// Cross-entropy of the rows w->xs (S, D) with their targets: nll (S) and, with `gradient`, scale
+// times its gradient in w->dxs_sum. The vocabulary is walked twice in chunks, first for the softmax's
+// denominator, then for the gradient; the second walk computes a chunk's logits again unless there is
+// only one.
+static void head_loss(const Transformer *m, Workspace *w, real *nll, uint8_t *hit,
+                      const int32_t *target, real scale, bool gradient, const Batch *rows) {
+    const Ops *op = m->dev->ops;
+    Device *dev = m->dev;
+    size_t V = m->config.V, S = rows->T, C;
+    for (size_t s = 0; s < S; s++) w->max[s] = -(real)INFINITY;
+    for (size_t first = 0; first < V; first += C) {
+        C = min_size(w->chunk, V - first);
+        Linear slice = head_slice(&m->head, first, C);
+        Product p = {&slice, NULL, w->head_u};
+        op->head_logits(dev, w->logits, &p, w->xs, rows);
+        op->cross_entropy_forward(dev, w->max, w->sum, w->chosen, w->logits, target, first, C, S);
+    }
+    for (size_t s = 0; s < S; s++) {
+        nll[s] = w->max[s] - w->chosen[s] + (real)log(w->sum[s]);
+        if (hit) hit[s] = w->chosen[s] >= w->max[s];
+    }
+    if (!gradient) return;
+    memset(w->dxs_sum, 0, S * m->config.D * sizeof(real));
+    for (size_t first = 0; first < V; first += C) {
+        C = min_size(w->chunk, V - first);
+        Linear slice = head_slice(&m->head, first, C);
+        Product p = {&slice, NULL, w->head_u};
+        if (C < V) op->head_logits(dev, w->logits, &p, w->xs, rows);
+        op->cross_entropy_backward(dev, w->dlogits, w->logits, w->max, w->sum, target, scale, first,
+                                   C, S);
+        p.y = w->dlogits;
+        op->head_backward(dev, w->dxs_sum, &p, w->xs, rows);
+    }
+}
+
+// A micro-batch with its labels: row supervised[i] is to predict target[i].
+typedef struct {
+    Batch batch;
+    const int32_t *ids;                     // (T)
+    Batch rows;                             // the S supervised rows, as spans of their own
+    const int32_t *supervised, *target;     // (S)
+} LabelledBatch;
+
+// Forward and, with `gradient`, backward: adds scale * d(sum of nll) to the gradients of all
+// trainable parameters. nll (S); hit (S) may be NULL.
+static void loss_and_gradients(const Transformer *m, Workspace *w, const LabelledBatch *labelled,
+                               real *nll, uint8_t *hit, real scale, bool gradient) {
+    const Config *c = &m->config;
+    const Ops *op = m->dev->ops;
+    const Batch *b = &labelled->batch;
+    size_t S = labelled->rows.T;
+    Device *dev = m->dev;
+    transformer_forward(m, w, labelled->ids, b);
+    op->gather(dev, w->xs, w->x, labelled->supervised, S, c->D);
+    head_loss(m, w, nll, hit, labelled->target, scale, gradient, &labelled->rows);
+    if (!gradient || m->lowest_layer == c->L) return;
+    op->gather(dev, w->hs, w->h, labelled->supervised, S, c->D);
+    op->round_rows(dev, w->dxs, w->dxs_sum, S * c->D);
+    memset(w->dhs, 0, S * c->D * sizeof(real));
+    op->residual_norm_backward(dev, w->dhs, NULL, w->dxs, w->hs, m->final_norm, S, c->D, c->eps);
+    op->scatter(dev, w->dh, w->dhs, labelled->supervised, S, b->T, c->D);
+    op->round_rows(dev, w->dadd, w->dh, b->T * c->D);
+    for (size_t l = c->L; l-- > m->lowest_layer;) layer_backward(m, l, w, b);
+}
+// =================================================================================================
+//  5. AdamW and the schedules
+//
+//  All trainable parameters lie in one flat buffer, their gradients in a second, the two moments in
+//  a third and a fourth, so the optimiser is one loop and the gradient's norm another.
+// =================================================================================================
+
+enum { PARAMETER_ALIGNMENT = 256 };     // elements a tensor starts at a multiple of, in all four
+
+// A fixed number of elements per partial sum keeps the result independent of the number of threads.
+enum { NORM_CHUNK = 4096, NORM_BATCH = 1024 };
+
+typedef struct { const real *x; size_t n; double *sums; } SquaresTask;
+
+static void squares_task(void *arguments, size_t task, int thread) {
+    SquaresTask *a = arguments;
+    size_t end = min_size(a->n, (task + 1) * NORM_CHUNK);
+    double sum = 0;
+    (void)thread;
+    for (size_t i = task * NORM_CHUNK; i < end; i++) sum += (double)a->x[i] * (double)a->x[i];
+    a->sums[task] = sum;
+}
+
+static double sum_of_squares(Device *dev, const real *x, size_t n) {
+    double sums[NORM_BATCH], total = 0;
+    for (size_t start = 0; start < n; start += (size_t)NORM_BATCH * NORM_CHUNK) {
+        SquaresTask a = {x + start, min_size(n - start, (size_t)NORM_BATCH * NORM_CHUNK), sums};
+        size_t tasks = ceil_div(a.n, NORM_CHUNK);
+        parallel_for(dev->pool, tasks, squares_task, &a);
+        for (size_t i = 0; i < tasks; i++) total += sums[i];
+    }
+    return total;
+}
+
+// Loshchilov and Hutter 2017, in PyTorch's order: decay first, then
+//     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2
+//     p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
+typedef struct {
+    real *p, *m, *v;
+    const real *g;
+    size_t n;
+    real decay, beta1, beta2, rate, root, eps, clip;
+} AdamwTask;
+
+static void adamw_task(void *arguments, size_t task, int thread) {
+    AdamwTask *a = arguments;
+    size_t end = min_size(a->n, (task + 1) * NORM_CHUNK);
+    (void)thread;
+    for (size_t i = task * NORM_CHUNK; i < end; i++) {
+        real g = a->g[i] * a->clip;
+        a->m[i] = a->beta1 * a->m[i] + (1 - a->beta1) * g;
+        a->v[i] = a->beta2 * a->v[i] + (1 - a->beta2) * g * g;
+        real p = a->p[i] * a->decay;
+        a->p[i] = p - a->rate * a->m[i] / ((real)sqrt(a->v[i]) * a->root + a->eps);
+    }
+}
+
+static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr,
+                  real beta1, real beta2, real eps, real decay, real clip, size_t step) {
+    double correct1 = 1 - pow((double)beta1, (double)step);
+    double correct2 = 1 - pow((double)beta2, (double)step);
+    AdamwTask a = {p, m, v, g, n, 1 - lr * decay, beta1, beta2, (real)((double)lr / correct1),
+                   (real)(1 / sqrt(correct2)), eps, clip};
+    parallel_for(dev->pool, ceil_div(n, NORM_CHUNK), adamw_task, &a);
+}
+
+// ------------------------------------------------------------------------------------- schedules
+
+typedef enum { SCHEDULE_CONSTANT, SCHEDULE_CONSTANT_WITH_WARMUP, SCHEDULE_LINEAR, SCHEDULE_COSINE }
+    Schedule;
+
+static const char *const schedule_names[] = {"constant", "constant_with_warmup", "linear", "cosine"};
+
+// The share of the learning rate that step t (from 0) of T uses, with W steps of warmup. Warmup
+// counts from 1: step 0 at rate 0, as transformers has it, would teach nothing. `constant` warms up
+// too when it is told to.
+static double schedule_factor(Schedule schedule, size_t t, size_t T, size_t W) {
+    if (t < W) return (double)(t + 1) / (double)W;
+    double rest = T > W ? (double)(t - W) / (double)(T - W) : 0;
+    if (schedule == SCHEDULE_LINEAR) return 1 - rest;
+    if (schedule == SCHEDULE_COSINE) return 0.5 * (1 + cos(3.141592653589793 * rest));
+    return 1;
+}
+// =================================================================================================
+//  6. JSON
+//
+//  A strict reader (RFC 8259) that turns a text into a tree inside a region. Numbers keep their text,
+//  so that 64-bit offsets are exact; objects keep their order and refuse duplicate keys only where
+//  the caller asks (safetensors does). Errors name line and column.
+// =================================================================================================
+
+typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT }
+    JsonKind;
+
+// One value. Children form a linked list in file order; in an object each child carries its key.
+typedef struct Json {
+    JsonKind kind;
+    uint32_t count;                 // children
+    size_t length;                  // bytes of text
+    const char *text;               // string: unescaped UTF-8, NUL-terminated; number: as written
+    const char *key;                // in an object: unescaped, NUL-terminated
+    size_t key_length;
+    struct Json *first, *next;
+} Json;
+
+enum { JSON_MAX_DEPTH = 128 };
+
+typedef struct {
+    const char *name;               // for messages: the file
+    const char *start, *at, *end;
+    size_t first_line;              // the text starts on this line of the file
+    int depth;
+    Region *region;
+    qlora_error *err;
+} JsonParser;
+
+static const char *json_kind_name(JsonKind kind) {
+    static const char *const names[] = {"null", "false", "true", "a number", "a string", "an array",
+                                        "an object"};
+    return names[kind];
+}
+
+static int json_fail(JsonParser *p, const char *at, const char *what) {
+    size_t line = p->first_line, column = 1;
+    for (const char *c = p->start; c < at; c++) {
+        if (*c == '\n') { line++; column = 1; }
+        else if (((unsigned char)*c & 0xC0) != 0x80) column++;        // count characters, not bytes
+    }
+    return fail(p->err, "%s:%zu:%zu: %s", p->name, line, column, what);
+}
+
+static void json_space(JsonParser *p) {
+    while (p->at < p->end && (*p->at == ' ' || *p->at == '\t' || *p->at == '\n' || *p->at == '\r'))
+        p->at++;
+}
+
+// Decodes one UTF-8 character; returns its length, or 0 if the bytes are not valid UTF-8 (overlong
+// forms, surrogates and values above U+10FFFF included).
+static size_t utf8_decode(const char *text, size_t n, uint32_t *code) {
+    const unsigned char *s = (const unsigned char *)text;
+    if (n == 0) return 0;
+    if (s[0] < 0x80) { *code = s[0]; return 1; }
+    size_t length = s[0] >= 0xF0 ? 4 : s[0] >= 0xE0 ? 3 : 2;
+    if (s[0] < 0xC2 || s[0] > 0xF4 || length > n) return 0;
+    uint32_t c = s[0] & (0x7Fu >> length);
+    for (size_t i = 1; i < length; i++) {
+        if ((s[i] & 0xC0) != 0x80) return 0;
+        c = c << 6 | (s[i] & 0x3Fu);
+    }
+    static const uint32_t smallest[] = {0, 0, 0x80, 0x800, 0x10000};
+    if (c < smallest[length] || c > 0x10FFFF || (c >= 0xD800 && c < 0xE000)) return 0;
+    *code = c;
+    return length;
+}
+
+static size_t utf8_encode(char out[4], uint32_t c) {
+    if (c < 0x80) { out[0] = (char)c; return 1; }
+    if (c < 0x800) {
+        out[0] = (char)(0xC0 | c >> 6);
+        out[1] = (char)(0x80 | (c & 0x3F));
+        return 2;
+    }
+    if (c < 0x10000) {
+        out[0] = (char)(0xE0 | c >> 12);
+        out[1] = (char)(0x80 | (c >> 6 & 0x3F));
+        out[2] = (char)(0x80 | (c & 0x3F));
+        return 3;
+    }
+    out[0] = (char)(0xF0 | c >> 18);
+    out[1] = (char)(0x80 | (c >> 12 & 0x3F));
+    out[2] = (char)(0x80 | (c >> 6 & 0x3F));
+    out[3] = (char)(0x80 | (c & 0x3F));
+    return 4;
+}
+
+static int json_hex4(JsonParser *p, uint32_t *out) {
+    *out = 0;
+    for (int i = 0; i < 4; i++, p->at++) {
+        int c = p->at < p->end ? (unsigned char)*p->at : 0;
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10
+                  : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+        if (digit < 0) return json_fail(p, p->at, "\\u needs four hexadecimal digits");
+        *out = *out << 4 | (uint32_t)digit;
+    }
+    return 0;
+}
+
+// Reads the escape after a backslash into out; a pair of \u surrogates is one character.
+static int json_escape(JsonParser *p, char out[4], size_t *n) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    char c = p->at < p->end ? *p->at++ : 0;
+    const char *known = c ? strchr(from, c) : NULL;
+    if (known) { out[0] = to[known - from]; *n = 1; return 0; }
+    if (c != 'u') return json_fail(p, p->at - 1, "unknown escape in string");
+    uint32_t code, low;
+    if (json_hex4(p, &code)) return -1;
+    if (code >= 0xDC00 && code < 0xE000) return json_fail(p, p->at, "lone low surrogate");
+    if (code >= 0xD800 && code < 0xDC00) {
+        if (p->end - p->at < 2 || p->at[0] != '\\' || p->at[1] != 'u')
+            return json_fail(p, p->at, "high surrogate without its low half");
+        p->at += 2;
+        if (json_hex4(p, &low)) return -1;
+        if (low < 0xDC00 || low > 0xDFFF)
+            return json_fail(p, p->at, "high surrogate without its low half");
+        code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    }
+    *n = utf8_encode(out, code);
+    return 0;
+}
+
+static int json_string(JsonParser *p, const char **text, size_t *length) {
+    const char *start = p->at + 1;
+    const char *close = start;                        // unescaping never lengthens: bound the copy
+    while (close < p->end && *close != '"') close += *close == '\\' ? 2 : 1;
+    if (close >= p->end) return json_fail(p, p->at, "string without an end");
+    char *out = region_alloc(p->region, (size_t)(close - start) + 1, 1, p->err);
+    if (!out) return -1;
+    size_t n = 0;
+    for (p->at = start; *p->at != '"';) {
+        uint32_t code;
+        size_t bytes = 0;
+        if (*p->at == '\\') {
+            p->at++;
+            if (json_escape(p, out + n, &bytes)) return -1;
+        } else {
+            if ((unsigned char)*p->at < 0x20)
+                return json_fail(p, p->at, "control character in string (write \\n, \\t, \\u00XX)");
+            bytes = utf8_decode(p->at, (size_t)(p->end - p->at), &code);
+            if (!bytes) return json_fail(p, p->at, "invalid UTF-8 in string");
+            memcpy(out + n, p->at, bytes);
+            p->at += bytes;
+        }
+        n += bytes;
+    }
+    p->at++;
+    out[n] = 0;
+    *text = out;
+    *length = n;
+    return 0;
+}
+
+static bool json_digits(JsonParser *p) {
+    const char *start = p->at;
+    while (p->at < p->end && *p->at >= '0' && *p->at <= '9') p->at++;
+    return p->at > start;
+}
+
+static int json_number(JsonParser *p, Json *value) {
+    const char *start = p->at;
+    if (*p->at == '-') p->at++;
+    const char *digits = p->at;
+    if (!json_digits(p)) return json_fail(p, start, "expected a value");
+    if (*digits == '0' && p->at - digits > 1) return json_fail(p, start, "number with leading zero");
+    if (p->at < p->end && *p->at == '.') {
+        p->at++;
+        if (!json_digits(p)) return json_fail(p, p->at, "expected a digit after the point");
+    }
+    if (p->at < p->end && (*p->at == 'e' || *p->at == 'E')) {
+        p->at++;
+        if (p->at < p->end && (*p->at == '+' || *p->at == '-')) p->at++;
+        if (!json_digits(p)) return json_fail(p, p->at, "expected a digit in the exponent");
+    }
+    value->kind = JSON_NUMBER;
+    value->length = (size_t)(p->at - start);
+    value->text = region_text(p->region, start, value->length, p->err);
+    return value->text ? 0 : -1;
+}
+
+static int json_value(JsonParser *p, Json *value);
+
+static int json_children(JsonParser *p, Json *value) {
+    bool object = *p->at == '{';
+    char close = object ? '}' : ']';
+    Json **link = &value->first;
+    value->kind = object ? JSON_OBJECT : JSON_ARRAY;
+    if (++p->depth > JSON_MAX_DEPTH) return json_fail(p, p->at, "nested deeper than 128");
+    p->at++;
+    json_space(p);
+    if (p->at < p->end && *p->at == close) { p->at++; p->depth--; return 0; }
+    for (;;) {
+        Json *child = region_alloc(p->region, 1, sizeof *child, p->err);
+        if (!child) return -1;
+        *link = child;
+        link = &child->next;
+        value->count++;
+        json_space(p);
+        if (object) {
+            if (p->at >= p->end || *p->at != '"') return json_fail(p, p->at, "expected a \"key\"");
+            if (json_string(p, &child->key, &child->key_length)) return -1;
+            json_space(p);
+            if (p->at >= p->end || *p->at != ':') return json_fail(p, p->at, "expected ':'");
+            p->at++;
+        }
+        if (json_value(p, child)) return -1;
+        json_space(p);
+        if (p->at < p->end && *p->at == ',') { p->at++; continue; }
+        if (p->at < p->end && *p->at == close) { p->at++; p->depth--; return 0; }
+        return json_fail(p, p->at, object ? "expected ',' or '}'" : "expected ',' or ']'");
+    }
+}
+
+static int json_value(JsonParser *p, Json *value) {
+    static const struct { const char *word; JsonKind kind; } words[] = {
+        {"null", JSON_NULL}, {"false", JSON_FALSE}, {"true", JSON_TRUE}};
+    json_space(p);
+    if (p->at >= p->end) return json_fail(p, p->at, "expected a value, found the end");
+    if (*p->at == '{' || *p->at == '[') return json_children(p, value);
+    if (*p->at == '"') {
+        value->kind = JSON_STRING;
+        return json_string(p, &value->text, &value->length);
+    }
+    for (size_t i = 0; i < 3; i++) {
+        size_t n = strlen(words[i].word);
+        if ((size_t)(p->end - p->at) >= n && memcmp(p->at, words[i].word, n) == 0) {
+            value->kind = words[i].kind;
+            p->at += n;
+            return 0;
+        }
+    }
+    return json_number(p, value);
+}
+
+// Parses one value and requires that nothing but space follows it. `name` and `first_line` are for
+// messages. The tree lives in the region.
+static Json *json_parse(const char *text, size_t n, const char *name, size_t first_line,
+                        Region *region, qlora_error *err) {
+    JsonParser p = {name, text, text, text + n, first_line, 0, region, err};
+    Json *value = region_alloc(region, 1, sizeof *value, err);
+    if (!value || json_value(&p, value)) return NULL;
+    json_space(&p);
+    if (p.at < p.end) { json_fail(&p, p.at, "expected the end after the value"); return NULL; }
+    return value;
+}
+
+// The member of that name, or NULL (also when `object` is NULL or no object). Of duplicates the
+// last counts, as in Python's json.
+static const Json *json_get(const Json *object, const char *key) {
+    const Json *found = NULL;
+    if (!object || object->kind != JSON_OBJECT) return NULL;
+    size_t n = strlen(key);
+    for (const Json *child = object->first; child; child = child->next)
+        if (child->key_length == n && memcmp(child->key, key, n) == 0) found = child;
+    return found;
+}
+
+static bool json_is(const Json *value, JsonKind kind) { return value && value->kind == kind; }
+
+// The text of a string member, or NULL.
+static const char *json_get_text(const Json *object, const char *key) {
+    const Json *value = json_get(object, key);
+    return json_is(value, JSON_STRING) ? value->text : NULL;
+}
+
+static bool json_get_bool(const Json *object, const char *key, bool otherwise) {
+    const Json *value = json_get(object, key);
+    if (json_is(value, JSON_TRUE)) return true;
+    return json_is(value, JSON_FALSE) ? false : otherwise;
+}
+
+// A whole number from 0 to 2^63-1, written without point or exponent.
+static bool json_to_size(const Json *value, size_t *out) {
+    if (!json_is(value, JSON_NUMBER) || value->length > 19) return false;
+    size_t n = 0;
+    for (const char *c = value->text; *c; c++) {
+        if (*c < '0' || *c > '9') return false;
+        if (mul_overflows(n, 10, &n) || add_overflows(n, (size_t)(*c - '0'), &n)) return false;
+    }
+    *out = n;
+    return n <= (size_t)INT64_MAX;
+}
+
+// Any finite number. strtod is given text that the grammar above has accepted.
+static bool json_to_double(const Json *value, double *out) {
+    if (!json_is(value, JSON_NUMBER)) return false;
+    *out = strtod(value->text, NULL);
+    return isfinite(*out);
+}
+
+// Appends text as a JSON string, quotes included.
+static int json_write_string(Buffer *b, const char *text, size_t n, qlora_error *err) {
+    static const char hex[] = "0123456789abcdef";
+    if (buffer_append(b, "\"", 1, err)) return -1;
+    for (size_t i = 0; i < n; i++) {
+        unsigned char c = (unsigned char)text[i];
+        char escape[6] = {'\\', 0, '0', '0', 0, 0};
+        size_t length = 2;
+        if (c == '"' || c == '\\') escape[1] = (char)c;
+        else if (c == '\n') escape[1] = 'n';
+        else if (c == '\t') escape[1] = 't';
+        else if (c == '\r') escape[1] = 'r';
+        else if (c < 0x20) {
+            escape[1] = 'u';
+            escape[4] = hex[c >> 4];
+            escape[5] = hex[c & 15];
+            length = 6;
+        } else length = 0;
+        if (buffer_append(b, length ? escape : text + i, length ? length : 1, err)) return -1;
+    }
+    return buffer_append(b, "\"", 1, err);
+}
+
+// Appends a value, indented like Python's json.dumps(indent=2) at the given depth of spaces.
+static int json_write(Buffer *b, const Json *value, int indent, qlora_error *err) {
+    static const char *const words[] = {"null", "false", "true"};
+    bool object = value->kind == JSON_OBJECT;
+    if (value->kind <= JSON_TRUE) return buffer_printf(b, err, "%s", words[value->kind]);
+    if (value->kind == JSON_NUMBER) return buffer_append(b, value->text, value->length, err);
+    if (value->kind == JSON_STRING) return json_write_string(b, value->text, value->length, err);
+    if (buffer_append(b, object ? "{" : "[", 1, err)) return -1;
+    for (const Json *child = value->first; child; child = child->next) {
+        if (buffer_printf(b, err, "\n%*s", indent + 2, "")) return -1;
+        if (object && (json_write_string(b, child->key, child->key_length, err) ||
+                       buffer_append(b, ": ", 2, err))) return -1;
+        if (json_write(b, child, indent + 2, err)) return -1;
+        if (child->next && buffer_append(b, ",", 1, err)) return -1;
+    }
+    if (value->first && buffer_printf(b, err, "\n%*s", indent, "")) return -1;
+    return buffer_append(b, object ? "}" : "]", 1, err);
+}
+// =================================================================================================
+//  7. Files and safetensors
+//
+//  The one reader and the one writer of this program. Files from outside are read with pread, never
+//  mapped, so that a file that shrinks meanwhile is an error and not a crash; every length is checked
+//  against the bytes that are there before anything is allocated. A file of ours appears under its
+//  name only when it is complete and on the disk.
+// =================================================================================================
+
+typedef struct { int fd; size_t size; const char *path; } File;     // path: the caller's
+
+static int file_open(File *file, const char *path, qlora_error *err) {
+    struct stat info;
+    file->path = path;
+    file->fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (file->fd < 0) return fail(err, "%s: cannot open: %s", path, strerror(errno));
+    if (fstat(file->fd, &info) || !S_ISREG(info.st_mode)) {
+        close(file->fd);
+        file->fd = -1;
+        return fail(err, "%s: expected a regular file", path);
+    }
+    file->size = (size_t)info.st_size;
+    return 0;
+}
+
+static void file_close(File *file) {
+    if (file->fd >= 0) close(file->fd);
+    file->fd = -1;
+}
+
+// Exactly n bytes from the offset on.
+static int file_read(const File *file, void *out, size_t n, size_t offset, qlora_error *err) {
+    for (size_t done = 0; done < n;) {
+        size_t some = min_size(n - done, (size_t)1 << 30);
+        ssize_t got = pread(file->fd, (char *)out + done, some, (off_t)(offset + done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return fail(err, "%s: read error at byte %zu: %s", file->path, offset + done,
+                                 strerror(errno));
+        if (got == 0) return fail(err, "%s: ends at byte %zu, expected %zu more bytes", file->path,
+                                  offset + done, n - done);
+        done += (size_t)got;
+    }
+    return 0;
+}
+
+static bool file_exists(const char *path) { return access(path, F_OK) == 0; }
+
+// The whole file into the buffer, which must be empty; refuses files larger than `most` bytes.
+static int read_whole_file(const char *path, size_t most, Buffer *out, qlora_error *err) {
+    File file;
+    if (file_open(&file, path, err)) return -1;
+    int bad = file.size > most ? fail(err, "%s: %zu bytes, expected at most %zu", path, file.size, most)
+            : buffer_reserve(out, file.size + 1, err) ? -1
+            : file_read(&file, out->data, file.size, 0, err);
+    if (!bad) {
+        out->size = file.size;
+        out->data[file.size] = 0;                             // handy for text, not counted
+    }
+    file_close(&file);
+    return bad;
+}
+
+// Joins a directory and a name; the result lives in the region.
+static char *path_join(Region *region, const char *directory, const char *name, qlora_error *err) {
+    size_t n = strlen(directory), m = strlen(name);
+    while (n > 1 && directory[n - 1] == '/') n--;
+    char *path = region_alloc(region, n + m + 2, 1, err);
+    if (!path) return NULL;
+    memcpy(path, directory, n);
+    path[n] = '/';
+    memcpy(path + n + 1, name, m);
+    return path;
+}
+
+// Reads and parses directory/name. *found says whether it exists; a missing file is no error here.
+static const Json *read_json(const char *directory, const char *name, size_t most, Region *region,
+                             bool *found, qlora_error *err) {
+    Buffer text = {.allocator = region->allocator};
+    const char *path = path_join(region, directory, name, err);
+    const Json *json = NULL;
+    *found = path && file_exists(path);
+    if (*found && !read_whole_file(path, most, &text, err))
+        json = json_parse(text.data, text.size, path, 1, region, err);
+    buffer_free(&text);
+    return json;
+}
+
+// ----------------------------------------------------------------------------------- the one writer
+
+typedef struct {
+    int fd;
+    const char *path;               // the final name; the file is written as path + ".tmp"
+    char temporary[PATH_MAX];
+    size_t held;                    // bytes in the buffer
+    char buffer[1 << 14];
+    qlora_error *err;
+} Writer;
+
+static int writer_open(Writer *w, const char *path, qlora_error *err) {
+    w->fd = -1;
+    w->path = path;
+    w->held = 0;
+    w->err = err;
+    int n = snprintf(w->temporary, sizeof w->temporary, "%s.tmp", path);
+    if (n < 0 || (size_t)n >= sizeof w->temporary) return fail(err, "%s: path is too long", path);
+    w->fd = open(w->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (w->fd < 0) return fail(err, "%s: cannot write: %s", w->temporary, strerror(errno));
+    return 0;
+}
+
+static int writer_put(Writer *w, const void *data, size_t n) {
+    for (size_t done = 0; done < n;) {
+        ssize_t put = write(w->fd, (const char *)data + done, min_size(n - done, (size_t)1 << 30));
+        if (put < 0 && errno == EINTR) continue;
+        if (put < 0) return fail(w->err, "%s: write error: %s", w->temporary, strerror(errno));
+        done += (size_t)put;
+    }
+    return 0;
+}
+
+static int writer_write(Writer *w, const void *data, size_t n) {
+    if (w->held + n > sizeof w->buffer) {
+        if (writer_put(w, w->buffer, w->held)) return -1;
+        w->held = 0;
+        if (n > sizeof w->buffer) return writer_put(w, data, n);
+    }
+    memcpy(w->buffer + w->held, data, n);
+    w->held += n;
+    return 0;
+}
+
+// Syncs the directory of a path, so that a rename in it survives a power failure.
+static void sync_directory(const char *path) {
+    char directory[PATH_MAX];
+    const char *slash = strrchr(path, '/');
+    size_t n = slash ? (size_t)(slash - path) : 0;
+    if (n >= sizeof directory) return;
+    memcpy(directory, path, n);
+    directory[n] = 0;
+    int fd = open(!slash ? "." : n ? directory : "/", O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return;                                       // some file systems cannot: no harm
+    (void)!fsync(fd);
+    close(fd);
+}
+
+// Ends the file: on success it stands under its name, complete and synced; on failure (or when the
+// caller had one, bad != 0) nothing of it remains and what stood there before is untouched.
+static int writer_close(Writer *w, int bad) {
+    if (w->fd < 0) return -1;
+    if (!bad) bad = writer_put(w, w->buffer, w->held);
+    if (!bad && fsync(w->fd)) bad = fail(w->err, "%s: sync: %s", w->temporary, strerror(errno));
+    if (close(w->fd) && !bad) bad = fail(w->err, "%s: close: %s", w->temporary, strerror(errno));
+    if (!bad && rename(w->temporary, w->path))
+        bad = fail(w->err, "%s: cannot rename to %s: %s", w->temporary, w->path, strerror(errno));
+    if (bad) unlink(w->temporary);
+    else sync_directory(w->path);
+    w->fd = -1;
+    return bad;
+}
+
+static int write_file(const char *path, const void *data, size_t n, qlora_error *err) {
+    Writer w;
+    if (writer_open(&w, path, err)) return -1;
+    return writer_close(&w, writer_write(&w, data, n));
+}
+
+// Copies a file if it exists; one that does not is fine.
+static int copy_file(const char *from_dir, const char *to_dir, const char *name, Region *region,
+                     qlora_error *err) {
+    const char *from = path_join(region, from_dir, name, err);
+    const char *to = path_join(region, to_dir, name, err);
+    if (!from || !to) return -1;
+    if (!file_exists(from)) return 0;
+    Buffer content = {.allocator = region->allocator};
+    int bad = read_whole_file(from, SIZE_MAX / 4, &content, err);
+    if (!bad) bad = write_file(to, content.data, content.size, err);
+    buffer_free(&content);
+    return bad;
+}
+
+static int make_directory(const char *path, qlora_error *err) {
+    if (mkdir(path, 0777) == 0 || errno == EEXIST) return 0;
+    return fail(err, "%s: cannot make the directory: %s", path, strerror(errno));
+}
+
+// ------------------------------------------------------------------------------------- safetensors
+//
+// Eight bytes of length, a JSON header {"name": {"dtype", "shape", "data_offsets"}}, the data. The
+// ranges must tile the data without hole or overlap, and every size must equal its shape's.
+
+enum { MAX_RANK = 8, MAX_TENSORS = 1 << 20, MAX_TENSOR_NAME = 1024, MAX_HEADER = 100000000 };
+
+// In the order in which the reference library writes them: larger alignment first.
+static const struct { const char *name; size_t size; DType dtype; } safetensors_types[] = {
+    {"U64", 8, DT_OTHER}, {"I64", 8, DT_OTHER}, {"F64", 8, DT_OTHER}, {"C64", 8, DT_OTHER},
+    {"F32", 4, DT_F32}, {"U32", 4, DT_OTHER}, {"I32", 4, DT_OTHER}, {"BF16", 2, DT_BF16},
+    {"F16", 2, DT_F16}, {"U16", 2, DT_OTHER}, {"I16", 2, DT_OTHER}, {"F8_E4M3", 1, DT_OTHER},
+    {"F8_E5M2", 1, DT_OTHER}, {"F8_E8M0", 1, DT_OTHER}, {"I8", 1, DT_OTHER}, {"U8", 1, DT_OTHER},
+    {"BOOL", 1, DT_OTHER}};
+enum { N_SAFETENSORS_TYPES = sizeof safetensors_types / sizeof *safetensors_types };
+enum { ST_F32 = 4, ST_BF16 = 7, ST_F16 = 8, ST_U8 = 15 };             // places in that table
+
+typedef struct {
+    const char *name;
+    int type;                       // index into safetensors_types
+    size_t rank, shape[MAX_RANK];
+    size_t elements, bytes, begin;  // begin: from the start of the file
+    size_t file;                    // index of the shard
+} TensorInfo;
+
+typedef struct {
+    Region region;
+    size_t n_files, n_tensors;
+    File *files;                    // (n_files)
+    TensorInfo *tensors;            // (n_tensors) sorted by name
+    Buffer list;                    // of TensorInfo while reading
+} TensorFiles;
+
+static int tensor_type(const char *name) {
+    for (int i = 0; name && i < N_SAFETENSORS_TYPES; i++)
+        if (strcmp(safetensors_types[i].name, name) == 0) return i;
+    return -1;
+}
+
+static int parse_tensor(TensorInfo *t, const Json *entry, const char *path, qlora_error *err) {
+    const Json *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
+    size_t end;
+    if (entry->key_length > MAX_TENSOR_NAME || strlen(entry->key) != entry->key_length)
+        return fail(err, "%s: a tensor name is longer than 1024 bytes or holds a NUL", path);
+    t->name = entry->key;
+    t->type = tensor_type(json_get_text(entry, "dtype"));
+    if (t->type < 0)
+        return fail(err, "%s: tensor %s: expected a known \"dtype\", found %s", path, t->name,
+                    json_get_text(entry, "dtype") ? json_get_text(entry, "dtype") : "none");
+    if (!json_is(shape, JSON_ARRAY) || shape->count > MAX_RANK)
+        return fail(err, "%s: tensor %s: expected a \"shape\" of at most 8 numbers", path, t->name);
+    t->elements = 1;
+    for (const Json *size = shape->first; size; size = size->next) {
+        if (!json_to_size(size, &t->shape[t->rank]) ||
+            mul_overflows(t->elements, t->shape[t->rank], &t->elements))
+            return fail(err, "%s: tensor %s: shape overflows or is no whole number", path, t->name);
+        t->rank++;
+    }
+    if (!json_is(offsets, JSON_ARRAY) || offsets->count != 2 ||
+        !json_to_size(offsets->first, &t->begin) || !json_to_size(offsets->first->next, &end) ||
+        end < t->begin)
+        return fail(err, "%s: tensor %s: expected \"data_offsets\": [begin, end]", path, t->name);
+    if (mul_overflows(t->elements, safetensors_types[t->type].size, &t->bytes) ||
+        t->bytes != end - t->begin)
+        return fail(err, "%s: tensor %s: %s with %zu elements expected, %zu bytes found", path,
+                    t->name, safetensors_types[t->type].name, t->elements, end - t->begin);
+    return 0;
+}
+
+static int by_place(const void *a, const void *b) {
+    const TensorInfo *x = a, *y = b;
+    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes);
+}
+static int by_name(const void *a, const void *b) {
+    return strcmp(((const TensorInfo *)a)->name, ((const TensorInfo *)b)->name);
+}
+
+// Reads one shard's header and appends its tensors to the list.
+static int read_shard(TensorFiles *t, size_t index, qlora_error *err) {
+    File *file = &t->files[index];
+    unsigned char raw[8];
+    if (file->size < 8 || file_read(file, raw, 8, 0, err))
+        return fail(err, "%s: %zu bytes, too short for a safetensors file", file->path, file->size);
+    uint64_t header = 0;
+    for (int i = 7; i >= 0; i--) header = header << 8 | raw[i];
+    if (header > MAX_HEADER || header > file->size - 8)
+        return fail(err, "%s: header of %llu bytes announced, file has %zu (at most 100,000,000)",
+                    file->path, (unsigned long long)header, file->size);
+    char *text = region_alloc(&t->region, (size_t)header + 1, 1, err);
+    if (!text || file_read(file, text, (size_t)header, 8, err)) return -1;
+    if (text[0] != '{') return fail(err, "%s: byte 8: expected '{' of the header", file->path);
+    const Json *json = json_parse(text, (size_t)header, file->path, 1, &t->region, err);
+    if (!json) return -1;
+    size_t start = 8 + (size_t)header, first = t->list.size;
+    for (const Json *entry = json->first; entry; entry = entry->next) {
+        TensorInfo tensor = {.file = index};
+        if (strcmp(entry->key, "__metadata__") == 0) {
+            if (entry->kind != JSON_OBJECT)
+                return fail(err, "%s: __metadata__: expected an object, found %s", file->path,
+                            json_kind_name(entry->kind));
+            for (const Json *m = entry->first; m; m = m->next)
+                if (m->kind != JSON_STRING)
+                    return fail(err, "%s: __metadata__: %s: expected a string, found %s", file->path,
+                                m->key, json_kind_name(m->kind));
+            continue;
+        }
+        if (parse_tensor(&tensor, entry, file->path, err)) return -1;
+        if (t->list.size / sizeof tensor >= MAX_TENSORS)
+            return fail(err, "%s: more than 1,048,576 tensors", file->path);
+        if (buffer_append(&t->list, &tensor, sizeof tensor, err)) return -1;
+    }
+    // Sorted by place the ranges must follow each other without a hole and end with the file.
+    TensorInfo *own = (TensorInfo *)(void *)(t->list.data + first);
+    size_t n = (t->list.size - first) / sizeof *own, at = 0;
+    if (n) qsort(own, n, sizeof *own, by_place);
+    for (size_t i = 0; i < n; i++) {
+        if (own[i].begin != at)
+            return fail(err, "%s: tensor %s: data expected at offset %zu, found at %zu", file->path,
+                        own[i].name, at, own[i].begin);
+        at += own[i].bytes;
+        own[i].begin += start;
+    }
+    if (at != file->size - start)
+        return fail(err, "%s: header describes %zu bytes of data, file has %zu (truncated?)",
+                    file->path, at, file->size - start);
+    return 0;
+}
+
+static void tensors_close(TensorFiles *t) {
+    if (!t) return;
+    const qlora_allocator *allocator = t->region.allocator;
+    for (size_t i = 0; i < t->n_files; i++) file_close(&t->files[i]);
+    buffer_free(&t->list);
+    region_free(&t->region);
+    mem_free(allocator, t, 1, sizeof *t);
+}
+
+static const TensorInfo *tensors_find(const TensorFiles *t, const char *name) {
+    TensorInfo key = {.name = name};
+    return t->n_tensors ? bsearch(&key, t->tensors, t->n_tensors, sizeof key, by_name) : NULL;
+}
+
+// The distinct shard names of an index file, each checked to be a plain name in the same directory.
+static int read_index(TensorFiles *t, const Json *index, const char *directory, const char **names,
+                      size_t *n, qlora_error *err) {
+    const Json *map = json_get(index, "weight_map");
+    if (!json_is(map, JSON_OBJECT) || !map->count)
+        return fail(err, "%s/model.safetensors.index.json: expected a \"weight_map\" object",
+                    directory);
+    *n = 0;
+    for (const Json *entry = map->first; entry; entry = entry->next) {
+        if (entry->kind != JSON_STRING || !entry->text[0] || strchr(entry->text, '/') ||
+            entry->text[0] == '.' || strlen(entry->text) != entry->length)
+            return fail(err, "%s/model.safetensors.index.json: %s: expected a plain file name",
+                        directory, entry->key);
+        size_t i = 0;
+        while (i < *n && strcmp(names[i], entry->text)) i++;
+        if (i == *n) names[(*n)++] = entry->text;
+        if (*n > 4096) return fail(err, "%s: more than 4096 shards", directory);
+    }
+    (void)t;
+    return 0;
+}
+
+// Opens directory/single, or if that does not exist the shards of model.safetensors.index.json.
+static TensorFiles *tensors_open(const char *directory, const char *single,
+                                 const qlora_allocator *allocator, qlora_error *err) {
+    TensorFiles *t = mem_alloc(allocator, 1, sizeof *t, err);
+    if (!t) return NULL;
+    t->region.allocator = t->list.allocator = allocator;
+    const char **names = region_alloc(&t->region, 4098, sizeof *names, err);
+    const char *path = path_join(&t->region, directory, single, err);
+    const Json *index = NULL;
+    size_t n = 1;
+    bool found = false;
+    if (!names || !path) goto failed;
+    names[0] = single;
+    if (!file_exists(path)) {
+        index = read_json(directory, "model.safetensors.index.json", MAX_HEADER, &t->region, &found,
+                          err);
+        if (!found) {
+            fail(err, "%s: no %s (nor model.safetensors.index.json) in this directory", directory,
+                 single);
+            goto failed;
+        }
+        if (!index || read_index(t, index, directory, names, &n, err)) goto failed;
+    }
+    t->files = region_alloc(&t->region, n, sizeof *t->files, err);
+    if (!t->files) goto failed;
+    for (; t->n_files < n; t->n_files++) {
+        path = path_join(&t->region, directory, names[t->n_files], err);
+        if (!path || file_open(&t->files[t->n_files], path, err)) goto failed;
+    }
+    for (size_t i = 0; i < n; i++)
+        if (read_shard(t, i, err)) goto failed;
+    t->tensors = (TensorInfo *)(void *)t->list.data;
+    t->n_tensors = t->list.size / sizeof *t->tensors;
+    if (t->n_tensors) qsort(t->tensors, t->n_tensors, sizeof *t->tensors, by_name);
+    for (size_t i = 1; i < t->n_tensors; i++)
+        if (strcmp(t->tensors[i - 1].name, t->tensors[i].name) == 0) {
+            fail(err, "%s: tensor %s appears twice", t->files[t->tensors[i].file].path,
+                 t->tensors[i].name);
+            goto failed;
+        }
+    for (const Json *e = index ? json_get(index, "weight_map")->first : NULL; e; e = e->next) {
+        const TensorInfo *tensor = tensors_find(t, e->key);
+        if (!tensor || strcmp(names[tensor->file], e->text)) {
+            fail(err, "%s/%s: tensor %s expected here by model.safetensors.index.json, not found",
+                 directory, e->text, e->key);
+            goto failed;
+        }
+    }
+    return t;
+failed:
+    tensors_close(t);
+    return NULL;
+}
+
+// n bytes of a tensor from the offset on.
+static int tensor_read(const TensorFiles *t, const TensorInfo *tensor, void *out, size_t offset,
+                       size_t n, qlora_error *err) {
+    return file_read(&t->files[tensor->file], out, n, tensor->begin + offset, err);
+}
+
+// What is written: name, type and shape; `fill` later writes exactly `bytes` bytes of each.
+typedef int (*TensorFill)(void *user, const TensorInfo *tensor, Writer *w);
+
+static int by_writing_order(const void *a, const void *b) {
+    const TensorInfo *x = a, *y = b;
+    return x->type != y->type ? x->type - y->type : strcmp(x->name, y->name);
+}
+
+static void describe_tensor(TensorInfo *t, const char *name, int type, size_t rank, size_t rows,
+                            size_t columns) {
+    *t = (TensorInfo){.name = name, .type = type, .rank = rank, .shape = {rows, columns}};
+    t->elements = (rank > 0 ? rows : 1) * (rank > 1 ? columns : 1);
+    t->bytes = t->elements * safetensors_types[type].size;
+}
+
+// Writes a safetensors file as the reference library does: header sorted by type and name, padded to
+// eight bytes, {"format": "pt"}. Sorts `tensors`.
+static int write_tensors(const char *path, TensorInfo *tensors, size_t n, TensorFill fill, void *user,
+                         const qlora_allocator *allocator, qlora_error *err) {
+    Buffer header = {.allocator = allocator};
+    size_t at = 0;
+    qsort(tensors, n, sizeof *tensors, by_writing_order);
+    int bad = buffer_printf(&header, err, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (size_t i = 0; i < n && !bad; i++) {
+        TensorInfo *t = &tensors[i];
+        bad = buffer_append(&header, ",", 1, err) ||
+              json_write_string(&header, t->name, strlen(t->name), err) ||
+              buffer_printf(&header, err, ":{\"dtype\":\"%s\",\"shape\":[",
+                            safetensors_types[t->type].name);
+        for (size_t d = 0; d < t->rank && !bad; d++)
+            bad = buffer_printf(&header, err, "%s%zu", d ? "," : "", t->shape[d]);
+        if (!bad) bad = buffer_printf(&header, err, "],\"data_offsets\":[%zu,%zu]}", at, at + t->bytes);
+        at += t->bytes;
+    }
+    if (!bad) bad = buffer_append(&header, "}", 1, err);
+    while (!bad && header.size % 8) bad = buffer_append(&header, " ", 1, err);
+    Writer w;
+    if (!bad && !(bad = writer_open(&w, path, err))) {
+        unsigned char length[8];
+        for (int i = 0; i < 8; i++) length[i] = (unsigned char)(header.size >> (8 * i));
+        bad = writer_write(&w, length, 8) || writer_write(&w, header.data, header.size);
+        for (size_t i = 0; i < n && !bad; i++) bad = fill(user, &tensors[i], &w);
+        bad = writer_close(&w, bad);
+    }
+    buffer_free(&header);
+    return bad ? -1 : 0;
+}
+// =================================================================================================
+//  8. Unicode and regular expressions
+//
+//  Tokenizers cut text by regular expressions over Unicode classes and may want it normalised first.
+//  Both need tables; they stand packed at the end of this file and are unpacked once per tokenizer.
+//  The regular expressions are Oniguruma's as far as tokenizer.json files use them; what is not
+//  known here is refused by name when the pattern is compiled.
+// =================================================================================================
+
+enum { UNICODE_LIMIT = 0x110000, REPLACEMENT_CHARACTER = 0xFFFD };
+
+typedef enum {
+    UNICODE_CATEGORIES, UNICODE_COMBINING, UNICODE_LOWER, UNICODE_FOLDS, UNICODE_CANONICAL,
+    UNICODE_COMPATIBILITY
+} UnicodeTable;
+static const char *const *unicode_table(UnicodeTable which);       // the last lines of this file
+
+// General categories, in the order of their names below; a set of them is a mask of bits.
+typedef enum {
+    CAT_LU, CAT_LL, CAT_LT, CAT_LM, CAT_LO, CAT_MN, CAT_MC, CAT_ME, CAT_ND, CAT_NL, CAT_NO, CAT_PC,
+    CAT_PD, CAT_PS, CAT_PE, CAT_PI, CAT_PF, CAT_PO, CAT_SM, CAT_SC, CAT_SK, CAT_SO, CAT_ZS, CAT_ZL,
+    CAT_ZP, CAT_CC, CAT_CF, CAT_CS, CAT_CO, CAT_CN, CAT_COUNT
+} Category;
+static const char category_names[] = "LuLlLtLmLoMnMcMeNdNlNoPcPdPsPePiPfPoSmScSkSoZsZlZpCcCfCsCoCn";
+
+#define CAT_BIT(category) (1u << (category))
+#define CAT_LETTERS (0x1Fu << CAT_LU)
+#define CAT_MARKS (0x7u << CAT_MN)
+#define CAT_NUMBERS (0x7u << CAT_ND)
+#define CAT_PUNCTUATION (0x7Fu << CAT_PC)
+
+// A run of characters `stride` apart that all map to the character `distance` away.
+typedef struct { uint32_t first, last, stride; int32_t distance; } CaseRun;
+
+typedef struct {
+    uint8_t category[UNICODE_LIMIT];        // flat: one load answers \p{L}
+    const CaseRun *lower, *folds;
+    size_t n_lower, n_folds;
+} Unicode;
+
+// ------------------------------------------------------------------------------------ the tables
+
+// Reads the numbers of a packed table one after the other.
+typedef struct { const char *const *line; const char *at; } PackedReader;
+
+static PackedReader packed_open(UnicodeTable which) {
+    const char *const *lines = unicode_table(which);
+    return (PackedReader){lines, *lines};
+}
+
+static bool packed_more(PackedReader *r) {
+    while (*r->line && !*r->at) r->at = *++r->line;
+    return *r->line != NULL;
+}
+
+static uint32_t packed_number(PackedReader *r) {
+    uint32_t n = 0;
+    while (*r->at >= 'A' && *r->at <= 'Z') n = (n + (uint32_t)(*r->at++ - 'A')) * 26;
+    return n + (uint32_t)(*r->at++ - 'a');
+}
+
+static int32_t packed_signed(PackedReader *r) {
+    uint32_t n = packed_number(r);
+    return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
+}
+
+static const CaseRun *unicode_case_runs(UnicodeTable which, size_t *n, Region *region,
+                                        qlora_error *err) {
+    PackedReader count = packed_open(which), reader = count;
+    for (*n = 0; packed_more(&count); ++*n)
+        for (int i = 0; i < 4; i++) packed_number(&count);
+    CaseRun *runs = region_alloc(region, *n, sizeof *runs, err);
+    uint32_t end = 0;
+    for (size_t i = 0; runs && i < *n && packed_more(&reader); i++) {
+        uint32_t first = end + packed_number(&reader), length = packed_number(&reader);
+        uint32_t stride = packed_number(&reader);
+        runs[i] = (CaseRun){first, first + (length - 1) * stride, stride, packed_signed(&reader)};
+        end = runs[i].last + 1;
+    }
+    return runs;
+}
+
+static const Unicode *unicode_open(Region *region, qlora_error *err) {
+    Unicode *u = region_alloc(region, 1, sizeof *u, err);
+    if (!u) return NULL;
+    PackedReader reader = packed_open(UNICODE_CATEGORIES);
+    for (uint32_t code = 0; packed_more(&reader);) {
+        int category = (int)packed_number(&reader);
+        uint32_t length = packed_number(&reader);
+        memset(u->category + code, category, length);
+        code += length;
+    }
+    u->lower = unicode_case_runs(UNICODE_LOWER, &u->n_lower, region, err);
+    u->folds = unicode_case_runs(UNICODE_FOLDS, &u->n_folds, region, err);
+    return u->lower && u->folds ? u : NULL;
+}
+
+static uint32_t case_map(const CaseRun *runs, size_t n, uint32_t code) {
+    size_t low = 0, high = n;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        const CaseRun *run = &runs[middle];
+        if (code > run->last) low = middle + 1;
+        else if (code < run->first) high = middle;
+        else return (code - run->first) % run->stride ? code
+                  : (uint32_t)((int32_t)code + run->distance);
+    }
+    return code;
+}
+
+static uint32_t unicode_lower_case(const Unicode *u, uint32_t code) {
+    return case_map(u->lower, u->n_lower, code);
+}
+
+// What all characters that differ by case only have in common.
+static uint32_t unicode_fold(const Unicode *u, uint32_t code) {
+    return case_map(u->folds, u->n_folds, unicode_lower_case(u, code));
+}
+
+enum { MAX_KIN = 8 };                       // no character has more than four forms
+
+static size_t unicode_kin_in(const CaseRun *runs, size_t n, uint32_t code, uint32_t *kin,
+                             size_t found) {
+    for (size_t i = 0; i < n && found < MAX_KIN; i++) {
+        uint32_t source = (uint32_t)((int32_t)code - runs[i].distance);
+        if (source < runs[i].first || source > runs[i].last) continue;
+        if ((source - runs[i].first) % runs[i].stride == 0) kin[found++] = source;
+    }
+    return found;
+}
+
+// All characters that fold like this one, itself included; returns how many.
+static size_t unicode_kin(const Unicode *u, uint32_t code, uint32_t kin[MAX_KIN]) {
+    kin[0] = unicode_fold(u, code);
+    size_t lowers = unicode_kin_in(u->folds, u->n_folds, kin[0], kin, 1), n = lowers;
+    for (size_t i = 0; i < lowers; i++) n = unicode_kin_in(u->lower, u->n_lower, kin[i], kin, n);
+    return n;
+}
+
+static bool unicode_in(const Unicode *u, uint32_t code, uint32_t categories) {
+    return categories >> u->category[code] & 1;
+}
+
+// The property White_Space, which is what \s means.
+static bool unicode_is_space(uint32_t c) {
+    return (c >= 9 && c <= 13) || c == 0x20 || c == 0x85 || c == 0xA0 || c == 0x1680
+        || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F
+        || c == 0x205F || c == 0x3000;
+}
+
+// Letters, marks, digits, connectors and the circled letters: what \w means.
+static bool unicode_is_word(const Unicode *u, uint32_t c) {
+    uint32_t set = CAT_LETTERS | CAT_MARKS | CAT_BIT(CAT_ND) | CAT_BIT(CAT_NL) | CAT_BIT(CAT_PC);
+    return unicode_in(u, c, set) || (c >= 0x24B6 && c <= 0x24E9) || (c >= 0x1F130 && c <= 0x1F149)
+        || (c >= 0x1F150 && c <= 0x1F169) || (c >= 0x1F170 && c <= 0x1F189);
+}
+
+// ------------------------------------------------------------------------------------------ UTF-8
+
+// Decodes a character of text that is known to be valid and not at its end.
+static inline size_t utf8_next(const char *text, uint32_t *code) {
+    const unsigned char *s = (const unsigned char *)text;
+    if (s[0] < 0x80) { *code = s[0]; return 1; }
+    if (s[0] < 0xE0) { *code = (s[0] & 0x1Fu) << 6 | (s[1] & 0x3Fu); return 2; }
+    if (s[0] < 0xF0) {
+        *code = (s[0] & 0xFu) << 12 | (s[1] & 0x3Fu) << 6 | (s[2] & 0x3Fu);
+        return 3;
+    }
+    *code = (s[0] & 7u) << 18 | (s[1] & 0x3Fu) << 12 | (s[2] & 0x3Fu) << 6 | (s[3] & 0x3Fu);
+    return 4;
+}
+
+// The start of the character that ends before `at`; text is valid and at > 0.
+static inline size_t utf8_before(const char *text, size_t at) {
+    do at--; while (((unsigned char)text[at] & 0xC0) == 0x80);
+    return at;
+}
+
+// How many of the bytes at an invalid place stand for one U+FFFD: as many as begin a character
+// (Unicode's "maximal subpart", the practice of Python and Rust). *cut: the text ended too early.
+static size_t utf8_invalid_length(const char *text, size_t n, bool *cut) {
+    const unsigned char *s = (const unsigned char *)text;
+    size_t length = s[0] >= 0xF0 ? 4 : s[0] >= 0xE0 ? 3 : 2, i = 1;
+    *cut = false;
+    if (s[0] < 0xC2 || s[0] > 0xF4) return 1;
+    for (; i < length && i < n; i++) {
+        unsigned char low = 0x80, high = 0xBF;        // overlong forms and surrogates end at byte 2
+        if (i == 1 && s[0] == 0xE0) low = 0xA0;
+        if (i == 1 && s[0] == 0xED) high = 0x9F;
+        if (i == 1 && s[0] == 0xF0) low = 0x90;
+        if (i == 1 && s[0] == 0xF4) high = 0x8F;
+        if (s[i] < low || s[i] > high) return i;
+    }
+    *cut = true;
+    return i;
+}
+
+// Length of the valid text at the beginning.
+static size_t utf8_valid_prefix(const char *text, size_t n) {
+    size_t i = 0;
+    while (i < n) {
+        uint64_t eight;
+        while (i + 8 <= n && (memcpy(&eight, text + i, 8), !(eight & 0x8080808080808080u))) i += 8;
+        uint32_t code;
+        size_t length = utf8_decode(text + i, n - i, &code);
+        if (!length) break;
+        i += length;
+    }
+    return i;
+}
+
+// Appends the text with every invalid part replaced by U+FFFD. Where hold_back is given, an
+// incomplete character at the end is left out and its length stored there.
+static int utf8_append_lossy(Buffer *out, const char *text, size_t n, size_t *hold_back,
+                             qlora_error *err) {
+    if (hold_back) *hold_back = 0;
+    while (n) {
+        size_t valid = utf8_valid_prefix(text, n);
+        if (buffer_append(out, text, valid, err)) return -1;
+        text += valid;
+        n -= valid;
+        if (!n) break;
+        bool cut;
+        size_t bad = utf8_invalid_length(text, n, &cut);
+        if (cut && hold_back) { *hold_back = n; return 0; }
+        if (buffer_append(out, "\xEF\xBF\xBD", 3, err)) return -1;
+        text += bad;
+        n -= bad;
+    }
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------- normal forms
+
+// NFC, NFD, NFKC and NFKD (Unicode Standard Annex 15). Characters without `care` are never changed
+// by the form and never unite with what precedes them; text made of them alone is not touched.
+typedef struct { uint32_t code, first, count; } Decomposition;      // parts[first .. first+count-1]
+typedef struct { uint32_t first, second, composed; } Composition;
+typedef struct { uint32_t first, last, class; } CombiningRun;
+
+typedef struct {
+    bool compose;
+    size_t n_decompositions, n_compositions, n_combining;
+    Decomposition *decompositions;          // sorted by code
+    Composition *compositions;              // sorted by both characters
+    CombiningRun *combining;                // sorted
+    uint32_t *parts;
+    uint8_t care[UNICODE_LIMIT / 8];
+} NormalForm;
+
+enum { HANGUL = 0xAC00, HANGUL_COUNT = 11172, JAMO_L = 0x1100, JAMO_V = 0x1161, JAMO_T = 0x11A7,
+       JAMO_LS = 19, JAMO_VS = 21, JAMO_TS = 28 };
+
+static int compare_decompositions(const void *a, const void *b) {
+    const Decomposition *x = a, *y = b;
+    return (x->code > y->code) - (x->code < y->code);
+}
+
+static int compare_compositions(const void *a, const void *b) {
+    const Composition *x = a, *y = b;
+    if (x->first != y->first) return x->first < y->first ? -1 : 1;
+    return (x->second > y->second) - (x->second < y->second);
+}
+
+static bool normal_care(const NormalForm *form, uint32_t code) {
+    return form->care[code / 8] >> code % 8 & 1;
+}
+
+static void normal_set_care(NormalForm *form, uint32_t code) {
+    form->care[code / 8] |= (uint8_t)(1u << code % 8);
+}
+
+static uint32_t combining_class(const NormalForm *form, uint32_t code) {
+    size_t low = 0, high = form->n_combining;
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        const CombiningRun *run = &form->combining[middle];
+        if (code > run->last) low = middle + 1;
+        else if (code < run->first) high = middle;
+        else return run->class;
+    }
+    return 0;
+}
+
+// A character on its way through normalisation: its class in the top byte.
+static int normal_push(const NormalForm *form, uint32_t code, Buffer *out, qlora_error *err) {
+    uint32_t item = combining_class(form, code) << 24 | code;
+    return buffer_append(out, &item, sizeof item, err);
+}
+
+// Appends the full decomposition. The recursion follows our own tables, which are three deep.
+static int normal_decompose(const NormalForm *form, uint32_t code, Buffer *out, qlora_error *err) {
+    if (code >= HANGUL && code < HANGUL + HANGUL_COUNT) {
+        uint32_t s = code - HANGUL, t = s % JAMO_TS;
+        if (normal_push(form, JAMO_L + s / (JAMO_VS * JAMO_TS), out, err)) return -1;
+        if (normal_push(form, JAMO_V + s / JAMO_TS % JAMO_VS, out, err)) return -1;
+        return t ? normal_push(form, JAMO_T + t, out, err) : 0;
+    }
+    Decomposition key = {code, 0, 0};
+    const Decomposition *found = code < 0x80 ? NULL
+        : bsearch(&key, form->decompositions, form->n_decompositions, sizeof key,
+                  compare_decompositions);
+    if (!found) return normal_push(form, code, out, err);
+    for (uint32_t i = 0; i < found->count; i++)
+        if (normal_decompose(form, form->parts[found->first + i], out, err)) return -1;
+    return 0;
+}
+
+// Sorts marks by class, stably. Few: by insertion; a hostile crowd of them: by counting.
+static int normal_sort_marks(uint32_t *items, size_t n, const qlora_allocator *a, qlora_error *err) {
+    if (n <= 32) {
+        for (size_t i = 1; i < n; i++) {
+            uint32_t item = items[i];
+            size_t j = i;
+            for (; j > 0 && items[j - 1] >> 24 > item >> 24; j--) items[j] = items[j - 1];
+            items[j] = item;
+        }
+        return 0;
+    }
+    size_t start[257] = {0};
+    uint32_t *copy = mem_alloc(a, n, sizeof *copy, err);
+    if (!copy) return -1;
+    memcpy(copy, items, n * sizeof *copy);
+    for (size_t i = 0; i < n; i++) start[(copy[i] >> 24) + 1]++;
+    for (size_t i = 1; i < 257; i++) start[i] += start[i - 1];
+    for (size_t i = 0; i < n; i++) items[start[copy[i] >> 24]++] = copy[i];
+    mem_free(a, copy, n, sizeof *copy);
+    return 0;
+}
+
+// The one character that the two make, or 0.
+static uint32_t normal_pair(const NormalForm *form, uint32_t first, uint32_t second) {
+    if (first >= JAMO_L && first < JAMO_L + JAMO_LS && second >= JAMO_V
+        && second < JAMO_V + JAMO_VS)
+        return HANGUL + ((first - JAMO_L) * JAMO_VS + (second - JAMO_V)) * JAMO_TS;
+    if (first >= HANGUL && first < HANGUL + HANGUL_COUNT && (first - HANGUL) % JAMO_TS == 0
+        && second > JAMO_T && second < JAMO_T + JAMO_TS)
+        return first + (second - JAMO_T);
+    Composition key = {first, second, 0};
+    const Composition *found = bsearch(&key, form->compositions, form->n_compositions, sizeof key,
+                                       compare_compositions);
+    return found ? found->composed : 0;
+}
+
+// Composes in place; returns the new count. A mark unites with the last starter unless a mark of
+// its own or a higher class stands between them.
+static size_t normal_compose(const NormalForm *form, uint32_t *items, size_t n) {
+    size_t out = 0, starter = SIZE_MAX;
+    uint32_t last_class = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint32_t class = items[i] >> 24, code = items[i] & 0xFFFFFF;
+        if (starter != SIZE_MAX && (out == starter + 1 || last_class < class)) {
+            uint32_t composed = normal_pair(form, items[starter] & 0xFFFFFF, code);
+            if (composed) { items[starter] = composed; continue; }
+        }
+        if (class == 0) starter = out;
+        last_class = class;
+        items[out++] = items[i];
+    }
+    return out;
+}
+
+// Normalises text[0..n) as a whole; `items` is scratch.
+static int normal_run(const NormalForm *form, const char *text, size_t n, Buffer *items, Buffer *out,
+                      qlora_error *err) {
+    items->size = 0;
+    for (size_t i = 0; i < n;) {
+        uint32_t code;
+        i += utf8_next(text + i, &code);
+        if (normal_decompose(form, code, items, err)) return -1;
+    }
+    uint32_t *list = (uint32_t *)(void *)items->data;
+    size_t count = items->size / sizeof *list;
+    for (size_t i = 0; i < count;) {
+        size_t end = i + 1;
+        if (list[i] >> 24) {
+            while (end < count && list[end] >> 24) end++;
+            if (normal_sort_marks(list + i, end - i, items->allocator, err)) return -1;
+        }
+        i = end;
+    }
+    if (form->compose) count = normal_compose(form, list, count);
+    for (size_t i = 0; i < count; i++) {
+        char bytes[4];
+        if (buffer_append(out, bytes, utf8_encode(bytes, list[i] & 0xFFFFFF), err)) return -1;
+    }
+    return 0;
+}
+
+// Appends the normal form of valid text. Sets *same and appends nothing if the text is in it already
+// as far as the care bits tell.
+static int normal_apply(const NormalForm *form, const char *text, size_t n, Buffer *out, bool *same,
+                        qlora_error *err) {
+    Buffer items = {.allocator = out->allocator};
+    size_t done = 0, last = 0;              // last: the start of the latest character without care
+    int bad = 0;
+    *same = true;
+    for (size_t i = 0; i < n && !bad;) {
+        uint32_t code;
+        size_t length = utf8_next(text + i, &code);
+        if (code < 0x80 || !normal_care(form, code)) { last = i; i += length; continue; }
+        size_t end = i + length;
+        while (end < n) {
+            length = utf8_next(text + end, &code);
+            if (!normal_care(form, code)) break;
+            end += length;
+        }
+        *same = false;
+        bad = buffer_append(out, text + done, last - done, err)
+           || normal_run(form, text + last, end - last, &items, out, err);
+        done = last = i = end;
+    }
+    if (!bad && !*same) bad = buffer_append(out, text + done, n - done, err);
+    buffer_free(&items);
+    return bad ? -1 : 0;
+}
+
+// Reads a table of decompositions; called once with form->parts NULL to count, once to fill.
+static void normal_read_canonical(NormalForm *form, size_t *n, size_t *n_parts) {
+    PackedReader reader = packed_open(UNICODE_CANONICAL);
+    uint32_t code = 0, last[2] = {0, 0};
+    for (; packed_more(&reader); code++) {
+        code += packed_number(&reader);
+        uint32_t kind = packed_number(&reader), count = kind ? 2 : 1;
+        for (uint32_t i = 0; i < count; i++) {
+            last[i] = (uint32_t)((int32_t)last[i] + packed_signed(&reader));
+            if (form->parts) form->parts[*n_parts + i] = last[i];
+        }
+        if (form->parts) {
+            form->decompositions[*n] = (Decomposition){code, (uint32_t)*n_parts, count};
+            if (kind == 1)
+                form->compositions[form->n_compositions++] = (Composition){last[0], last[1], code};
+        }
+        *n += 1;
+        *n_parts += count;
+    }
+}
+
+static void normal_read_compatibility(NormalForm *form, size_t *n, size_t *n_parts) {
+    PackedReader reader = packed_open(UNICODE_COMPATIBILITY);
+    uint32_t code = 0, last = 0;
+    while (packed_more(&reader)) {
+        code += packed_number(&reader);
+        uint32_t codes = packed_number(&reader), count = packed_number(&reader);
+        uint32_t first = (uint32_t)*n_parts;
+        for (uint32_t i = 0; i < count; i++) {
+            last = (uint32_t)((int32_t)last + packed_signed(&reader));
+            if (form->parts) form->parts[*n_parts + i] = last;
+        }
+        *n_parts += count;
+        for (uint32_t k = 0; k < codes; k++, code++, *n += 1) {
+            if (form->parts) form->decompositions[*n] = (Decomposition){code, first, count};
+            if (k + 1 == codes) break;
+            // The next code has the same parts, the last of them one further on.
+            first = (uint32_t)*n_parts;
+            if (form->parts) {
+                memcpy(form->parts + first, form->parts + first - count, count * sizeof(uint32_t));
+                form->parts[first + count - 1]++;
+            }
+            *n_parts += count;
+            last++;
+        }
+        code++;
+        *n += 1;
+    }
+}
+
+static int normal_read_combining(NormalForm *form, Region *region, qlora_error *err) {
+    PackedReader count = packed_open(UNICODE_COMBINING), reader = count;
+    while (packed_more(&count)) {
+        for (int i = 0; i < 3; i++) packed_number(&count);
+        form->n_combining++;
+    }
+    form->combining = region_alloc(region, form->n_combining, sizeof *form->combining, err);
+    if (!form->combining) return -1;
+    uint32_t code = 0;
+    for (size_t i = 0; i < form->n_combining && packed_more(&reader); i++) {
+        uint32_t first = code + packed_number(&reader);
+        code = first + packed_number(&reader);
+        form->combining[i] = (CombiningRun){first, code - 1, packed_number(&reader)};
+    }
+    return 0;
+}
+
+// Marks what the form can change or unite: marks, second halves of pairs, and every character that
+// alone does not stay what it is.
+static int normal_find_care(NormalForm *form, const qlora_allocator *a, qlora_error *err) {
+    for (size_t i = 0; i < form->n_combining; i++)
+        for (uint32_t c = form->combining[i].first; c <= form->combining[i].last; c++)
+            normal_set_care(form, c);
+    if (form->compose) {
+        for (size_t i = 0; i < form->n_compositions; i++)
+            normal_set_care(form, form->compositions[i].second);
+        for (uint32_t c = JAMO_V; c < JAMO_V + JAMO_VS; c++) normal_set_care(form, c);
+        for (uint32_t c = JAMO_T + 1; c < JAMO_T + JAMO_TS; c++) normal_set_care(form, c);
+    } else {
+        for (uint32_t c = HANGUL; c < HANGUL + HANGUL_COUNT; c++) normal_set_care(form, c);
+    }
+    Buffer items = {.allocator = a}, out = {.allocator = a};
+    int bad = 0;
+    for (size_t i = 0; i < form->n_decompositions && !bad; i++) {
+        char text[4];
+        uint32_t first;
+        size_t n = utf8_encode(text, form->decompositions[i].code);
+        out.size = items.size = 0;
+        bad = normal_run(form, text, n, &items, &out, err);
+        if (bad) break;
+        bool changed = out.size != n || memcmp(out.data, text, n) != 0;
+        memcpy(&first, items.data, sizeof first);
+        if (changed || (first >> 24) != 0) normal_set_care(form, form->decompositions[i].code);
+    }
+    buffer_free(&items);
+    buffer_free(&out);
+    return bad;
+}
+
+static const NormalForm *normal_open(bool compose, bool compatibility, Region *region,
+                                     qlora_error *err) {
+    NormalForm *form = region_alloc(region, 1, sizeof *form, err);
+    if (!form || normal_read_combining(form, region, err)) return NULL;
+    size_t n = 0, n_parts = 0;
+    normal_read_canonical(form, &n, &n_parts);
+    size_t n_pairs = n;
+    if (compatibility) normal_read_compatibility(form, &n, &n_parts);
+    form->compose = compose;
+    form->n_decompositions = n;
+    form->decompositions = region_alloc(region, n, sizeof *form->decompositions, err);
+    form->compositions = region_alloc(region, n_pairs, sizeof *form->compositions, err);
+    form->parts = region_alloc(region, n_parts, sizeof *form->parts, err);
+    if (!form->decompositions || !form->compositions || !form->parts) return NULL;
+    n = n_parts = 0;
+    normal_read_canonical(form, &n, &n_parts);
+    if (compatibility) normal_read_compatibility(form, &n, &n_parts);
+    qsort(form->decompositions, n, sizeof *form->decompositions, compare_decompositions);
+    qsort(form->compositions, form->n_compositions, sizeof *form->compositions,
+          compare_compositions);
+    return normal_find_care(form, region->allocator, err) ? NULL : form;
+}
+
+// --------------------------------------------------------------- regular expressions: the program
+
+// A pattern becomes a program for a small backtracking machine. Jumps are relative, so that a piece
+// of program may be moved and copied (a{3} is three copies). Everything that matches one character
+// is a class, also a plain letter.
+typedef enum {
+    OP_CLASS,                       // one character of class `class`
+    OP_LOOP,                        // min to max characters of the class, as many as there are
+    OP_SPLIT,                       // try at +x first, at +y when that fails
+    OP_JUMP,                        // go on at +x
+    OP_LOOK_AHEAD, OP_LOOK_NOT,     // what follows, up to OP_LOOK_END, must or must not match here;
+    OP_LOOK_END,                    //   +x is the place behind it
+    OP_ATOMIC, OP_ATOMIC_END,       // between them: the first way to match is the only one
+    OP_LINE_START, OP_LINE_END, OP_TEXT_START, OP_TEXT_END, OP_LAST_LINE_END,
+    OP_WORD_EDGE, OP_NOT_WORD_EDGE,
+    OP_MATCH
+} RegexOp;
+
+typedef struct {
+    uint8_t op;
+    bool possessive;                // OP_LOOP: never gives a character back
+    uint32_t class, min, max;
+    int32_t x, y;
+} RegexStep;
+
+// One part of a class: a range, a set of categories, white space or word characters.
+typedef enum { ITEM_RANGE, ITEM_CATEGORIES, ITEM_SPACE, ITEM_WORD } ItemKind;
+typedef struct { ItemKind kind; bool negate; uint32_t first, last; } ClassItem;
+
+typedef struct {
+    uint64_t ascii[2];              // the answer for U+0000 to U+007F
+    uint32_t first, count;          // items
+    bool negate, fold;              // fold: case does not matter
+} CharClass;
+
+enum { REGEX_MAX_PATTERN = 1 << 16, REGEX_MAX_STEPS = 1 << 14, REGEX_MAX_DEPTH = 64,
+       REGEX_MAX_ALTERNATIVES = 64, REGEX_MAX_STACK = 1 << 20 };
+#define REGEX_NO_LIMIT UINT32_MAX
+
+typedef struct {
+    const Unicode *unicode;
+    const RegexStep *steps;
+    const CharClass *classes;
+    const ClassItem *items;
+    uint32_t n_alternatives;
+    uint32_t start[REGEX_MAX_ALTERNATIVES];     // of the alternatives at the top level
+    uint64_t by_byte[256];          // which of them can begin with this byte
+    uint64_t by_end;                // and which can match at the end of the text
+} Regex;
+
+static bool item_holds(const Unicode *u, const ClassItem *item, uint32_t code) {
+    bool in = item->kind == ITEM_RANGE ? code >= item->first && code <= item->last
+            : item->kind == ITEM_CATEGORIES ? unicode_in(u, code, item->first)
+            : item->kind == ITEM_SPACE ? unicode_is_space(code)
+            // Oniguruma counts these six Latin-1 numbers as word characters, and no others.
+            : unicode_is_word(u, code) || code == 0xB2 || code == 0xB3 || code == 0xB9
+              || (code >= 0xBC && code <= 0xBE);
+    return in != item->negate;
+}
+
+// The answer from the items, without the table.
+static bool class_search(const Unicode *u, const ClassItem *items, const CharClass *class,
+                         uint32_t code) {
+    uint32_t kin[MAX_KIN] = {code};
+    size_t n = class->fold ? unicode_kin(u, code, kin) : 1;
+    for (size_t k = 0; k < n; k++)
+        for (uint32_t i = 0; i < class->count; i++)
+            if (item_holds(u, &items[class->first + i], kin[k])) return !class->negate;
+    return class->negate;
+}
+
+static inline bool class_holds(const Regex *re, const CharClass *class, uint32_t code) {
+    if (code < 128) return class->ascii[code / 64] >> code % 64 & 1;
+    return class_search(re->unicode, re->items, class, code);
+}
+
+// -------------------------------------------------------------- regular expressions: the compiler
+
+typedef struct {
+    const char *pattern, *at, *end;
+    const char *name;               // for messages: where the pattern stands
+    const Unicode *unicode;
+    Buffer steps, classes, items;   // of RegexStep, CharClass, ClassItem
+    bool fold;                      // inside (?i
+    int depth;
+    qlora_error *err;
+} RegexCompiler;
+
+static int regex_fail(RegexCompiler *c, const char *at, const char *what) {
+    return fail(c->err, "%s: regular expression, character %td: %s in \"%.200s\"", c->name,
+                at - c->pattern + 1, what, c->pattern);
+}
+
+static size_t regex_size(const RegexCompiler *c) { return c->steps.size / sizeof(RegexStep); }
+
+static RegexStep *regex_step(const RegexCompiler *c, size_t i) {
+    return (RegexStep *)(void *)c->steps.data + i;
+}
+
+// Puts n steps (or, with NULL, room for them) before step `at`.
+static int regex_insert(RegexCompiler *c, size_t at, const RegexStep *steps, size_t n) {
+    if (regex_size(c) + n > REGEX_MAX_STEPS) return regex_fail(c, c->at, "the program grows too large");
+    if (buffer_reserve(&c->steps, n * sizeof *steps, c->err)) return -1;
+    RegexStep *place = regex_step(c, at);
+    memmove(place + n, place, (regex_size(c) - at) * sizeof *steps);
+    if (steps) memcpy(place, steps, n * sizeof *steps);
+    c->steps.size += n * sizeof *steps;
+    return 0;
+}
+
+static int regex_emit(RegexCompiler *c, RegexStep step) {
+    return regex_insert(c, regex_size(c), &step, 1);
+}
+
+static int regex_item(RegexCompiler *c, ItemKind kind, uint32_t first, uint32_t last, bool negate) {
+    ClassItem item = {kind, negate, first, last};
+    return buffer_append(&c->items, &item, sizeof item, c->err);
+}
+
+// Makes a class of all items from first_item on and emits it.
+static int regex_class(RegexCompiler *c, size_t first_item, bool negate) {
+    size_t n_items = c->items.size / sizeof(ClassItem), n = c->classes.size / sizeof(CharClass);
+    CharClass class = {.first = (uint32_t)first_item, .count = (uint32_t)(n_items - first_item),
+                       .negate = negate, .fold = c->fold};
+    const ClassItem *items = (const ClassItem *)(const void *)c->items.data;
+    for (uint32_t code = 0; code < 128; code++)
+        if (class_search(c->unicode, items, &class, code))
+            class.ascii[code / 64] |= (uint64_t)1 << code % 64;
+    if (buffer_append(&c->classes, &class, sizeof class, c->err)) return -1;
+    return regex_emit(c, (RegexStep){.op = OP_CLASS, .class = (uint32_t)n});
+}
+
+// After \p or \P: {L}, {Lu}, {^Lu}.
+static int regex_property(RegexCompiler *c, bool negate) {
+    const char *start = c->at;
+    if (c->at >= c->end || *c->at != '{') return regex_fail(c, start, "\\p without {...}");
+    c->at++;
+    if (c->at < c->end && *c->at == '^') { negate = !negate; c->at++; }
+    const char *name = c->at;
+    while (c->at < c->end && *c->at != '}') c->at++;
+    size_t n = (size_t)(c->at - name);
+    if (c->at >= c->end) return regex_fail(c, start, "\\p{ without }");
+    c->at++;
+    uint32_t set = 0;
+    for (int i = 0; i < CAT_COUNT; i++)
+        if ((n == 1 || n == 2) && memcmp(category_names + 2 * i, name, n) == 0) set |= CAT_BIT(i);
+    if (n == 3 && memcmp(name, "Any", 3) == 0) set = CAT_BIT(CAT_COUNT) - 1;
+    if (!set) return regex_fail(c, start, "a property other than a general category");
+    return regex_item(c, ITEM_CATEGORIES, set, 0, negate);
+}
+
+static int regex_hex(RegexCompiler *c, size_t min, size_t max, uint32_t *code) {
+    size_t n = 0;
+    for (*code = 0; n < max && c->at < c->end && isxdigit((unsigned char)*c->at); n++, c->at++) {
+        int digit = *c->at;
+        *code = *code << 4 | (uint32_t)(digit <= '9' ? digit - '0' : (digit | 32) - 'a' + 10);
+    }
+    if (n < min) return regex_fail(c, c->at, "too few hexadecimal digits");
+    if (*code >= UNICODE_LIMIT || (*code >= 0xD800 && *code < 0xE000))
+        return regex_fail(c, c->at, "no character has that code");
+    return 0;
+}
+
+// Reads what follows a backslash. A shorthand such as \s becomes an item and sets *is_item; else the
+// character is stored in *code.
+static int regex_escape(RegexCompiler *c, uint32_t *code, bool *is_item) {
+    static const char from[] = "tnrfvae", to[] = "\t\n\r\f\v\a\x1B";
+    const char *start = c->at - 1;
+    *is_item = false;
+    if (c->at >= c->end) return regex_fail(c, start, "a backslash at the end");
+    c->at += utf8_next(c->at, code);
+    uint32_t e = *code;
+    const char *control = e && e < 128 ? strchr(from, (int)e) : NULL;
+    if (control) { *code = (uint32_t)to[control - from]; return 0; }
+    if (e == 'x' && c->at < c->end && *c->at == '{') {
+        c->at++;
+        if (regex_hex(c, 1, 8, code)) return -1;
+        if (c->at >= c->end || *c->at != '}') return regex_fail(c, c->at, "expected }");
+        c->at++;
+        return 0;
+    }
+    if (e == 'x') {
+        if (regex_hex(c, 1, 2, code)) return -1;
+        return *code < 128 ? 0 : regex_fail(c, start, "\\x with a byte that is no character");
+    }
+    if (e == 'u') return regex_hex(c, 4, 4, code);
+    *is_item = true;
+    switch (e) {
+    case 's': case 'S': return regex_item(c, ITEM_SPACE, 0, 0, e == 'S');
+    case 'w': case 'W': return regex_item(c, ITEM_WORD, 0, 0, e == 'W');
+    case 'd': case 'D': return regex_item(c, ITEM_CATEGORIES, CAT_BIT(CAT_ND), 0, e == 'D');
+    case 'p': case 'P': return regex_property(c, e == 'P');
+    default: break;
+    }
+    *is_item = false;
+    if (e < 128 && isalnum((int)e)) return regex_fail(c, start, "an escape that is not supported");
+    return 0;
+}
+
+static int regex_brackets(RegexCompiler *c) {
+    const char *start = c->at++;
+    size_t first_item = c->items.size / sizeof(ClassItem);
+    bool negate = c->at < c->end && *c->at == '^', first = true;
+    if (negate) c->at++;
+    for (;; first = false) {
+        if (c->at >= c->end) return regex_fail(c, start, "[ without ]");
+        const char *item_at = c->at;
+        if (*c->at == ']' && !first) break;
+        if (*c->at == '[') return regex_fail(c, c->at, "a class inside a class");
+        if (c->end - c->at >= 2 && c->at[0] == '&' && c->at[1] == '&')
+            return regex_fail(c, c->at, "an intersection of classes (&&)");
+        uint32_t low, high;
+        bool is_item = false;
+        c->at += utf8_next(c->at, &low);
+        if (low == '\\' && regex_escape(c, &low, &is_item)) return -1;
+        if (is_item) continue;
+        high = low;
+        if (c->end - c->at >= 2 && c->at[0] == '-' && c->at[1] != ']') {
+            c->at++;
+            c->at += utf8_next(c->at, &high);
+            if (high == '[') return regex_fail(c, c->at - 1, "a class inside a class");
+            if (high == '\\' && regex_escape(c, &high, &is_item)) return -1;
+            if (is_item || high < low) return regex_fail(c, item_at, "a range without order");
+        }
+        if (regex_item(c, ITEM_RANGE, low, high, false)) return -1;
+    }
+    c->at++;
+    return regex_class(c, first_item, negate);
+}
+
+static int regex_alternatives(RegexCompiler *c);
+
+// Wraps steps [from, end) between an opening and a closing step; +x of the opening one leads behind.
+static int regex_wrap(RegexCompiler *c, size_t from, RegexOp open, RegexOp close) {
+    int32_t length = (int32_t)(regex_size(c) - from) + 2;
+    if (regex_insert(c, from, &(RegexStep){.op = (uint8_t)open, .x = length}, 1)) return -1;
+    return regex_emit(c, (RegexStep){.op = (uint8_t)close});
+}
+
+// The letters between (? and : or ). Only i is known.
+static int regex_flags(RegexCompiler *c) {
+    bool on = true;
+    const char *start = c->at;
+    for (; c->at < c->end && *c->at != ':' && *c->at != ')'; c->at++) {
+        if (*c->at == '-') on = false;
+        else if (*c->at == 'i') c->fold = on;
+        else return regex_fail(c, start, "a group or flag that is not supported after (?");
+    }
+    return c->at < c->end ? 0 : regex_fail(c, start, "( without )");
+}
+
+static int regex_group(RegexCompiler *c) {
+    const char *start = c->at++;
+    size_t from = regex_size(c);
+    bool fold = c->fold, closed_by_outer = false;
+    char kind = 0;
+    if (++c->depth > REGEX_MAX_DEPTH) return regex_fail(c, start, "groups nested too deeply");
+    if (c->at < c->end && *c->at == '?') {
+        c->at++;
+        kind = c->at < c->end ? *c->at : 0;
+        if (kind && strchr("=!>:", kind)) c->at++;
+        else {
+            if (regex_flags(c)) return -1;
+            // (?i) without a colon holds to the end of the group around it, whose ) stays unread.
+            closed_by_outer = *c->at++ == ')';
+        }
+    }
+    if (regex_alternatives(c)) return -1;
+    if (!closed_by_outer) {
+        if (c->at >= c->end) return regex_fail(c, start, "( without )");
+        c->at++;
+    }
+    c->fold = fold;
+    c->depth--;
+    if (kind == '=') return regex_wrap(c, from, OP_LOOK_AHEAD, OP_LOOK_END);
+    if (kind == '!') return regex_wrap(c, from, OP_LOOK_NOT, OP_LOOK_END);
+    if (kind == '>') return regex_wrap(c, from, OP_ATOMIC, OP_ATOMIC_END);
+    return 0;
+}
+
+// One unit: a character, a class, a group, an assertion.
+static int regex_atom(RegexCompiler *c) {
+    static const struct { char letter; RegexOp op; } assertions[] = {
+        {'A', OP_TEXT_START}, {'z', OP_TEXT_END}, {'Z', OP_LAST_LINE_END}, {'b', OP_WORD_EDGE},
+        {'B', OP_NOT_WORD_EDGE}};
+    size_t first_item = c->items.size / sizeof(ClassItem);
+    if (*c->at == '(') return regex_group(c);
+    if (*c->at == '[') return regex_brackets(c);
+    if (strchr("*+?", *c->at)) return regex_fail(c, c->at, "a quantifier with nothing before it");
+    if (*c->at == '^' || *c->at == '$')
+        return regex_emit(c, (RegexStep){.op = *c->at++ == '^' ? OP_LINE_START : OP_LINE_END});
+    for (size_t i = 0; *c->at == '\\' && i < sizeof assertions / sizeof *assertions; i++) {
+        if (c->end - c->at < 2 || c->at[1] != assertions[i].letter) continue;
+        c->at += 2;
+        return regex_emit(c, (RegexStep){.op = (uint8_t)assertions[i].op});
+    }
+    uint32_t code;
+    bool is_item = false, any = *c->at == '.';
+    c->at += utf8_next(c->at, &code);
+    if (code == '\\' && regex_escape(c, &code, &is_item)) return -1;
+    if (any) code = '\n';                             // . is [^\n]
+    if (!is_item && regex_item(c, ITEM_RANGE, code, code, false)) return -1;
+    return regex_class(c, first_item, any);
+}
+
+// Can the steps [from, end) match without consuming anything? Also collects the characters with
+// which they can begin: first_ascii and, at large, whether others than ASCII can.
+typedef struct { uint64_t ascii[2]; bool other, empty; } FirstSet;
+
+static int regex_first(RegexCompiler *c, size_t from, size_t end, FirstSet *first) {
+    size_t n = end - from, top = 0;
+    *first = (FirstSet){{0, 0}, false, false};
+    uint32_t *todo = mem_alloc(c->steps.allocator, 2 * n + 1, sizeof *todo, c->err);
+    uint8_t *seen = mem_alloc(c->steps.allocator, n + 1, 1, c->err);
+    const CharClass *classes = (const CharClass *)(const void *)c->classes.data;
+    if (todo && seen) todo[top++] = (uint32_t)from;
+    while (top) {
+        size_t i = todo[--top];
+        if (i >= end) { first->empty = true; continue; }
+        if (seen[i - from]) continue;
+        seen[i - from] = 1;
+        const RegexStep *step = regex_step(c, i);
+        size_t next = i + 1;
+        if (step->op == OP_MATCH) { first->empty = true; continue; }
+        if (step->op == OP_CLASS || step->op == OP_LOOP) {
+            first->ascii[0] |= classes[step->class].ascii[0];
+            first->ascii[1] |= classes[step->class].ascii[1];
+            first->other = true;
+            if (step->op == OP_CLASS || step->min) continue;
+        } else if (step->op == OP_JUMP || step->op == OP_SPLIT || step->op == OP_LOOK_AHEAD
+                   || step->op == OP_LOOK_NOT) {
+            next = (size_t)((ptrdiff_t)i + step->x);
+        }
+        todo[top++] = (uint32_t)next;
+        if (step->op == OP_SPLIT) todo[top++] = (uint32_t)((ptrdiff_t)i + step->y);
+    }
+    int bad = todo && seen ? 0 : -1;
+    mem_free(c->steps.allocator, todo, 2 * n + 1, sizeof *todo);
+    mem_free(c->steps.allocator, seen, n + 1, 1);
+    return bad;
+}
+
+typedef struct { uint32_t min, max; bool lazy, possessive; } Quantifier;
+
+// {n}, {n,}, {,m}, {n,m}; anything else after { is plain text, as in Oniguruma: *found stays false.
+static int regex_braces(RegexCompiler *c, Quantifier *q, bool *found) {
+    const char *at = c->at + 1, *start = c->at;
+    uint32_t numbers[2] = {0, REGEX_NO_LIMIT};
+    int given[2] = {0, 0}, k = 0;
+    for (; at < c->end && *at != '}'; at++) {
+        if (*at == ',' && k == 0) { k = 1; continue; }
+        if (*at < '0' || *at > '9') return 0;
+        numbers[k] = (given[k]++ ? numbers[k] : 0) * 10 + (uint32_t)(*at - '0');
+        if (numbers[k] > 1000) return regex_fail(c, start, "a repetition above 1000");
+    }
+    if (at >= c->end || !(given[0] || given[1])) return 0;
+    c->at = at + 1;
+    *found = true;
+    *q = (Quantifier){numbers[0], k ? numbers[1] : numbers[0], false, false};
+    if (q->min > q->max) return regex_fail(c, start, "a repetition without order");
+    if (c->at < c->end && *c->at == '?') {
+        c->at++;
+        if (k) q->lazy = true;
+        else q->min = 0;                              // Oniguruma: x{n}? is (?:x{n})?
+        if (!k && q->max > 1) return regex_fail(c, start, "{n}?");
+    }
+    return 0;
+}
+
+static int regex_quantifier(RegexCompiler *c, Quantifier *q, bool *found) {
+    *found = false;
+    if (c->at >= c->end) return 0;
+    if (*c->at == '{') return regex_braces(c, q, found);
+    if (!strchr("*+?", *c->at)) return 0;
+    char kind = *c->at++;
+    *q = (Quantifier){kind == '+', kind == '?' ? 1 : REGEX_NO_LIMIT, false, false};
+    *found = true;
+    if (c->at < c->end && *c->at == '?') { q->lazy = true; c->at++; }
+    else if (c->at < c->end && *c->at == '+') { q->possessive = true; c->at++; }
+    return 0;
+}
+
+// Emits a split whose two ways are +1 and `other`; a lazy one takes `other` first.
+static RegexStep regex_split(bool lazy, size_t other) {
+    int32_t far = (int32_t)other;
+    return (RegexStep){.op = OP_SPLIT, .x = lazy ? far : 1, .y = lazy ? 1 : far};
+}
+
+// Turns the unit at steps [from, end) into its repetition.
+static int regex_repeat(RegexCompiler *c, size_t from, Quantifier q) {
+    size_t n = regex_size(c) - from;
+    RegexStep *unit = regex_step(c, from);
+    if (n == 1 && unit->op == OP_CLASS && !q.lazy) {
+        *unit = (RegexStep){.op = OP_LOOP, .possessive = q.possessive, .class = unit->class,
+                            .min = q.min, .max = q.max};
+        return 0;
+    }
+    FirstSet first;
+    if (regex_first(c, from, from + n, &first)) return -1;
+    if (first.empty && q.max == REGEX_NO_LIMIT)
+        return regex_fail(c, c->at, "an endless repetition of what can match nothing");
+    RegexStep *copy = mem_alloc(c->steps.allocator, n, sizeof *copy, c->err);
+    if (!copy) return -1;
+    memcpy(copy, unit, n * sizeof *copy);
+    c->steps.size = from * sizeof *copy;
+    int bad = 0;
+    for (uint32_t i = 0; i < q.min && !bad; i++) bad = regex_insert(c, regex_size(c), copy, n);
+    if (q.max == REGEX_NO_LIMIT) {                    // L: split +1, out; unit; jump L
+        bad = bad || regex_emit(c, regex_split(q.lazy, n + 2))
+           || regex_insert(c, regex_size(c), copy, n)
+           || regex_emit(c, (RegexStep){.op = OP_JUMP, .x = -(int32_t)n - 1});
+    } else {                                          // (split +1, out; unit) for each optional one
+        for (uint32_t i = q.min; i < q.max && !bad; i++)
+            bad = regex_emit(c, regex_split(q.lazy, (q.max - i) * (n + 1)))
+               || regex_insert(c, regex_size(c), copy, n);
+    }
+    mem_free(c->steps.allocator, copy, n, sizeof *copy);
+    if (bad) return -1;
+    return q.possessive ? regex_wrap(c, from, OP_ATOMIC, OP_ATOMIC_END) : 0;
+}
+
+// Units one after the other, up to | or ) or the end.
+static int regex_sequence(RegexCompiler *c) {
+    while (c->at < c->end && *c->at != '|' && *c->at != ')') {
+        size_t from = regex_size(c);
+        if (regex_atom(c)) return -1;
+        for (bool found = true; found;) {
+            Quantifier q = {0, 0, false, false};
+            if (regex_quantifier(c, &q, &found)) return -1;
+            if (found && regex_repeat(c, from, q)) return -1;
+        }
+    }
+    return 0;
+}
+
+// Alternatives inside a group: split +1, next; sequence; jump to the end; next ...
+static int regex_alternatives(RegexCompiler *c) {
+    size_t from = regex_size(c), last_jump = SIZE_MAX;
+    if (regex_sequence(c)) return -1;
+    while (c->at < c->end && *c->at == '|') {
+        c->at++;
+        size_t n = regex_size(c) - from;
+        RegexStep split = regex_split(false, n + 2);
+        if (regex_insert(c, from, &split, 1)) return -1;
+        // Until the end is known, each jump holds the way back to the one before it.
+        size_t jump = regex_size(c);
+        int32_t back = last_jump == SIZE_MAX ? 0 : (int32_t)(jump - last_jump);
+        if (regex_emit(c, (RegexStep){.op = OP_JUMP, .x = back})) return -1;
+        last_jump = jump;
+        from = regex_size(c);
+        if (regex_sequence(c)) return -1;
+    }
+    while (last_jump != SIZE_MAX) {
+        int32_t back = regex_step(c, last_jump)->x;
+        regex_step(c, last_jump)->x = (int32_t)(regex_size(c) - last_jump);
+        last_jump = back ? last_jump - (size_t)back : SIZE_MAX;
+    }
+    return 0;
+}
+
+// The alternatives of the whole pattern are kept apart, with the bytes they can begin with.
+static int regex_top_level(RegexCompiler *c, Regex *re) {
+    do {
+        if (re->n_alternatives == REGEX_MAX_ALTERNATIVES)
+            return regex_fail(c, c->at, "more than 64 alternatives");
+        if (re->n_alternatives) c->at++;
+        size_t from = regex_size(c);
+        uint64_t bit = (uint64_t)1 << re->n_alternatives;
+        FirstSet first;
+        if (regex_sequence(c) || regex_emit(c, (RegexStep){.op = OP_MATCH})) return -1;
+        if (regex_first(c, from, regex_size(c), &first)) return -1;
+        for (size_t byte = 0; byte < 256; byte++) {
+            bool can = byte < 128 ? first.ascii[byte / 64] >> byte % 64 & 1 : first.other;
+            if (can || first.empty) re->by_byte[byte] |= bit;
+        }
+        if (first.empty) re->by_end |= bit;
+        re->start[re->n_alternatives++] = (uint32_t)from;
+    } while (c->at < c->end && *c->at == '|');
+    return c->at < c->end ? regex_fail(c, c->at, ") without (") : 0;
+}
+
+static void *region_copy(Region *region, const Buffer *b, qlora_error *err) {
+    void *copy = region_alloc(region, max_size(b->size, 1), 1, err);
+    if (copy && b->size) memcpy(copy, b->data, b->size);
+    return copy;
+}
+
+// Compiles a pattern of n bytes of UTF-8; `name` says in messages where it stands.
+static const Regex *regex_compile(const Unicode *unicode, const char *pattern, size_t n,
+                                  const char *name, Region *region, qlora_error *err) {
+    RegexCompiler c = {.pattern = pattern, .at = pattern, .end = pattern + n, .name = name,
+                       .unicode = unicode, .err = err};
+    c.steps.allocator = c.classes.allocator = c.items.allocator = region->allocator;
+    Regex *re = region_alloc(region, 1, sizeof *re, err);
+    int bad = !re;
+    if (!bad && n > REGEX_MAX_PATTERN) bad = regex_fail(&c, pattern, "more than 65536 bytes");
+    if (!bad && memchr(pattern, 0, n)) bad = regex_fail(&c, pattern, "a NUL character");
+    bad = bad || regex_top_level(&c, re);
+    if (!bad) {
+        re->unicode = unicode;
+        re->steps = region_copy(region, &c.steps, err);
+        re->classes = region_copy(region, &c.classes, err);
+        re->items = region_copy(region, &c.items, err);
+        bad = !re->steps || !re->classes || !re->items;
+    }
+    buffer_free(&c.steps);
+    buffer_free(&c.classes);
+    buffer_free(&c.items);
+    return bad ? NULL : re;
+}
+
+// --------------------------------------------------------------- regular expressions: the matcher
+
+// A place to go back to: which, depends on the step it was left at.
+//   OP_SPLIT    take the other way, at pos
+//   OP_LOOP     give back one character: pos is the end, low the least it may become
+//   others      the beginning of a look-ahead or atomic group, at pos; low is the group around it
+typedef struct { uint32_t step; size_t pos, low; } Choice;
+
+typedef struct {
+    Buffer stack;                   // of Choice
+    size_t budget;                  // steps that may still be taken before the pattern is given up
+} RegexRun;
+
+// Backtracking can take exponential time. No pattern that is met in practice needs more than a few
+// steps a character; one that does, ends in an error instead of a hang.
+static RegexRun regex_run(size_t text_bytes, const qlora_allocator *a) {
+    return (RegexRun){.stack = {.allocator = a}, .budget = ((size_t)1 << 24) + 512 * text_bytes};
+}
+
+static int regex_exhausted(qlora_error *err) {
+    return fail(err, "a regular expression of the tokenizer takes too long on this text");
+}
+
+static int regex_push(RegexRun *run, Choice choice, qlora_error *err) {
+    if (run->stack.size >= REGEX_MAX_STACK * sizeof choice) return regex_exhausted(err);
+    return buffer_append(&run->stack, &choice, sizeof choice, err);
+}
+
+static bool regex_word_at(const Regex *re, const char *text, size_t n, size_t at) {
+    uint32_t code;
+    if (at >= n) return false;
+    utf8_next(text + at, &code);
+    static const ClassItem word = {ITEM_WORD, false, 0, 0};
+    return item_holds(re->unicode, &word, code);
+}
+
+static bool regex_assert(const Regex *re, RegexOp op, const char *text, size_t n, size_t at) {
+    switch (op) {
+    case OP_LINE_START: return at == 0 || (text[at - 1] == '\n' && at < n);
+    case OP_LINE_END: return at == n || text[at] == '\n';
+    case OP_TEXT_START: return at == 0;
+    case OP_TEXT_END: return at == n;
+    case OP_LAST_LINE_END: return at == n || (at + 1 == n && text[at] == '\n');
+    default: break;
+    }
+    bool before = at > 0 && regex_word_at(re, text, n, utf8_before(text, at));
+    return (before != regex_word_at(re, text, n, at)) == (op == OP_WORD_EDGE);
+}
+
+// Runs over at most max characters of the class; returns how many and moves *at behind them.
+static inline size_t regex_span(const Regex *re, const CharClass *class, uint32_t max,
+                                const char *text, size_t n, size_t *at) {
+    size_t count = 0, i = *at;
+    while (i < n && count < max) {
+        uint32_t code;
+        size_t length = utf8_next(text + i, &code);
+        if (!class_holds(re, class, code)) break;
+        i += length;
+        count++;
+    }
+    *at = i;
+    return count;
+}
+
+// Takes back choices until one is left to try. Returns false when there is none; else sets the step
+// and position to go on from. *group is the innermost open look-ahead or atomic group.
+static bool regex_back(const Regex *re, RegexRun *run, const char *text, uint32_t *step, size_t *at,
+                       size_t *group) {
+    while (run->stack.size) {
+        Choice *top = (Choice *)(void *)(run->stack.data + run->stack.size) - 1;
+        const RegexStep *left = &re->steps[top->step];
+        *step = top->step;
+        *at = top->pos;
+        if (left->op == OP_LOOP) {
+            *at = top->pos = utf8_before(text, top->pos);
+            if (top->pos <= top->low) run->stack.size -= sizeof *top;
+            *step += 1;
+            return true;
+        }
+        run->stack.size -= sizeof *top;
+        if (left->op == OP_SPLIT) {
+            *step = (uint32_t)((int32_t)*step + left->y);
+            return true;
+        }
+        *group = top->low;
+        if (left->op == OP_LOOK_NOT) {                // its inside failed: that is what was wanted
+            *step = (uint32_t)((int32_t)*step + left->x);
+            return true;
+        }
+    }
+    return false;
+}
+
+// Tries one alternative at one place. Returns 1 and the end of the match, 0, or -1.
+static int regex_try(const Regex *re, RegexRun *run, uint32_t step, const char *text, size_t n,
+                     size_t at, size_t *match_end, qlora_error *err) {
+    size_t group = SIZE_MAX;                          // index in the stack
+    run->stack.size = 0;
+    for (;;) {
+        const RegexStep *s = &re->steps[step];
+        bool ok = true;
+        size_t from = at, count;
+        if (run->budget-- == 0) { run->budget = 0; return regex_exhausted(err); }
+        switch ((RegexOp)s->op) {
+        case OP_MATCH: *match_end = at; return 1;
+        case OP_CLASS:
+            ok = regex_span(re, &re->classes[s->class], 1, text, n, &at) == 1;
+            step++;
+            break;
+        case OP_LOOP:
+            count = regex_span(re, &re->classes[s->class], s->max, text, n, &at);
+            run->budget -= min_size(count / 8, run->budget);
+            ok = count >= s->min;
+            step++;
+            // Nothing can fail after the last step, so nothing would be given back.
+            if (!ok || count == s->min || s->possessive || s[1].op == OP_MATCH) break;
+            for (uint32_t i = 0; i < s->min; i++) {
+                uint32_t code;
+                from += utf8_next(text + from, &code);
+            }
+            if (regex_push(run, (Choice){step - 1, at, from}, err)) return -1;
+            break;
+        case OP_JUMP: step = (uint32_t)((int32_t)step + s->x); break;
+        case OP_SPLIT:
+            if (regex_push(run, (Choice){step, at, 0}, err)) return -1;
+            step = (uint32_t)((int32_t)step + s->x);
+            break;
+        case OP_LOOK_AHEAD: case OP_LOOK_NOT: case OP_ATOMIC: {
+            size_t here = run->stack.size / sizeof(Choice);
+            if (regex_push(run, (Choice){step, at, group}, err)) return -1;
+            group = here;
+            step++;
+            break;
+        }
+        case OP_LOOK_END: case OP_ATOMIC_END: {       // forget every choice made inside
+            const Choice *open = (const Choice *)(const void *)run->stack.data + group;
+            const RegexStep *opening = &re->steps[open->step];
+            run->stack.size = group * sizeof(Choice);
+            group = open->low;
+            if (s->op == OP_LOOK_END) at = open->pos;
+            ok = opening->op != OP_LOOK_NOT;
+            step++;
+            break;
+        }
+        default:
+            ok = regex_assert(re, (RegexOp)s->op, text, n, at);
+            step++;
+        }
+        if (!ok && !regex_back(re, run, text, &step, &at, &group)) return 0;
+    }
+}
+
+// Finds the leftmost match that begins at `from` or later in valid UTF-8. Returns 1, 0 or -1.
+static int regex_find(const Regex *re, RegexRun *run, const char *text, size_t n, size_t from,
+                      size_t *start, size_t *end, qlora_error *err) {
+    for (size_t at = from;;) {
+        uint64_t ways = at < n ? re->by_byte[(unsigned char)text[at]] : re->by_end;
+        for (uint32_t i = 0; ways; i++, ways >>= 1) {
+            if (!(ways & 1)) continue;
+            int found = regex_try(re, run, re->start[i], text, n, at, end, err);
+            if (found) { *start = at; return found; }
+        }
+        if (at >= n) return 0;
+        uint32_t code;
+        at += utf8_next(text + at, &code);
+    }
+}
+// =================================================================================================
+//  9. The tokenizer
+//
+//  Text to ids as Hugging Face's `tokenizers` does it, id for id. The way of a text:
+//      added tokens found in the raw text        <|im_start|> becomes its id, the rest goes on
+//      normalizers                               NFC; " " becomes "▁"
+//      added tokens found in normalised text
+//      pre-tokenizers                            cut into pieces: words, numbers, white space
+//      byte-pair encoding of each piece          the merge of lowest rank first, leftmost first
+//      post-processor                            <s> in front
+//  Two styles exist: byte-level (GPT-2, Llama-3, Qwen), whose alphabet is the 256 bytes, and
+//  sentencepiece's (Llama-2, Mistral), whose alphabet is characters, unknown ones as <0xHH> bytes.
+//  All of it is data read from tokenizer.json; a kind that is not known is refused by name.
+// =================================================================================================
+
+enum { MAX_TOKEN_BYTES = 1 << 16, MAX_TOKENS = 1 << 24, MAX_TOKENIZER_STEPS = 32 };
+
+// ------------------------------------------------------------------------------------ vocabulary
+
+typedef struct {
+    const char *text;
+    uint32_t length;
+    int32_t id;
+    bool added;                     // is looked for in the text itself
+    bool special;
+    bool outside;                   // not one of the model's own tokens, only an added one
+} Token;
+
+typedef struct { int32_t left, right, merged; uint32_t rank; } Merge;      // left -1: empty slot
+#define NO_RANK UINT32_MAX
+
+typedef struct {
+    Token *tokens;                  // in the order they were read
+    size_t n_tokens, max_tokens;
+    uint32_t *by_text;              // hash table of index + 1 in tokens
+    uint32_t *by_id;                // (n_ids) index + 1 in tokens; 0: no token has that id
+    size_t n_text_slots, n_ids, longest;
+    Merge *merges;                  // hash table
+    size_t n_merge_slots;
+} Vocabulary;
+
+static uint64_t hash_mix(uint64_t h) {
+    h *= 0x9E3779B97F4A7C15u;
+    return h ^ h >> 32;
+}
+
+static uint64_t hash_bytes(const char *text, size_t n) {
+    uint64_t h = n, word;
+    for (; n >= 8; text += 8, n -= 8) {
+        memcpy(&word, text, 8);
+        h = hash_mix(h ^ word);
+    }
+    for (word = 0; n; n--) word = word << 8 | (unsigned char)text[n - 1];
+    return hash_mix(hash_mix(h ^ word));
+}
+
+// A power of two that leaves at least a third of a hash table of n entries empty.
+static size_t hash_slots(size_t n) {
+    size_t slots = 16;
+    while (slots < n + n / 2) slots *= 2;
+    return slots;
+}
+
+static int vocabulary_open(Vocabulary *v, size_t max_tokens, Region *region, qlora_error *err) {
+    v->max_tokens = max_tokens;
+    v->n_text_slots = hash_slots(max_tokens);
+    v->tokens = region_alloc(region, max_tokens, sizeof *v->tokens, err);
+    v->by_text = region_alloc(region, v->n_text_slots, sizeof *v->by_text, err);
+    return v->tokens && v->by_text ? 0 : -1;
+}
+
+// The slot of that text, or the empty one where it would go.
+static uint32_t *vocabulary_slot(const Vocabulary *v, const char *text, size_t n) {
+    for (size_t i = hash_bytes(text, n);; i++) {
+        uint32_t *slot = &v->by_text[i & (v->n_text_slots - 1)];
+        if (!*slot) return slot;
+        const Token *token = &v->tokens[*slot - 1];
+        if (token->length == n && memcmp(token->text, text, n) == 0) return slot;
+    }
+}
+
+static Token *vocabulary_find(const Vocabulary *v, const char *text, size_t n) {
+    if (n > v->longest) return NULL;
+    uint32_t slot = *vocabulary_slot(v, text, n);
+    return slot ? &v->tokens[slot - 1] : NULL;
+}
+
+static int32_t vocabulary_id(const Vocabulary *v, const char *text, size_t n) {
+    const Token *token = vocabulary_find(v, text, n);
+    return token ? token->id : -1;
+}
+
+// The same among the tokens that merging knows.
+static int32_t model_id(const Vocabulary *v, const char *text, size_t n) {
+    const Token *token = vocabulary_find(v, text, n);
+    return token && !token->outside ? token->id : -1;
+}
+
+// Adds a token whose text stays where it is. Its id is checked here for range, in vocabulary_close
+// for being the only one.
+static int vocabulary_add(Vocabulary *v, const char *text, size_t n, size_t id, const char *file,
+                          qlora_error *err) {
+    if (n > MAX_TOKEN_BYTES) return fail(err, "%s: the token with id %zu has %zu bytes (65536 at "
+                                         "most)", file, id, n);
+    if (id >= MAX_TOKENS) return fail(err, "%s: token \"%.100s\" has id %zu (below 16777216 expected)",
+                                      file, text, id);
+    if (v->n_tokens == v->max_tokens) return fail(err, "%s: more tokens than were counted", file);
+    uint32_t *slot = vocabulary_slot(v, text, n);
+    if (*slot) return fail(err, "%s: token \"%.100s\" stands there twice", file, text);
+    v->tokens[v->n_tokens] = (Token){.text = text, .length = (uint32_t)n, .id = (int32_t)id};
+    *slot = (uint32_t)++v->n_tokens;
+    v->longest = max_size(v->longest, n);
+    v->n_ids = max_size(v->n_ids, id + 1);
+    return 0;
+}
+
+static int vocabulary_close(Vocabulary *v, const char *file, Region *region, qlora_error *err) {
+    v->by_id = region_alloc(region, v->n_ids, sizeof *v->by_id, err);
+    if (!v->by_id) return -1;
+    for (size_t i = 0; i < v->n_tokens; i++) {
+        uint32_t *slot = &v->by_id[v->tokens[i].id];
+        if (*slot) return fail(err, "%s: tokens \"%.100s\" and \"%.100s\" have the same id %d", file,
+                               v->tokens[*slot - 1].text, v->tokens[i].text, v->tokens[i].id);
+        *slot = (uint32_t)i + 1;
+    }
+    return 0;
+}
+
+static const Token *vocabulary_token(const Vocabulary *v, int32_t id) {
+    uint32_t slot = id >= 0 && (size_t)id < v->n_ids ? v->by_id[id] : 0;
+    return slot ? &v->tokens[slot - 1] : NULL;
+}
+
+static int merges_open(Vocabulary *v, size_t n, Region *region, qlora_error *err) {
+    v->n_merge_slots = hash_slots(n);
+    v->merges = region_alloc(region, v->n_merge_slots, sizeof *v->merges, err);
+    for (size_t i = 0; v->merges && i < v->n_merge_slots; i++) v->merges[i].left = -1;
+    return v->merges ? 0 : -1;
+}
+
+// The slot of the pair, or the empty one where it would go.
+static inline Merge *merge_slot(const Vocabulary *v, int32_t left, int32_t right) {
+    uint64_t key = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
+    for (size_t i = hash_mix(key);; i++) {
+        Merge *slot = &v->merges[i & (v->n_merge_slots - 1)];
+        if ((slot->left == left && slot->right == right) || slot->left < 0) return slot;
+    }
+}
+
+// Adds the merge of two tokens given by text. Of duplicates the last counts, as in `tokenizers`.
+static int merge_add(Vocabulary *v, const char *left, size_t n_left, const char *right,
+                     size_t n_right, size_t rank, Buffer *scratch, const char *file,
+                     qlora_error *err) {
+    const Token *a = vocabulary_find(v, left, n_left), *b = vocabulary_find(v, right, n_right);
+    if (!a || !b)
+        return fail(err, "%s: merge %zu: \"%.*s\" is not in the vocabulary", file, rank,
+                    (int)min_size(a ? n_right : n_left, 100), a ? right : left);
+    scratch->size = 0;
+    if (buffer_append(scratch, left, n_left, err) || buffer_append(scratch, right, n_right, err))
+        return -1;
+    const Token *merged = vocabulary_find(v, scratch->data, scratch->size);
+    if (!merged)
+        return fail(err, "%s: merge %zu: \"%.100s\" + \"%.100s\" is not in the vocabulary", file,
+                    rank, a->text, b->text);
+    *merge_slot(v, a->id, b->id) = (Merge){a->id, b->id, merged->id, (uint32_t)rank};
+    return 0;
+}
+
+// -------------------------------------------------------------------------------- what is read
+
+typedef enum { NORMAL_FORM, NORMAL_PREPEND, NORMAL_REPLACE, NORMAL_STRIP, NORMAL_LOWERCASE
+} NormalKind;
+
+typedef struct {
+    NormalKind kind;
+    const NormalForm *form;
+    const Regex *regex;
+    const char *text;               // prepended, or put in place of what the regex matches
+    size_t length;
+    bool left, right;               // NORMAL_STRIP: which sides
+} NormalStep;
+
+typedef enum { PRE_SPLIT, PRE_PREFIX_SPACE, PRE_METASPACE, PRE_BYTES } PreKind;
+typedef enum { SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_WITH_PREVIOUS, SPLIT_WITH_NEXT,
+               SPLIT_CONTIGUOUS } SplitBehavior;
+typedef enum { PREPEND_FIRST, PREPEND_ALWAYS, PREPEND_NEVER } PrependScheme;
+
+typedef struct {
+    PreKind kind;
+    const Regex *regex;             // PRE_SPLIT
+    SplitBehavior behavior;
+    bool invert;                    // PRE_SPLIT: what does not match is what is looked for
+    PrependScheme scheme;           // PRE_METASPACE
+    const char *replacement;        // PRE_METASPACE: what a space becomes
+} PreStep;
+
+typedef enum { DECODE_REPLACE, DECODE_METASPACE, DECODE_BYTE_FALLBACK, DECODE_BYTE_LEVEL,
+               DECODE_FUSE, DECODE_STRIP, DECODE_JOIN } DecodeKind;
+
+typedef struct {
+    DecodeKind kind;
+    const Regex *regex;             // DECODE_REPLACE
+    const char *text;               // replacement, or the character that is stripped or replaced
+    size_t length;
+    PrependScheme scheme;
+    size_t start, stop;             // DECODE_STRIP: how many at most
+    bool fused;                     // all tokens have become one before this step
+} DecodeStep;
+
+// A token that is looked for in the text itself. `pattern` is its text, normalised if it says so.
+typedef struct {
+    const char *pattern;
+    size_t length;
+    int32_t id;
+    bool lstrip, rstrip, single_word;
+} AddedToken;
+
+// Added tokens sorted by pattern, so that those with a common beginning lie together.
+typedef struct {
+    AddedToken *tokens;
+    size_t n;
+    size_t first[257];              // tokens that begin with byte b: first[b] .. first[b + 1] - 1
+} AddedSet;
+
+enum { UNK_MISSING = -2 };          // named, but no token: an error once it is needed
+
+typedef struct Tokenizer {
+    Region region;                  // everything below lives here
+    const char *file;               // for messages: what was read
+    const Unicode *unicode;
+    Vocabulary vocabulary;
+    AddedSet added_raw, added_normalized;
+    NormalStep *normalizers;
+    PreStep *pre_tokenizers;
+    DecodeStep *decoders;
+    size_t n_normalizers, n_pre_tokenizers, n_decoders;
+
+    bool byte_level;                // pieces are bytes, tokens are written in the alphabet below
+    bool ignore_merges;             // a piece that is a token as a whole is not built up
+    bool byte_fallback, fuse_unk;
+    bool cut_at_space;              // no merge reaches from another character into a "▁"
+    int32_t unk_id;                 // of unknown characters; -1: they are left out; or UNK_MISSING
+    int32_t byte_id[256];           // byte-level: of a byte; byte_fallback: of <0xHH>; or -1
+    int32_t *char_id;               // (65536) of a character, or -1
+    int32_t *prefix, *suffix;       // what the post-processor puts around a text
+    size_t n_prefix, n_suffix;
+
+    // From tokenizer_config.json and its companions. Texts NULL and ids -1 where there is none.
+    const char *chat_template, *class_name;
+    const char *bos_token, *eos_token, *pad_token, *unk_token;
+    int32_t bos_id, eos_id, pad_id, config_unk_id;
+    bool add_bos_token, add_eos_token;
+} Tokenizer;
+
+static const char space_mark[] = "\xE2\x96\x81";      // ▁ U+2581, how sentencepiece writes a space
+
+// The alphabet of byte-level tokenizers: printable Latin-1 bytes stand for themselves, the other 68
+// are written as U+0100, U+0101, ...
+static uint32_t byte_to_char(unsigned byte) {
+    if (byte >= 0x21 && byte <= 0x7E) return byte;
+    if (byte >= 0xA1 && byte != 0xAD) return byte;
+    if (byte < 0x21) return 0x100 + byte;
+    return byte == 0xAD ? 0x143 : 0x121 + (byte - 0x7F);
+}
+
+static int char_to_byte(uint32_t code) {              // or -1
+    if (code < 0x100) return byte_to_char(code) == code ? (int)code : -1;
+    if (code <= 0x120) return (int)code - 0x100;
+    if (code <= 0x142) return (int)code - 0x121 + 0x7F;
+    return code == 0x143 ? 0xAD : -1;
+}
+
+static int append_byte_alphabet(Buffer *out, const char *text, size_t n, qlora_error *err) {
+    for (size_t i = 0; i < n; i++) {
+        char bytes[4];
+        size_t length = utf8_encode(bytes, byte_to_char((unsigned char)text[i]));
+        if (buffer_append(out, bytes, length, err)) return -1;
+    }
+    return 0;
+}
+
+// Is this the text of a byte token, <0xHH> with exactly two hexadecimal digits? Returns it, or -1.
+static int byte_token(const char *text, size_t n) {
+    if (n != 6 || memcmp(text, "<0x", 3) != 0 || text[5] != '>') return -1;
+    int value = 0;
+    for (int i = 3; i < 5; i++) {
+        int c = (unsigned char)text[i];
+        if (!isxdigit(c)) return -1;
+        value = value * 16 + (c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
+    }
+    return value;
+}
+
+// ------------------------------------------------------------------------------------- encoding
+
+// Pieces repeat: a small table of the latest ones and their ids saves most of the work.
+typedef struct { uint8_t length, count; char text[26]; int32_t ids[9]; } CachedPiece;
+enum { MAX_CACHED_PIECES = 4096 };
+
+// A symbol in a long piece: a token so far, in a linked list.
+typedef struct { int32_t id, previous, next; } Symbol;
+typedef struct { uint32_t rank; int32_t at, left, right, merged; } Candidate;
+
+// What one call of tokenizer_encode works with.
+typedef struct {
+    const Tokenizer *t;
+    Buffer *ids;                    // of int32_t
+    Buffer normal[2];               // normalised text, by turns
+    Buffer rewritten[MAX_TOKENIZER_STEPS];      // text as pre-tokenizer i has changed it
+    Buffer symbols, list, heap;     // of int32_t, Symbol, Candidate
+    RegexRun regex;
+    CachedPiece *cache;
+    size_t n_cache;                 // a power of two, or 0
+    qlora_error *err;
+} Encoder;
+
+static int encoder_open(Encoder *e, const Tokenizer *t, size_t n, Buffer *ids, qlora_error *err) {
+    const qlora_allocator *a = t->region.allocator;
+    *e = (Encoder){.t = t, .ids = ids, .regex = regex_run(n, a), .err = err};
+    e->normal[0].allocator = e->normal[1].allocator = a;
+    e->symbols.allocator = e->list.allocator = e->heap.allocator = a;
+    for (size_t i = 0; i < t->n_pre_tokenizers; i++) e->rewritten[i].allocator = a;
+    if (n < 256) return 0;                            // a short text would pay more than it saves
+    for (e->n_cache = 64; e->n_cache < n / 8 && e->n_cache < MAX_CACHED_PIECES;) e->n_cache *= 2;
+    e->cache = mem_alloc(a, e->n_cache, sizeof *e->cache, err);
+    return e->cache ? 0 : -1;
+}
+
+static void encoder_close(Encoder *e) {
+    buffer_free(&e->normal[0]);
+    buffer_free(&e->normal[1]);
+    for (size_t i = 0; i < e->t->n_pre_tokenizers; i++) buffer_free(&e->rewritten[i]);
+    buffer_free(&e->symbols);
+    buffer_free(&e->list);
+    buffer_free(&e->heap);
+    buffer_free(&e->regex.stack);
+    mem_free(e->t->region.allocator, e->cache, e->n_cache, sizeof *e->cache);
+}
+
+static int push_id(Buffer *ids, int32_t id, qlora_error *err) {
+    return buffer_append(ids, &id, sizeof id, err);
+}
+
+// Few symbols: look for the lowest rank again and again, the leftmost among equals.
+enum { FEW_SYMBOLS = 32 };
+
+static size_t merge_few(const Vocabulary *v, int32_t *ids, size_t n) {
+    uint32_t rank[FEW_SYMBOLS];                       // of the pair that begins at i
+    int32_t merged[FEW_SYMBOLS];
+    for (size_t i = 0; i + 1 < n; i++) {
+        const Merge *merge = merge_slot(v, ids[i], ids[i + 1]);
+        rank[i] = merge->left < 0 ? NO_RANK : merge->rank;
+        merged[i] = merge->merged;
+    }
+    while (n > 1) {
+        size_t best = 0;
+        for (size_t i = 1; i + 1 < n; i++)
+            if (rank[i] < rank[best]) best = i;
+        if (rank[best] == NO_RANK) break;
+        ids[best] = merged[best];
+        n--;
+        for (size_t i = best + 1; i < n; i++) {
+            ids[i] = ids[i + 1];
+            rank[i - 1] = rank[i];
+            merged[i - 1] = merged[i];
+        }
+        for (size_t i = best ? best - 1 : 0; i <= best && i + 1 < n; i++) {
+            const Merge *merge = merge_slot(v, ids[i], ids[i + 1]);
+            rank[i] = merge->left < 0 ? NO_RANK : merge->rank;
+            merged[i] = merge->merged;
+        }
+    }
+    return n;
+}
+
+static bool candidate_before(const Candidate *a, const Candidate *b) {
+    return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
+}
+
+static int heap_push(Buffer *heap, Candidate candidate, qlora_error *err) {
+    if (buffer_append(heap, &candidate, sizeof candidate, err)) return -1;
+    Candidate *items = (Candidate *)(void *)heap->data;
+    size_t i = heap->size / sizeof candidate - 1;
+    for (; i && candidate_before(&candidate, &items[(i - 1) / 2]); i = (i - 1) / 2)
+        items[i] = items[(i - 1) / 2];
+    items[i] = candidate;
+    return 0;
+}
+
+static Candidate heap_pop(Buffer *heap) {
+    Candidate *items = (Candidate *)(void *)heap->data, top = items[0];
+    heap->size -= sizeof top;
+    size_t n = heap->size / sizeof top, i = 0;
+    Candidate last = items[n];
+    for (size_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && candidate_before(&items[child + 1], &items[child])) child++;
+        if (!candidate_before(&items[child], &last)) break;
+        items[i] = items[child];
+    }
+    items[i] = last;
+    return top;
+}
+
+static int push_candidate(Encoder *e, const Symbol *symbols, int32_t at) {
+    int32_t next = at < 0 ? -1 : symbols[at].next;
+    if (next < 0) return 0;
+    const Merge *merge = merge_slot(&e->t->vocabulary, symbols[at].id, symbols[next].id);
+    if (merge->left < 0) return 0;
+    return heap_push(&e->heap, (Candidate){merge->rank, at, merge->left, merge->right,
+                                           merge->merged}, e->err);
+}
+
+// Many symbols: a heap of the pairs that can be merged; O(n log n). A candidate whose symbols have
+// changed since it was pushed is passed over.
+static int merge_many(Encoder *e, int32_t *ids, size_t *n) {
+    e->list.size = e->heap.size = 0;
+    if (*n > INT32_MAX / 2) return fail(e->err, "a piece of text is too long to be tokenised");
+    if (buffer_reserve(&e->list, *n * sizeof(Symbol), e->err)) return -1;
+    Symbol *symbols = (Symbol *)(void *)e->list.data;
+    int32_t count = (int32_t)*n;
+    for (int32_t i = 0; i < count; i++)
+        symbols[i] = (Symbol){ids[i], i - 1, i + 1 < count ? i + 1 : -1};
+    for (int32_t i = 0; i + 1 < count; i++)
+        if (push_candidate(e, symbols, i)) return -1;
+    while (e->heap.size) {
+        Candidate best = heap_pop(&e->heap);
+        Symbol *left = &symbols[best.at];
+        if (left->id != best.left || left->next < 0) continue;
+        Symbol *right = &symbols[left->next];
+        if (right->id != best.right) continue;
+        left->id = best.merged;
+        left->next = right->next;
+        right->id = -1;
+        if (left->next >= 0) symbols[left->next].previous = best.at;
+        if (push_candidate(e, symbols, left->previous) || push_candidate(e, symbols, best.at))
+            return -1;
+    }
+    *n = 0;
+    for (int32_t i = 0; i >= 0; i = symbols[i].next) ids[(*n)++] = symbols[i].id;
+    return 0;
+}
+
+// What stands for a character that is no token: its bytes, if all have a token, else the unknown
+// token, several of them as one if they are to be fused. *unknown counts those not yet written.
+static int push_unknown(Encoder *e, const char *text, size_t n, size_t *unknown) {
+    const Tokenizer *t = e->t;
+    bool all = t->byte_fallback;
+    int32_t ids[8];
+    for (size_t i = 0; i < n && all; i++) {
+        char name[8];
+        snprintf(name, sizeof name, "<0x%02X>", (unsigned)(unsigned char)text[i]);
+        ids[i] = model_id(&t->vocabulary, name, 6);
+        all = ids[i] >= 0;
+    }
+    if (all) return buffer_append(&e->symbols, ids, n * sizeof *ids, e->err);
+    if (t->unk_id == UNK_MISSING)
+        return fail(e->err, "%s: a character is not in the vocabulary, nor is model.unk_token",
+                    t->file);
+    if (t->unk_id < 0) return 0;
+    if (*unknown && !t->fuse_unk) return push_id(&e->symbols, t->unk_id, e->err);
+    *unknown = 1;
+    return 0;
+}
+
+// The symbols a piece begins with, before any merge.
+static int first_symbols(Encoder *e, const char *text, size_t n) {
+    const Tokenizer *t = e->t;
+    size_t unknown = 0;
+    e->symbols.size = 0;
+    for (size_t i = 0; i < n;) {
+        char alphabet[4];
+        const char *symbol = text + i;
+        size_t length, in_text = 1;
+        int32_t id;
+        if (t->byte_level) {
+            id = t->byte_id[(unsigned char)*symbol];
+            length = id < 0 ? utf8_encode(alphabet, byte_to_char((unsigned char)*symbol)) : 1;
+            symbol = alphabet;
+        } else {
+            uint32_t code;
+            in_text = length = utf8_next(symbol, &code);
+            id = code < 0x10000 ? t->char_id[code] : model_id(&t->vocabulary, symbol, length);
+        }
+        i += in_text;
+        if (id < 0) {
+            if (push_unknown(e, symbol, length, &unknown)) return -1;
+            continue;
+        }
+        if (unknown && push_id(&e->symbols, t->unk_id, e->err)) return -1;
+        unknown = 0;
+        if (push_id(&e->symbols, id, e->err)) return -1;
+    }
+    return unknown ? push_id(&e->symbols, t->unk_id, e->err) : 0;
+}
+
+// Looks for a whole piece in the model's vocabulary; *id is -1 if it is not there.
+static int whole_piece(Encoder *e, const char *text, size_t n, int32_t *id) {
+    *id = -1;
+    if (n > e->t->vocabulary.longest) return 0;
+    if (e->t->byte_level) {
+        e->heap.size = 0;                             // only scratch here
+        if (append_byte_alphabet(&e->heap, text, n, e->err)) return -1;
+        text = e->heap.data;
+        n = e->heap.size;
+    }
+    *id = model_id(&e->t->vocabulary, text, n);
+    return 0;
+}
+
+// Byte-pair encoding of one piece.
+static int encode_piece(Encoder *e, const char *text, size_t n) {
+    CachedPiece *cached = NULL;
+    if (e->n_cache && n <= sizeof cached->text) {
+        cached = &e->cache[hash_bytes(text, n) & (e->n_cache - 1)];
+        if (cached->length == n && memcmp(cached->text, text, n) == 0)
+            return buffer_append(e->ids, cached->ids, cached->count * sizeof(int32_t), e->err);
+    }
+    int32_t whole = -1;
+    if (e->t->ignore_merges && whole_piece(e, text, n, &whole)) return -1;
+    if (whole >= 0) {
+        e->symbols.size = 0;
+        if (push_id(&e->symbols, whole, e->err)) return -1;
+    } else if (first_symbols(e, text, n)) return -1;
+    int32_t *ids = (int32_t *)(void *)e->symbols.data;
+    size_t count = e->symbols.size / sizeof *ids;
+    if (count > FEW_SYMBOLS) {
+        if (merge_many(e, ids, &count)) return -1;
+    } else if (count > 1) count = merge_few(&e->t->vocabulary, ids, count);
+    if (cached && count <= sizeof cached->ids / sizeof *ids) {
+        cached->length = (uint8_t)n;
+        cached->count = (uint8_t)count;
+        memcpy(cached->text, text, n);
+        if (count) memcpy(cached->ids, ids, count * sizeof *ids);
+    }
+    return buffer_append(e->ids, ids, count * sizeof *ids, e->err);
+}
+
+// Sentencepiece-style text comes as one piece. Where no merge can reach over the beginning of a
+// word, its words are encoded one by one: the same ids, from short pieces that repeat.
+static int encode_words(Encoder *e, const char *text, size_t n) {
+    if (!e->t->cut_at_space) return encode_piece(e, text, n);
+    size_t begin = 0;
+    bool in_marks = true;                             // at the ▁ in front of a word
+    for (size_t i = 0; i < n; i++) {
+        bool mark = n - i >= 3 && memcmp(text + i, space_mark, 3) == 0;
+        if (mark && !in_marks) {
+            if (encode_piece(e, text + begin, i - begin)) return -1;
+            begin = i;
+        }
+        in_marks = mark;
+        if (mark) i += 2;
+    }
+    return encode_piece(e, text + begin, n - begin);
+}
+
+// ------------------------------------------------------------------------------ pre-tokenizers
+
+// The matches of a regular expression, one after the other, as Oniguruma's iterator gives them:
+// an empty match directly behind another one does not count.
+typedef struct {
+    const Regex *regex;
+    const char *text;
+    size_t n, from, last_end;
+    bool any;
+} MatchIterator;
+
+static int next_match(MatchIterator *m, RegexRun *run, size_t *start, size_t *end,
+                      qlora_error *err) {
+    while (m->from <= m->n) {
+        int found = regex_find(m->regex, run, m->text, m->n, m->from, start, end, err);
+        if (found <= 0) return found;
+        if (*start == *end && m->any && m->last_end == *end) {
+            uint32_t code;
+            m->from += m->from < m->n ? utf8_next(m->text + m->from, &code) : 1;
+            continue;
+        }
+        m->from = m->last_end = *end;
+        m->any = true;
+        return 1;
+    }
+    return 0;
+}
+
+static int pre_tokenize(Encoder *e, size_t step, const char *text, size_t n, bool at_start);
+
+// A split under way: the piece that may still grow, and whether what it ends with was a match.
+typedef struct { size_t start, end; bool any, match; } OpenPiece;
+
+static int split_part(Encoder *e, size_t step, const char *text, bool at_start, OpenPiece *open,
+                      size_t start, size_t end, bool match) {
+    const PreStep *s = &e->t->pre_tokenizers[step];
+    match = match != s->invert;
+    if (s->behavior == SPLIT_ISOLATED || s->behavior == SPLIT_REMOVED) {
+        if (match && s->behavior == SPLIT_REMOVED) return 0;
+        return pre_tokenize(e, step + 1, text + start, end - start, at_start && start == 0);
+    }
+    bool was_match = open->any && open->match;
+    bool join = s->behavior == SPLIT_CONTIGUOUS ? match == was_match
+              : s->behavior == SPLIT_WITH_PREVIOUS ? match && !was_match : was_match && !match;
+    if (open->any && join) {
+        open->end = end;
+        open->match = match;
+        return 0;
+    }
+    OpenPiece done = *open;
+    *open = (OpenPiece){start, end, true, match};
+    return !done.any ? 0 : pre_tokenize(e, step + 1, text + done.start, done.end - done.start,
+                                        at_start && done.start == 0);
+}
+
+static int pre_split(Encoder *e, size_t step, const char *text, size_t n, bool at_start) {
+    MatchIterator matches = {.regex = e->t->pre_tokenizers[step].regex, .text = text, .n = n};
+    OpenPiece open = {0, 0, false, false};
+    size_t done = 0, start, end;
+    int found;
+    while ((found = next_match(&matches, &e->regex, &start, &end, e->err)) > 0) {
+        if (start > done && split_part(e, step, text, at_start, &open, done, start, false)) return -1;
+        if (split_part(e, step, text, at_start, &open, start, end, true)) return -1;
+        done = end;
+    }
+    if (found < 0) return -1;
+    if (done < n && split_part(e, step, text, at_start, &open, done, n, false)) return -1;
+    return !open.any ? 0 : pre_tokenize(e, step + 1, text + open.start, open.end - open.start,
+                                        at_start && open.start == 0);
+}
+
+static bool starts_with(const char *text, size_t n, const char *start) {
+    size_t length = strlen(start);
+    return n >= length && memcmp(text, start, length) == 0;
+}
+
+// Appends text with every space replaced.
+static int append_replacing_spaces(Buffer *out, const char *text, size_t n, const char *replacement,
+                                   qlora_error *err) {
+    size_t length = strlen(replacement);
+    while (n) {
+        const char *space = memchr(text, ' ', n);
+        size_t before = space ? (size_t)(space - text) : n;
+        if (buffer_append(out, text, before, err)) return -1;
+        if (!space) break;
+        if (buffer_append(out, replacement, length, err)) return -1;
+        text += before + 1;
+        n -= before + 1;
+    }
+    return 0;
+}
+
+// Sends text through pre-tokenizer `step` and all that follow. at_start: it is where the whole text
+// begins. The recursion is as deep as there are steps.
+static int pre_tokenize(Encoder *e, size_t step, const char *text, size_t n, bool at_start) {
+    if (n == 0) return 0;
+    if (step == e->t->n_pre_tokenizers) return encode_words(e, text, n);
+    const PreStep *s = &e->t->pre_tokenizers[step];
+    Buffer *out = &e->rewritten[step];
+    out->size = 0;
+    int bad = 0;
+    switch (s->kind) {
+    case PRE_SPLIT:
+        return pre_split(e, step, text, n, at_start);
+    case PRE_PREFIX_SPACE:
+        if (text[0] == ' ') return pre_tokenize(e, step + 1, text, n, at_start);
+        bad = buffer_append(out, " ", 1, e->err) || buffer_append(out, text, n, e->err);
+        break;
+    case PRE_METASPACE:
+        if ((s->scheme == PREPEND_ALWAYS || (s->scheme == PREPEND_FIRST && at_start))
+            && text[0] != ' ' && !starts_with(text, n, s->replacement))
+            bad = buffer_append(out, s->replacement, strlen(s->replacement), e->err);
+        bad = bad || append_replacing_spaces(out, text, n, s->replacement, e->err);
+        break;
+    case PRE_BYTES:
+        bad = append_byte_alphabet(out, text, n, e->err);
+        break;
+    }
+    return bad ? -1 : pre_tokenize(e, step + 1, out->data, out->size, at_start);
+}
+
+// --------------------------------------------------------------------------------- normalizers
+
+static int replace_matches(const Regex *regex, RegexRun *run, const char *text, size_t n,
+                           const char *with, size_t n_with, Buffer *out, qlora_error *err) {
+    MatchIterator matches = {.regex = regex, .text = text, .n = n};
+    size_t done = 0, start, end;
+    int found;
+    while ((found = next_match(&matches, run, &start, &end, err)) > 0) {
+        if (buffer_append(out, text + done, start - done, err)) return -1;
+        if (buffer_append(out, with, n_with, err)) return -1;
+        done = end;
+    }
+    return found < 0 ? -1 : buffer_append(out, text + done, n - done, err);
+}
+
+static int append_lower_case(const Unicode *u, const char *text, size_t n, Buffer *out,
+                             qlora_error *err) {
+    for (size_t i = 0; i < n;) {
+        uint32_t code;
+        char bytes[4];
+        i += utf8_next(text + i, &code);
+        size_t length = utf8_encode(bytes, unicode_lower_case(u, code));
+        // U+0130, the dotted capital I, is the one character that becomes two.
+        int bad = code == 0x130 ? buffer_append(out, "i\xCC\x87", 3, err)
+                                : buffer_append(out, bytes, length, err);
+        if (bad) return -1;
+    }
+    return 0;
+}
+
+// How many bytes of white space text begins with, or (at_end) ends with.
+static size_t space_length(const char *text, size_t n, bool at_end) {
+    size_t length = 0;
+    while (length < n) {
+        uint32_t code;
+        size_t at = at_end ? utf8_before(text, n - length) : length;
+        size_t bytes = utf8_next(text + at, &code);
+        if (!unicode_is_space(code)) break;
+        length += bytes;
+    }
+    return length;
+}
+
+// Applies the normalizers; *text and *n become what they make of it.
+static int normalize(Encoder *e, const char **text, size_t *n) {
+    for (size_t i = 0; i < e->t->n_normalizers && *n; i++) {
+        const NormalStep *s = &e->t->normalizers[i];
+        Buffer *out = &e->normal[0];
+        if (*text == out->data) out = &e->normal[1];
+        out->size = 0;
+        bool same = false;
+        int bad = 0;
+        switch (s->kind) {
+        case NORMAL_FORM:
+            bad = normal_apply(s->form, *text, *n, out, &same, e->err);
+            break;
+        case NORMAL_PREPEND:
+            bad = buffer_append(out, s->text, s->length, e->err)
+               || buffer_append(out, *text, *n, e->err);
+            break;
+        case NORMAL_REPLACE:
+            // The commonest of all, " " to "▁", needs no regular expression.
+            bad = !s->regex ? append_replacing_spaces(out, *text, *n, s->text, e->err)
+                : replace_matches(s->regex, &e->regex, *text, *n, s->text, s->length, out, e->err);
+            break;
+        case NORMAL_STRIP: {
+            size_t left = s->left ? space_length(*text, *n, false) : 0;
+            *text += left;
+            *n -= left;
+            *n -= s->right ? space_length(*text, *n, true) : 0;
+            bad = buffer_append(out, *text, *n, e->err);
+            break;
+        }
+        case NORMAL_LOWERCASE:
+            bad = append_lower_case(e->t->unicode, *text, *n, out, e->err);
+            break;
+        }
+        if (bad) return -1;
+        if (same) continue;
+        *text = out->data;
+        *n = out->size;
+    }
+    return 0;
+}
+
+// -------------------------------------------------------------------------------- added tokens
+
+// The longest added token that text begins with, or NULL. The tokens are sorted: the ones that agree
+// with the text up to some depth are a range, which each byte narrows.
+static const AddedToken *longest_added(const AddedSet *set, const char *text, size_t n) {
+    size_t low = set->first[(unsigned char)text[0]], high = set->first[(unsigned char)text[0] + 1];
+    const AddedToken *longest = NULL;
+    for (size_t depth = 1; low < high; depth++) {
+        if (set->tokens[low].length == depth) longest = &set->tokens[low++];
+        if (depth == n) break;
+        unsigned char byte = (unsigned char)text[depth];
+        size_t limits[2] = {low, high};               // first token not below byte, not below byte+1
+        for (unsigned k = 0; k < 2; k++) {
+            size_t from = limits[0], to = high;
+            while (from < to) {
+                size_t middle = (from + to) / 2;
+                if ((unsigned char)set->tokens[middle].pattern[depth] < byte + k) from = middle + 1;
+                else to = middle;
+            }
+            limits[k] = from;
+        }
+        low = limits[0];
+        high = limits[1];
+    }
+    return longest;
+}
+
+static bool is_single_word(const Unicode *u, const char *text, size_t n, size_t start, size_t end) {
+    uint32_t code;
+    bool word = false;
+    for (int side = 0; side < 2 && !word; side++) {
+        if (side == 0 ? start == 0 : end == n) continue;
+        utf8_next(text + (side == 0 ? utf8_before(text, start) : end), &code);
+        word = unicode_is_word(u, code) || code == 0x200C || code == 0x200D;
+    }
+    return !word;
+}
+
+typedef int (*SegmentFunction)(Encoder *e, const char *text, size_t n, bool at_start);
+
+// Cuts text at the added tokens of the set: their ids are appended, what lies between goes to `rest`.
+static int split_added(Encoder *e, const AddedSet *set, const char *text, size_t n, bool at_start,
+                       SegmentFunction rest) {
+    size_t done = 0;
+    for (size_t i = 0; i < n && set->n;) {
+        unsigned char byte = (unsigned char)text[i];
+        const AddedToken *token = set->first[byte] == set->first[byte + 1] ? NULL
+                                : longest_added(set, text + i, n - i);
+        if (!token) { i++; continue; }
+        size_t start = i, end = i + token->length;
+        i = end;
+        if (token->single_word && !is_single_word(e->t->unicode, text, n, start, end)) continue;
+        if (token->lstrip) start = max_size(done, start - space_length(text, start, true));
+        if (token->rstrip) end += space_length(text + end, n - end, false);
+        if (done < start && rest(e, text + done, start - done, at_start && done == 0)) return -1;
+        // An overlap with white space that the token before has eaten may leave nothing.
+        if (start < end && push_id(e->ids, token->id, e->err)) return -1;
+        done = max_size(start, end);
+    }
+    return done == n ? 0 : rest(e, text + done, n - done, at_start && done == 0);
+}
+
+static int encode_normalized(Encoder *e, const char *text, size_t n, bool at_start) {
+    return pre_tokenize(e, 0, text, n, at_start);
+}
+
+static int encode_raw(Encoder *e, const char *text, size_t n, bool at_start) {
+    if (normalize(e, &text, &n)) return -1;
+    return split_added(e, &e->t->added_normalized, text, n, at_start, encode_normalized);
+}
+
+// Appends the ids of text (n bytes; invalid UTF-8 counts as U+FFFD) to ids, a Buffer of int32_t.
+// add_special: with what the post-processor puts around it. Added tokens in the text become their
+// ids. Safe to call from several threads at once.
+static int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, bool add_special,
+                            Buffer *ids, qlora_error *err) {
+    Encoder e;
+    Buffer valid = {.allocator = t->region.allocator};
+    size_t before = ids->size;
+    int bad = encoder_open(&e, t, n, ids, err);
+    if (!bad && utf8_valid_prefix(text, n) < n) {
+        bad = utf8_append_lossy(&valid, text, n, NULL, err);
+        text = valid.data;
+        n = valid.size;
+    }
+    if (add_special && !bad)
+        bad = buffer_append(ids, t->prefix, t->n_prefix * sizeof *t->prefix, err);
+    bad = bad || split_added(&e, &t->added_raw, text, n, true, encode_raw);
+    if (add_special && !bad)
+        bad = buffer_append(ids, t->suffix, t->n_suffix * sizeof *t->suffix, err);
+    encoder_close(&e);
+    buffer_free(&valid);
+    if (bad) ids->size = before;
+    return bad ? -1 : 0;
+}
+
+// ------------------------------------------------------------------------------------- decoding
+
+// A text that grows token by token. Start with TokenStream s = {0}; end with token_stream_end or
+// token_stream_free.
+typedef struct {
+    Buffer held;                    // bytes that cannot be shown yet
+    Buffer token[2];                // the token on its way through the decoders, by turns
+    size_t count[MAX_TOKENIZER_STEPS];      // what each step counts
+    RegexRun regex;
+    bool open;
+} TokenStream;
+
+static void token_stream_free(TokenStream *s) {
+    if (!s->open) return;
+    buffer_free(&s->held);
+    buffer_free(&s->token[0]);
+    buffer_free(&s->token[1]);
+    buffer_free(&s->regex.stack);
+    *s = (TokenStream){.open = false};
+}
+
+static int decode_token(const Tokenizer *t, TokenStream *s, size_t step, const char *text, size_t n,
+                        Buffer *out, qlora_error *err);
+
+// Hands the held bytes on. A run of byte tokens that is no valid UTF-8 becomes as many U+FFFD as it
+// has bytes; that can be known only when the run has ended.
+static int flush_byte_run(const Tokenizer *t, TokenStream *s, size_t step, Buffer *out,
+                          qlora_error *err) {
+    size_t n = s->held.size;
+    if (!n) return 0;
+    Buffer run = s->held;
+    s->held = (Buffer){.allocator = run.allocator};
+    int bad = 0;
+    if (utf8_valid_prefix(run.data, n) == n) bad = decode_token(t, s, step + 1, run.data, n, out, err);
+    else for (size_t i = 0; i < n && !bad; i++)
+        bad = decode_token(t, s, step + 1, "\xEF\xBF\xBD", 3, out, err);
+    buffer_free(&run);
+    return bad;
+}
+
+// Bytes of byte-level tokens: whole characters are handed on, an incomplete one is kept.
+static int decode_bytes(const Tokenizer *t, TokenStream *s, size_t step, const char *text, size_t n,
+                        Buffer *out, qlora_error *err) {
+    size_t old = s->held.size, i = 0;
+    bool known = true;
+    for (; i < n && known; ) {
+        uint32_t code;
+        i += utf8_next(text + i, &code);
+        int byte = char_to_byte(code);
+        known = byte >= 0;
+        char c = (char)byte;
+        if (known && buffer_append(&s->held, &c, 1, err)) return -1;
+    }
+    if (!known) {                                     // a token outside the alphabet is plain text
+        s->held.size = old;
+        if (buffer_append(&s->held, text, n, err)) return -1;
+    }
+    Buffer whole = {.allocator = s->held.allocator};
+    size_t keep;
+    int bad = utf8_append_lossy(&whole, s->held.data, s->held.size, &keep, err);
+    if (!bad) {
+        memmove(s->held.data, s->held.data + s->held.size - keep, keep);
+        s->held.size = keep;
+        bad = whole.size ? decode_token(t, s, step + 1, whole.data, whole.size, out, err) : 0;
+    }
+    buffer_free(&whole);
+    return bad;
+}
+
+// Strips up to `start` and `stop` characters. Of fused text, the characters stripped so far are
+// counted, and SIZE_MAX says that another one has come.
+static void decode_strip(const DecodeStep *d, size_t *count, const char **text, size_t *n) {
+    size_t stripped = d->fused ? *count : 0;
+    while (stripped < d->start && starts_with(*text, *n, d->text)) {
+        *text += d->length;
+        *n -= d->length;
+        stripped++;
+    }
+    if (d->fused) *count = *n ? SIZE_MAX : stripped;
+    for (size_t i = 0; i < d->stop && *n >= d->length; i++) {
+        if (memcmp(*text + *n - d->length, d->text, d->length) != 0) break;
+        *n -= d->length;
+    }
+}
+
+static int decode_metaspace(const DecodeStep *d, bool first, const char *text, size_t n, Buffer *out,
+                            qlora_error *err) {
+    bool drop = first && d->scheme != PREPEND_NEVER;
+    for (size_t i = 0; i < n; i++) {
+        bool mark = starts_with(text + i, n - i, d->text);
+        if (mark && !drop && buffer_append(out, " ", 1, err)) return -1;
+        if (!mark && buffer_append(out, text + i, 1, err)) return -1;
+        if (mark) i += d->length - 1;
+    }
+    return 0;
+}
+
+// Sends one token's text through decoder `step` and all that follow.
+static int decode_token(const Tokenizer *t, TokenStream *s, size_t step, const char *text, size_t n,
+                        Buffer *out, qlora_error *err) {
+    for (; step < t->n_decoders; step++) {
+        const DecodeStep *d = &t->decoders[step];
+        Buffer *next = &s->token[text == s->token[0].data];
+        size_t *count = &s->count[step];
+        int byte, bad = 0;
+        switch (d->kind) {
+        case DECODE_FUSE:
+            continue;
+        case DECODE_STRIP:
+            decode_strip(d, count, &text, &n);
+            continue;
+        case DECODE_JOIN:
+            if ((*count)++ && buffer_append(out, " ", 1, err)) return -1;
+            continue;
+        case DECODE_BYTE_LEVEL:
+            return decode_bytes(t, s, step, text, n, out, err);
+        case DECODE_BYTE_FALLBACK:
+            byte = byte_token(text, n);
+            if (byte >= 0) {
+                char c = (char)byte;
+                return buffer_append(&s->held, &c, 1, err);
+            }
+            if (s->held.size) {
+                // The buffer that holds the text may be used again while the run is flushed.
+                Buffer copy = {.allocator = s->held.allocator};
+                bad = buffer_append(&copy, text, n, err) || flush_byte_run(t, s, step, out, err)
+                   || decode_token(t, s, step + 1, copy.data, n, out, err);
+                buffer_free(&copy);
+                return bad ? -1 : 0;
+            }
+            continue;
+        case DECODE_REPLACE:
+            next->size = 0;
+            bad = replace_matches(d->regex, &s->regex, text, n, d->text, d->length, next, err);
+            break;
+        case DECODE_METASPACE:
+            next->size = 0;
+            bad = decode_metaspace(d, *count == 0 || d->fused, text, n, next, err);
+            *count = 1;
+            break;
+        }
+        if (bad) return -1;
+        text = next->data;
+        n = next->size;
+    }
+    return buffer_append(out, text, n, err);
+}
+
+// Appends what token `id` adds to the text. Bytes that do not make a character yet are held back,
+// so that all pieces together are exactly tokenizer_decode of all ids. Ids without a token, and
+// with skip_special special tokens, add nothing.
+static int token_stream_push(const Tokenizer *t, TokenStream *s, int32_t id, bool skip_special,
+                             Buffer *out, qlora_error *err) {
+    const qlora_allocator *a = t->region.allocator;
+    if (!s->open) {
+        *s = (TokenStream){.held = {.allocator = a}, .open = true, .regex = {.stack = {.allocator = a}}};
+        s->token[0].allocator = s->token[1].allocator = a;
+    }
+    const Token *token = vocabulary_token(&t->vocabulary, id);
+    if (!token || (skip_special && token->special)) return 0;
+    s->regex.budget = (size_t)1 << 20;
+    return decode_token(t, s, 0, token->text, token->length, out, err);
+}
+
+// Appends what is still held back and releases the stream.
+static int token_stream_end(const Tokenizer *t, TokenStream *s, Buffer *out, qlora_error *err) {
+    int bad = 0;
+    for (size_t i = 0; i < t->n_decoders && s->held.size && !bad; i++) {
+        if (t->decoders[i].kind == DECODE_BYTE_FALLBACK) bad = flush_byte_run(t, s, i, out, err);
+        if (t->decoders[i].kind == DECODE_BYTE_LEVEL) {
+            s->held.size = 0;                         // an incomplete character is one U+FFFD
+            bad = decode_token(t, s, i + 1, "\xEF\xBF\xBD", 3, out, err);
+        }
+    }
+    token_stream_free(s);
+    return bad ? -1 : 0;
+}
+
+// Appends the text of the ids.
+static int tokenizer_decode(const Tokenizer *t, const int32_t *ids, size_t n, bool skip_special,
+                            Buffer *text, qlora_error *err) {
+    TokenStream s = {.open = false};
+    for (size_t i = 0; i < n; i++) {
+        if (token_stream_push(t, &s, ids[i], skip_special, text, err)) {
+            token_stream_free(&s);
+            return -1;
+        }
+    }
+    return token_stream_end(t, &s, text, err);
+}
+
+// The largest id + 1.
+static size_t tokenizer_size(const Tokenizer *t) { return t->vocabulary.n_ids; }
+
+// The text of a token as the file has it, or NULL; *n is its length.
+static const char *tokenizer_token(const Tokenizer *t, int32_t id, size_t *n) {
+    const Token *token = vocabulary_token(&t->vocabulary, id);
+    if (token) *n = token->length;
+    return token ? token->text : NULL;
+}
+
+// The id of the token with exactly this text, or -1.
+static int32_t tokenizer_id(const Tokenizer *t, const char *text, size_t n) {
+    return vocabulary_id(&t->vocabulary, text, n);
+}
+
+static bool tokenizer_is_special(const Tokenizer *t, int32_t id) {
+    const Token *token = vocabulary_token(&t->vocabulary, id);
+    return token && token->special;
+}
+
+// ---------------------------------------------------------------------- reading tokenizer.json
+
+// What reading a tokenizer works with. The parsed file lives in `scratch` and goes in the end; what
+// is kept is copied to the tokenizer's own region.
+typedef struct {
+    Tokenizer *t;
+    const char *file;
+    Region scratch;
+    Encoder encoder;                // normalises added tokens
+    qlora_error *err;
+} Loader;
+
+static int refuse(Loader *l, const char *what, const char *type) {
+    return fail(l->err, "%s: %s \"%.100s\" is not supported", l->file, what, type ? type : "(none)");
+}
+
+static const char *keep_text(Loader *l, const char *text, size_t n) {
+    return region_text(&l->t->region, text, n, l->err);
+}
+
+// A member that must be a string.
+static const Json *need_text(Loader *l, const Json *object, const char *key) {
+    const Json *value = json_get(object, key);
+    if (json_is(value, JSON_STRING)) return value;
+    fail(l->err, "%s: \"%s\" should be a string", l->file, key);
+    return NULL;
+}
+
+// A member that must be a list; an empty step list is as good as none.
+static const Json *need_list(Loader *l, const Json *object, const char *key) {
+    const Json *value = json_get(object, key);
+    if (json_is(value, JSON_ARRAY)) return value;
+    fail(l->err, "%s: \"%s\" should be a list", l->file, key);
+    return NULL;
+}
+
+static int read_bool(Loader *l, const Json *object, const char *key, bool otherwise, bool *out) {
+    const Json *value = json_get(object, key);
+    *out = json_get_bool(object, key, otherwise);
+    if (!value || json_is(value, JSON_TRUE) || json_is(value, JSON_FALSE)) return 0;
+    return fail(l->err, "%s: \"%s\" should be true or false", l->file, key);
+}
+
+static const Regex *compile(Loader *l, const char *pattern, size_t n) {
+    return regex_compile(l->t->unicode, pattern, n, l->file, &l->t->region, l->err);
+}
+
+// A regular expression that matches exactly this text.
+static const Regex *compile_literal(Loader *l, const char *text, size_t n) {
+    Buffer pattern = {.allocator = l->t->region.allocator};
+    const Regex *regex = NULL;
+    int bad = 0;
+    for (size_t i = 0; i < n && !bad; i++) {
+        bool plain = isalnum((unsigned char)text[i]) || (unsigned char)text[i] >= 0x80;
+        bad = (!plain && buffer_append(&pattern, "\\", 1, l->err))
+           || buffer_append(&pattern, text + i, 1, l->err);
+    }
+    if (!bad && n == 0) bad = fail(l->err, "%s: an empty pattern", l->file);
+    if (!bad) bad = buffer_append(&pattern, "", 1, l->err);     // messages quote it
+    if (!bad) regex = compile(l, pattern.data, pattern.size - 1);
+    buffer_free(&pattern);
+    return regex;
+}
+
+// "pattern": {"Regex": "..."} or {"String": "..."}.
+static const Regex *compile_pattern(Loader *l, const Json *step) {
+    const Json *pattern = json_get(step, "pattern"), *text = json_get(pattern, "Regex");
+    if (json_is(text, JSON_STRING)) return compile(l, text->text, text->length);
+    text = json_get(pattern, "String");
+    if (json_is(text, JSON_STRING)) return compile_literal(l, text->text, text->length);
+    fail(l->err, "%s: \"pattern\" should be {\"Regex\": ...} or {\"String\": ...}", l->file);
+    return NULL;
+}
+
+// Tells which of the names (ended by NULL) is the type of this step, or -1.
+static int which_type(const Json *step, const char *const *names) {
+    const char *type = json_get_text(step, "type");
+    for (int i = 0; type && names[i]; i++)
+        if (strcmp(type, names[i]) == 0) return i;
+    return -1;
+}
+
+// Calls read on every step of a "Sequence".
+static int read_sequence(Loader *l, const Json *sequence, const char *key, int depth,
+                         int (*read)(Loader *, const Json *, int)) {
+    const Json *list = need_list(l, sequence, key);
+    if (!list) return -1;
+    for (const Json *step = list->first; step; step = step->next)
+        if (read(l, step, depth + 1)) return -1;
+    return 0;
+}
+
+static int too_many(Loader *l, size_t n, int depth) {
+    if (n < MAX_TOKENIZER_STEPS && depth < 8) return 0;
+    return fail(l->err, "%s: more than %d steps, or nested too deeply", l->file, MAX_TOKENIZER_STEPS);
+}
+
+static int read_replace(Loader *l, const Json *step, NormalStep *s) {
+    const Json *content = need_text(l, step, "content");
+    const char *literal = json_get_text(json_get(step, "pattern"), "String");
+    if (!content) return -1;
+    s->kind = NORMAL_REPLACE;
+    s->length = content->length;
+    s->text = keep_text(l, content->text, content->length);
+    bool space = literal && strcmp(literal, " ") == 0 && strlen(s->text ? s->text : "") == s->length;
+    if (!space) s->regex = compile_pattern(l, step);
+    if (s->regex && s->regex->by_end) return refuse(l, "pattern", "that matches nothing, replaced");
+    return s->text && (space || s->regex) ? 0 : -1;
+}
+
+static int read_normalizer(Loader *l, const Json *step, int depth) {
+    static const char *const names[] = {"Sequence", "NFC", "NFD", "NFKC", "NFKD", "Prepend",
+                                        "Replace", "Strip", "Lowercase", NULL};
+    Tokenizer *t = l->t;
+    if (!step || step->kind == JSON_NULL) return 0;
+    if (too_many(l, t->n_normalizers, depth)) return -1;
+    NormalStep *s = &t->normalizers[t->n_normalizers];
+    int type = which_type(step, names);
+    if (type == 0) return read_sequence(l, step, "normalizers", depth, read_normalizer);
+    *s = (NormalStep){.kind = NORMAL_FORM};
+    switch (type) {
+    case 1: case 2: case 3: case 4:
+        s->form = normal_open(type == 1 || type == 3, type >= 3, &t->region, l->err);
+        if (!s->form) return -1;
+        break;
+    case 5: {
+        const Json *text = need_text(l, step, "prepend");
+        s->kind = NORMAL_PREPEND;
+        s->text = text ? keep_text(l, text->text, text->length) : NULL;
+        if (!s->text) return -1;
+        s->length = text->length;
+        break;
+    }
+    case 6:
+        if (read_replace(l, step, s)) return -1;
+        break;
+    case 7:
+        s->kind = NORMAL_STRIP;
+        if (read_bool(l, step, "strip_left", false, &s->left)
+            || read_bool(l, step, "strip_right", false, &s->right)) return -1;
+        break;
+    case 8: s->kind = NORMAL_LOWERCASE; break;
+    default: return refuse(l, "normalizer", json_get_text(step, "type"));
+    }
+    t->n_normalizers++;
+    return 0;
+}
+
+// The pattern of GPT-2, which "ByteLevel" cuts by when use_regex is set.
+static const char gpt2_pattern[] =
+    "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
+
+static int add_pre_step(Loader *l, PreStep step) {
+    if (too_many(l, l->t->n_pre_tokenizers, 0)) return -1;
+    if (step.kind == PRE_SPLIT && !step.regex) return -1;           // it did not compile
+    l->t->pre_tokenizers[l->t->n_pre_tokenizers++] = step;
+    return 0;
+}
+
+static int add_pre_split(Loader *l, const char *pattern, SplitBehavior behavior, bool invert) {
+    return add_pre_step(l, (PreStep){.kind = PRE_SPLIT, .behavior = behavior, .invert = invert,
+                                     .regex = compile(l, pattern, strlen(pattern))});
+}
+
+static int read_behavior(Loader *l, const Json *step, SplitBehavior otherwise, SplitBehavior *out) {
+    static const char *const names[] = {"Isolated", "Removed", "MergedWithPrevious",
+                                        "MergedWithNext", "Contiguous"};
+    const char *name = json_get_text(step, "behavior");
+    *out = otherwise;
+    if (!json_get(step, "behavior")) return 0;
+    for (int i = 0; name && i < 5; i++)
+        if (strcmp(name, names[i]) == 0) { *out = (SplitBehavior)i; return 0; }
+    return refuse(l, "\"behavior\"", name);
+}
+
+// "prepend_scheme", or add_prefix_space in older files.
+static int read_scheme(Loader *l, const Json *step, PrependScheme *out) {
+    static const char *const names[] = {"first", "always", "never"};
+    const char *name = json_get_text(step, "prepend_scheme");
+    bool prefix;
+    if (read_bool(l, step, "add_prefix_space", true, &prefix)) return -1;
+    *out = prefix ? PREPEND_ALWAYS : PREPEND_NEVER;
+    if (!json_get(step, "prepend_scheme")) return 0;
+    for (int i = 0; name && i < 3; i++)
+        if (strcmp(name, names[i]) == 0) { *out = (PrependScheme)i; return 0; }
+    return refuse(l, "\"prepend_scheme\"", name);
+}
+
+// The one character that stands for a space.
+static const char *read_replacement(Loader *l, const Json *step) {
+    const Json *text = need_text(l, step, "replacement");
+    uint32_t code;
+    if (!text) return NULL;
+    if (!text->length || utf8_next(text->text, &code) != text->length || code == 0) {
+        fail(l->err, "%s: \"replacement\" should be one character", l->file);
+        return NULL;
+    }
+    return keep_text(l, text->text, text->length);
+}
+
+// Does a step before this one put something in front of the text, or take it away? Where the text
+// begins is then a question of how the library keeps its offsets, which are not kept here.
+static bool moves_beginning(const Tokenizer *t) {
+    bool found = false;
+    for (size_t i = 0; i < t->n_normalizers; i++) {
+        const NormalStep *s = &t->normalizers[i];
+        found = found || s->kind == NORMAL_PREPEND || s->kind == NORMAL_STRIP
+             || (s->kind == NORMAL_REPLACE && (s->regex || !s->length));
+    }
+    for (size_t i = 0; i < t->n_pre_tokenizers; i++) {
+        const PreStep *s = &t->pre_tokenizers[i];
+        found = found || s->kind == PRE_PREFIX_SPACE
+             || (s->kind == PRE_METASPACE && s->scheme != PREPEND_NEVER);
+    }
+    return found;
+}
+
+static int read_pre_metaspace(Loader *l, const Json *step) {
+    PreStep s = {.kind = PRE_METASPACE, .replacement = read_replacement(l, step)};
+    bool split;
+    if (!s.replacement || read_scheme(l, step, &s.scheme)) return -1;
+    if (s.scheme == PREPEND_FIRST && moves_beginning(l->t))
+        return refuse(l, "pre_tokenizer", "Metaspace (first) behind a step that moves the beginning");
+    if (read_bool(l, step, "split", true, &split) || add_pre_step(l, s)) return -1;
+    return !split ? 0 : add_pre_step(l, (PreStep){
+        .kind = PRE_SPLIT, .behavior = SPLIT_WITH_NEXT,
+        .regex = compile_literal(l, s.replacement, strlen(s.replacement))});
+}
+
+static int read_pre_byte_level(Loader *l, const Json *step) {
+    bool prefix_space, use_regex;
+    if (read_bool(l, step, "add_prefix_space", true, &prefix_space)
+        || read_bool(l, step, "use_regex", true, &use_regex)) return -1;
+    if (prefix_space && add_pre_step(l, (PreStep){.kind = PRE_PREFIX_SPACE})) return -1;
+    if (use_regex && add_pre_split(l, gpt2_pattern, SPLIT_ISOLATED, false)) return -1;
+    return add_pre_step(l, (PreStep){.kind = PRE_BYTES});
+}
+
+static int read_pre_tokenizer(Loader *l, const Json *step, int depth) {
+    static const char *const names[] = {"Sequence", "Split", "ByteLevel", "Metaspace", "Digits",
+                                        "Punctuation", "WhitespaceSplit", NULL};
+    SplitBehavior behavior = SPLIT_ISOLATED;
+    bool flag = false;
+    if (!step || step->kind == JSON_NULL) return 0;
+    if (too_many(l, l->t->n_pre_tokenizers, depth)) return -1;
+    switch (which_type(step, names)) {
+    case 0: return read_sequence(l, step, "pretokenizers", depth, read_pre_tokenizer);
+    case 1:
+        if (!json_get(step, "behavior")) return fail(l->err, "%s: Split without \"behavior\"", l->file);
+        if (read_behavior(l, step, SPLIT_ISOLATED, &behavior)
+            || read_bool(l, step, "invert", false, &flag)) return -1;
+        return add_pre_step(l, (PreStep){.kind = PRE_SPLIT, .behavior = behavior, .invert = flag,
+                                         .regex = compile_pattern(l, step)});
+    case 2: return read_pre_byte_level(l, step);
+    case 3: return read_pre_metaspace(l, step);
+    case 4:
+        if (read_bool(l, step, "individual_digits", false, &flag)) return -1;
+        return add_pre_split(l, "\\p{N}", flag ? SPLIT_ISOLATED : SPLIT_CONTIGUOUS, false);
+    case 5:
+        if (read_behavior(l, step, SPLIT_ISOLATED, &behavior)) return -1;
+        return add_pre_split(l, "[\\p{P}$+<=>^`|~]", behavior, false);
+    case 6: return add_pre_split(l, "\\s", SPLIT_REMOVED, false);
+    default: return refuse(l, "pre_tokenizer", json_get_text(step, "type"));
+    }
+}
+
+static int add_decode_step(Loader *l, DecodeStep step) {
+    Tokenizer *t = l->t;
+    const DecodeStep *before = t->n_decoders ? &t->decoders[t->n_decoders - 1] : NULL;
+    step.fused = before && (before->fused || before->kind == DECODE_FUSE
+                            || before->kind == DECODE_BYTE_LEVEL);
+    if (too_many(l, t->n_decoders, 0)) return -1;
+    t->decoders[t->n_decoders++] = step;
+    return 0;
+}
+
+static int read_decode_replace(Loader *l, const Json *step) {
+    const Json *content = need_text(l, step, "content");
+    if (!content) return -1;
+    DecodeStep s = {.kind = DECODE_REPLACE, .length = content->length,
+                    .text = keep_text(l, content->text, content->length),
+                    .regex = compile_pattern(l, step)};
+    return s.text && s.regex ? add_decode_step(l, s) : -1;
+}
+
+static int read_decode_strip(Loader *l, const Json *step) {
+    const Json *content = need_text(l, step, "content");
+    uint32_t code;
+    if (!content) return -1;
+    DecodeStep s = {.kind = DECODE_STRIP, .length = content->length,
+                    .text = keep_text(l, content->text, content->length)};
+    if (!s.text) return -1;
+    if (!s.length || utf8_next(s.text, &code) != s.length || code == 0)
+        return fail(l->err, "%s: \"content\" of a Strip decoder should be one character", l->file);
+    if (!json_to_size(json_get(step, "start"), &s.start)
+        || !json_to_size(json_get(step, "stop"), &s.stop))
+        return fail(l->err, "%s: a Strip decoder needs the numbers \"start\" and \"stop\"", l->file);
+    return add_decode_step(l, s);
+}
+
+static int read_decoder(Loader *l, const Json *step, int depth) {
+    static const char *const names[] = {"Sequence", "Replace", "ByteFallback", "Fuse", "Strip",
+                                        "ByteLevel", "Metaspace", NULL};
+    DecodeStep s = {.kind = DECODE_JOIN};
+    if (!step || step->kind == JSON_NULL)             // no decoder: tokens with spaces between them
+        return depth ? 0 : add_decode_step(l, s);
+    if (too_many(l, l->t->n_decoders, depth)) return -1;
+    switch (which_type(step, names)) {
+    case 0: return read_sequence(l, step, "decoders", depth, read_decoder);
+    case 1: return read_decode_replace(l, step);
+    case 2: s.kind = DECODE_BYTE_FALLBACK; return add_decode_step(l, s);
+    case 3: s.kind = DECODE_FUSE; return add_decode_step(l, s);
+    case 4: return read_decode_strip(l, step);
+    case 5: s.kind = DECODE_BYTE_LEVEL; return add_decode_step(l, s);
+    case 6:
+        s.kind = DECODE_METASPACE;
+        s.text = read_replacement(l, step);
+        if (!s.text || read_scheme(l, step, &s.scheme)) return -1;
+        s.length = strlen(s.text);
+        return add_decode_step(l, s);
+    default: return refuse(l, "decoder", json_get_text(step, "type"));
+    }
+}
+
+// Streaming needs steps that can be done token by token; the few that cannot are refused.
+static int check_decoders(Loader *l) {
+    const Tokenizer *t = l->t;
+    size_t holding = 0;
+    for (size_t i = 0; i < t->n_decoders; i++) {
+        const DecodeStep *s = &t->decoders[i];
+        bool holds = s->kind == DECODE_BYTE_FALLBACK || s->kind == DECODE_BYTE_LEVEL;
+        holding += holds;
+        if (holding > 1) return refuse(l, "decoder", "more than one of ByteFallback and ByteLevel");
+        if (!s->fused) continue;
+        if (s->kind == DECODE_STRIP && s->stop) return refuse(l, "decoder", "Strip with stop after Fuse");
+        if (s->kind == DECODE_REPLACE) return refuse(l, "decoder", "Replace after Fuse");
+        if (holds) return refuse(l, "decoder", "ByteFallback or ByteLevel after Fuse");
+    }
+    return 0;
+}
+
+// One element of a template: a special token, whose ids go before or behind the text, or the text.
+static int read_template_piece(Loader *l, const Json *post, const Json *piece, bool *seen_text,
+                               Buffer *before, Buffer *behind) {
+    const Json *special = json_get(piece, "SpecialToken"), *text = json_get(piece, "Sequence");
+    const char *name = json_get_text(special ? special : text, "id");
+    if (text && name && strcmp(name, "A") == 0 && !*seen_text) { *seen_text = true; return 0; }
+    if (!special || !name) return refuse(l, "post_processor", "TemplateProcessing of this form");
+    const Json *entry = json_get(json_get(post, "special_tokens"), name);
+    const Json *ids = entry ? need_list(l, entry, "ids") : NULL;
+    if (!ids) return fail(l->err, "%s: post_processor: special token \"%.100s\" has no ids", l->file,
+                          name);
+    for (const Json *id = ids->first; id; id = id->next) {
+        size_t value;
+        if (!json_to_size(id, &value) || !vocabulary_token(&l->t->vocabulary, (int32_t)min_size(
+                value, INT32_MAX)))
+            return fail(l->err, "%s: post_processor: an id of \"%.100s\" is not in the vocabulary",
+                        l->file, name);
+        if (push_id(*seen_text ? behind : before, (int32_t)value, l->err)) return -1;
+    }
+    return 0;
+}
+
+// Templates in a sequence wrap what the ones before them have made.
+static int read_template(Loader *l, const Json *post) {
+    Tokenizer *t = l->t;
+    const qlora_allocator *a = t->region.allocator;
+    Buffer before = {.allocator = a}, behind = {.allocator = a};
+    const Json *list = need_list(l, post, "single");
+    bool seen_text = false;
+    int bad = !list;
+    if (!bad) bad = buffer_append(&behind, t->suffix, t->n_suffix * sizeof(int32_t), l->err);
+    for (const Json *piece = list ? list->first : NULL; piece && !bad; piece = piece->next)
+        bad = read_template_piece(l, post, piece, &seen_text, &before, &behind);
+    if (!bad && !seen_text) bad = refuse(l, "post_processor", "TemplateProcessing without the text");
+    if (!bad) bad = buffer_append(&before, t->prefix, t->n_prefix * sizeof(int32_t), l->err);
+    if (!bad) {
+        t->prefix = region_copy(&t->region, &before, l->err);
+        t->suffix = region_copy(&t->region, &behind, l->err);
+        t->n_prefix = before.size / sizeof(int32_t);
+        t->n_suffix = behind.size / sizeof(int32_t);
+        bad = !t->prefix || !t->suffix;
+    }
+    buffer_free(&before);
+    buffer_free(&behind);
+    return bad ? -1 : 0;
+}
+
+static int read_post_processor(Loader *l, const Json *step, int depth) {
+    static const char *const names[] = {"Sequence", "TemplateProcessing", "ByteLevel", NULL};
+    if (!step || step->kind == JSON_NULL) return 0;
+    if (too_many(l, 0, depth)) return -1;
+    switch (which_type(step, names)) {
+    case 0: return read_sequence(l, step, "processors", depth, read_post_processor);
+    case 1: return read_template(l, step);
+    case 2: return 0;                                 // moves offsets only
+    default: return refuse(l, "post_processor", json_get_text(step, "type"));
+    }
+}
+
+// --------------------------------------------------------------------------- reading the model
+
+// Copies the texts of all tokens into one block and enters them: {"text": id, ...}.
+static int read_vocabulary(Loader *l, const Json *vocab, size_t n_more) {
+    Tokenizer *t = l->t;
+    if (!json_is(vocab, JSON_OBJECT)) return fail(l->err, "%s: the vocabulary should be an object",
+                                                  l->file);
+    size_t bytes = 0;
+    for (const Json *entry = vocab->first; entry; entry = entry->next) bytes += entry->key_length + 1;
+    if (vocab->count >= MAX_TOKENS) return fail(l->err, "%s: more than 16777216 tokens", l->file);
+    char *texts = region_alloc(&t->region, bytes, 1, l->err);
+    if (!texts || vocabulary_open(&t->vocabulary, vocab->count + n_more, &t->region, l->err))
+        return -1;
+    for (const Json *entry = vocab->first; entry; entry = entry->next) {
+        size_t id;
+        if (!json_to_size(entry, &id))
+            return fail(l->err, "%s: the id of token \"%.100s\" is no whole number", l->file,
+                        entry->key);
+        memcpy(texts, entry->key, entry->key_length);
+        if (vocabulary_add(&t->vocabulary, texts, entry->key_length, id, l->file, l->err)) return -1;
+        texts += entry->key_length + 1;
+    }
+    return 0;
+}
+
+// One merge, "a b" or ["a", "b"].
+static int read_merge(Loader *l, const Json *merge, size_t rank, Buffer *scratch) {
+    Vocabulary *v = &l->t->vocabulary;
+    if (json_is(merge, JSON_ARRAY) && merge->count == 2 && json_is(merge->first, JSON_STRING)
+        && json_is(merge->first->next, JSON_STRING)) {
+        const Json *a = merge->first, *b = a->next;
+        return merge_add(v, a->text, a->length, b->text, b->length, rank, scratch, l->file, l->err);
+    }
+    const char *space = json_is(merge, JSON_STRING) ? memchr(merge->text, ' ', merge->length) : NULL;
+    size_t left = space ? (size_t)(space - merge->text) : 0;
+    if (!space || memchr(space + 1, ' ', merge->length - left - 1))
+        return fail(l->err, "%s: merge %zu should be \"a b\" or [\"a\", \"b\"]", l->file, rank);
+    return merge_add(v, merge->text, left, space + 1, merge->length - left - 1, rank, scratch,
+                     l->file, l->err);
+}
+
+static int read_merges(Loader *l, const Json *merges) {
+    Tokenizer *t = l->t;
+    Buffer scratch = {.allocator = t->region.allocator};
+    if (!json_is(merges, JSON_ARRAY)) return fail(l->err, "%s: \"merges\" should be a list", l->file);
+    if (merges_open(&t->vocabulary, merges->count, &t->region, l->err)) return -1;
+    size_t rank = 0;
+    int bad = 0;
+    for (const Json *merge = merges->first; merge && !bad; merge = merge->next) {
+        bool comment = json_is(merge, JSON_STRING) && strncmp(merge->text, "#version", 8) == 0;
+        if (!comment) bad = read_merge(l, merge, rank++, &scratch);
+    }
+    buffer_free(&scratch);
+    return bad ? -1 : 0;
+}
+
+// Options that change what merging does and are not built here.
+static int check_model(Loader *l, const Json *model) {
+    const char *type = json_get_text(model, "type");
+    double dropout;
+    if (json_get(model, "type") ? !type || strcmp(type, "BPE") != 0 : !json_get(model, "merges"))
+        return refuse(l, "model", type);
+    const Json *rate = json_get(model, "dropout");
+    if (rate && rate->kind != JSON_NULL && !(json_to_double(rate, &dropout) && dropout == 0))
+        return refuse(l, "model with", "dropout");
+    for (int i = 0; i < 2; i++) {
+        const char *key = i ? "end_of_word_suffix" : "continuing_subword_prefix";
+        const Json *text = json_get(model, key);
+        if (text && text->kind != JSON_NULL && !(text->kind == JSON_STRING && !text->length))
+            return refuse(l, "model with", key);
+    }
+    return 0;
+}
+
+// Tables for the first symbols: of bytes and of the characters below U+10000.
+static int index_symbols(Loader *l) {
+    Tokenizer *t = l->t;
+    const Vocabulary *v = &t->vocabulary;
+    char text[4];
+    t->char_id = region_alloc(&t->region, 0x10000, sizeof *t->char_id, l->err);
+    if (!t->char_id) return -1;
+    for (uint32_t c = 0; c < 0x10000; c++) t->char_id[c] = -1;
+    for (size_t i = 0; i < v->n_tokens; i++) {
+        uint32_t code;
+        const Token *token = &v->tokens[i];
+        if (token->length && utf8_next(token->text, &code) == token->length && code < 0x10000)
+            t->char_id[code] = token->id;
+    }
+    for (unsigned byte = 0; byte < 256; byte++)
+        t->byte_id[byte] = vocabulary_id(v, text, utf8_encode(text, byte_to_char(byte)));
+    return 0;
+}
+
+// Can "▁" behind another character be taken for the beginning of a piece of its own? Only if no
+// merge has a "▁" at the beginning of its right half and something else at the end of its left.
+static bool can_cut_at_space(const Tokenizer *t) {
+    const Vocabulary *v = &t->vocabulary;
+    if (t->byte_level || vocabulary_id(v, space_mark, 3) < 0) return false;
+    for (size_t i = 0; i < v->n_merge_slots; i++) {
+        const Merge *merge = &v->merges[i];
+        if (merge->left < 0) continue;
+        const Token *left = vocabulary_token(v, merge->left);
+        const Token *right = vocabulary_token(v, merge->right);
+        bool ends_in_mark = left->length >= 3
+                         && memcmp(left->text + left->length - 3, space_mark, 3) == 0;
+        if (!ends_in_mark && starts_with(right->text, right->length, space_mark)) return false;
+    }
+    return true;
+}
+
+static int read_model(Loader *l, const Json *model, size_t n_more) {
+    Tokenizer *t = l->t;
+    if (check_model(l, model) || read_vocabulary(l, json_get(model, "vocab"), n_more)
+        || read_bool(l, model, "fuse_unk", false, &t->fuse_unk)
+        || read_bool(l, model, "byte_fallback", false, &t->byte_fallback)
+        || read_bool(l, model, "ignore_merges", false, &t->ignore_merges)) return -1;
+    // by_id is made once more when added tokens have come; the merges are checked against it now.
+    if (vocabulary_close(&t->vocabulary, l->file, &t->region, l->err)
+        || read_merges(l, json_get(model, "merges")) || index_symbols(l)) return -1;
+    const Json *unk = json_get(model, "unk_token");
+    t->unk_id = -1;
+    if (json_is(unk, JSON_STRING)) {
+        t->unk_id = vocabulary_id(&t->vocabulary, unk->text, unk->length);
+        if (t->unk_id < 0) t->unk_id = UNK_MISSING;
+    }
+    // The last pre-tokenizer's byte alphabet is folded into the model: its pieces stay bytes.
+    t->byte_level = t->n_pre_tokenizers
+                 && t->pre_tokenizers[t->n_pre_tokenizers - 1].kind == PRE_BYTES;
+    if (t->byte_level) t->n_pre_tokenizers--;
+    t->cut_at_space = can_cut_at_space(t);
+    return 0;
+}
+
+// ---------------------------------------------------------------------- reading added tokens
+
+static int compare_added(const void *a, const void *b) {
+    const AddedToken *x = a, *y = b;
+    int order = memcmp(x->pattern, y->pattern, min_size(x->length, y->length));
+    return order ? order : (x->length > y->length) - (x->length < y->length);
+}
+
+static int added_sort(Loader *l, AddedSet *set) {
+    qsort(set->tokens, set->n, sizeof *set->tokens, compare_added);
+    for (size_t i = 1; i < set->n; i++)
+        if (compare_added(&set->tokens[i - 1], &set->tokens[i]) == 0)
+            return fail(l->err, "%s: added tokens %d and %d are the same when normalised", l->file,
+                        set->tokens[i - 1].id, set->tokens[i].id);
+    size_t i = 0;
+    for (size_t byte = 0; byte <= 256; byte++) {
+        while (i < set->n && (unsigned char)set->tokens[i].pattern[0] < byte) i++;
+        set->first[byte] = i;
+    }
+    return 0;
+}
+
+// Enters an added token: its id is the one the vocabulary has for it, or the next free one; the file
+// must say the same.
+static Token *enter_added(Loader *l, const Json *content, size_t id, size_t *next_id) {
+    Vocabulary *v = &l->t->vocabulary;
+    Token *token = vocabulary_find(v, content->text, content->length);
+    if (token && token->added) {
+        fail(l->err, "%s: added token \"%.100s\" stands there twice", l->file, content->text);
+        return NULL;
+    }
+    size_t expected = token ? (size_t)token->id : *next_id;
+    if (id != expected) {
+        fail(l->err, "%s: added token \"%.100s\" has id %zu where %zu follows from the vocabulary",
+             l->file, content->text, id, expected);
+        return NULL;
+    }
+    *next_id = max_size(*next_id, id + 1);
+    if (!token) {
+        const char *text = keep_text(l, content->text, content->length);
+        if (!text || vocabulary_add(v, text, content->length, id, l->file, l->err)) return NULL;
+        token = &v->tokens[v->n_tokens - 1];
+        token->outside = true;
+    }
+    token->added = true;
+    return token;
+}
+
+static int read_added_token(Loader *l, const Json *entry, size_t *next_id) {
+    const Json *content = need_text(l, entry, "content");
+    AddedToken added = {0};
+    size_t id;
+    bool normalized, special;
+    if (!content) return -1;
+    if (content->length == 0) return 0;
+    if (!json_to_size(json_get(entry, "id"), &id))
+        return fail(l->err, "%s: added token \"%.100s\" has no id", l->file, content->text);
+    if (read_bool(l, entry, "special", false, &special)
+        || read_bool(l, entry, "normalized", !special, &normalized)
+        || read_bool(l, entry, "lstrip", false, &added.lstrip)
+        || read_bool(l, entry, "rstrip", false, &added.rstrip)
+        || read_bool(l, entry, "single_word", false, &added.single_word)) return -1;
+    Token *token = enter_added(l, content, id, next_id);
+    if (!token) return -1;
+    token->special = special;
+    added.id = token->id;
+    added.pattern = token->text;
+    added.length = token->length;
+    if (normalized) {
+        if (normalize(&l->encoder, &added.pattern, &added.length)) return -1;
+        if (!added.length)
+            return fail(l->err, "%s: nothing is left of added token \"%.100s\" when it is normalised",
+                        l->file, token->text);
+        added.pattern = keep_text(l, added.pattern, added.length);
+        if (!added.pattern) return -1;
+    }
+    AddedSet *set = normalized ? &l->t->added_normalized : &l->t->added_raw;
+    set->tokens[set->n++] = added;
+    return 0;
+}
+
+static int read_added_tokens(Loader *l, const Json *list) {
+    Tokenizer *t = l->t;
+    size_t n = list ? list->count : 0, next_id = t->vocabulary.n_tokens;
+    t->added_raw.tokens = region_alloc(&t->region, n, sizeof(AddedToken), l->err);
+    t->added_normalized.tokens = region_alloc(&t->region, n, sizeof(AddedToken), l->err);
+    if (!t->added_raw.tokens || !t->added_normalized.tokens) return -1;
+    for (const Json *entry = list ? list->first : NULL; entry; entry = entry->next)
+        if (read_added_token(l, entry, &next_id)) return -1;
+    if (added_sort(l, &t->added_raw) || added_sort(l, &t->added_normalized)) return -1;
+    return vocabulary_close(&t->vocabulary, l->file, &t->region, l->err);
+}
+
+// ------------------------------------------------------------------------------ reading the files
+
+// Reads a whole file into out. Returns 1, 0 if there is no such file, or -1.
+static int read_tokenizer_file(const char *directory, const char *name, Buffer *path, Buffer *out,
+                               qlora_error *err) {
+    path->size = out->size = 0;
+    if (buffer_printf(path, err, "%s/%s", directory, name)) return -1;
+    int file = open(path->data, O_RDONLY | O_CLOEXEC);
+    if (file < 0) return errno == ENOENT || errno == ENOTDIR ? 0
+                       : fail(err, "%s: %s", path->data, strerror(errno));
+    struct stat info;
+    int bad = fstat(file, &info) ? fail(err, "%s: %s", path->data, strerror(errno)) : 0;
+    if (!bad && (!S_ISREG(info.st_mode) || info.st_size > INT32_MAX))
+        bad = fail(err, "%s: not a file below 2 GiB", path->data);
+    if (!bad) bad = buffer_reserve(out, (size_t)info.st_size + 1, err);
+    while (!bad && out->size < (size_t)info.st_size) {
+        ssize_t n = read(file, out->data + out->size, (size_t)info.st_size - out->size);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) bad = fail(err, "%s: %s", path->data, n ? strerror(errno) : "became shorter");
+        else out->size += (size_t)n;
+    }
+    close(file);
+    return bad ? -1 : 1;
+}
+
+// Reads and parses a file; *value stays NULL if there is none. The text goes, the tree stays in the
+// loader's scratch region.
+static int read_json_file(Loader *l, const char *directory, const char *name, const Json **value) {
+    const qlora_allocator *a = l->t->region.allocator;
+    Buffer path = {.allocator = a}, text = {.allocator = a};
+    *value = NULL;
+    int found = read_tokenizer_file(directory, name, &path, &text, l->err);
+    if (found > 0) {
+        l->file = keep_text(l, path.data, path.size);
+        *value = !l->file ? NULL : json_parse(text.data, text.size, l->file, 1, &l->scratch, l->err);
+        if (!*value) found = -1;
+    }
+    buffer_free(&path);
+    buffer_free(&text);
+    return found < 0 ? -1 : 0;
+}
+
+// A token of tokenizer_config.json: "text" or {"content": "text"}.
+static int read_config_token(Loader *l, const Json *config, const Json *other, const char *key,
+                             const char **text, int32_t *id) {
+    const Json *value = json_get(config, key);
+    if (!value) value = json_get(other, key);
+    if (json_is(value, JSON_OBJECT)) value = json_get(value, "content");
+    *id = -1;
+    if (!json_is(value, JSON_STRING)) return 0;
+    *text = keep_text(l, value->text, value->length);
+    *id = tokenizer_id(l->t, value->text, value->length);
+    return *text ? 0 : -1;
+}
+
+// The chat template: a text, or a list of named ones, of which "default" counts.
+static int read_chat_template(Loader *l, const Json *value) {
+    if (json_is(value, JSON_ARRAY)) {
+        const Json *list = value;
+        value = NULL;
+        for (const Json *entry = list->first; entry; entry = entry->next) {
+            const char *name = json_get_text(entry, "name");
+            if (name && strcmp(name, "default") == 0) value = json_get(entry, "template");
+        }
+    }
+    if (!json_is(value, JSON_STRING)) return 0;
+    l->t->chat_template = keep_text(l, value->text, value->length);
+    return l->t->chat_template ? 0 : -1;
+}
+
+static int read_config(Loader *l, const char *directory) {
+    Tokenizer *t = l->t;
+    const Json *config, *map, *templates;
+    if (read_json_file(l, directory, "tokenizer_config.json", &config)
+        || read_json_file(l, directory, "special_tokens_map.json", &map)
+        || read_json_file(l, directory, "chat_template.json", &templates)) return -1;
+    const Json *class_name = json_get(config, "tokenizer_class");
+    if (json_is(class_name, JSON_STRING)) {
+        t->class_name = keep_text(l, class_name->text, class_name->length);
+        if (!t->class_name) return -1;
+    }
+    t->add_bos_token = json_get_bool(config, "add_bos_token", t->n_prefix > 0);
+    t->add_eos_token = json_get_bool(config, "add_eos_token", t->n_suffix > 0);
+    if (read_config_token(l, config, map, "bos_token", &t->bos_token, &t->bos_id)
+        || read_config_token(l, config, map, "eos_token", &t->eos_token, &t->eos_id)
+        || read_config_token(l, config, map, "pad_token", &t->pad_token, &t->pad_id)
+        || read_config_token(l, config, map, "unk_token", &t->unk_token, &t->config_unk_id)
+        || read_chat_template(l, json_get(config, "chat_template"))
+        || read_chat_template(l, json_get(templates, "chat_template"))) return -1;
+    // A file of its own comes before all others.
+    Buffer path = {.allocator = t->region.allocator}, text = path;
+    int found = read_tokenizer_file(directory, "chat_template.jinja", &path, &text, l->err);
+    if (found > 0) {
+        t->chat_template = keep_text(l, text.data, text.size);
+        if (!t->chat_template) found = -1;
+    }
+    buffer_free(&path);
+    buffer_free(&text);
+    return found < 0 ? -1 : 0;
+}
+
+static int read_tokenizer_json(Loader *l, const Json *root) {
+    Tokenizer *t = l->t;
+    const Json *added = json_get(root, "added_tokens");
+    t->file = l->file;
+    if (root->kind != JSON_OBJECT || !json_get(root, "model"))
+        return fail(l->err, "%s: no \"model\" in it", l->file);
+    if (added && added->kind != JSON_ARRAY)
+        return fail(l->err, "%s: \"added_tokens\" should be a list", l->file);
+    if (read_normalizer(l, json_get(root, "normalizer"), 0)
+        || read_pre_tokenizer(l, json_get(root, "pre_tokenizer"), 0)
+        || read_decoder(l, json_get(root, "decoder"), 0) || check_decoders(l)
+        || read_model(l, json_get(root, "model"), added ? added->count : 0)) return -1;
+    int bad = encoder_open(&l->encoder, t, 0, NULL, l->err) || read_added_tokens(l, added);
+    encoder_close(&l->encoder);
+    return bad ? -1 : read_post_processor(l, json_get(root, "post_processor"), 0);
+}
+
+static void tokenizer_close(Tokenizer *t) {
+    if (!t) return;
+    Region region = t->region;                        // t itself lies in it
+    region_free(&region);
+}
+
+static int tokenizer_load(Loader *l, const char *directory) {
+    const Json *root;
+    if (read_json_file(l, directory, "tokenizer.json", &root)) return -1;
+    if (!root) return fail(l->err, "%s: no tokenizer.json in it", directory);
+    return read_tokenizer_json(l, root) || read_config(l, directory) ? -1 : 0;
+}
+
+// Reads the tokenizer of a Hugging Face model directory.
+static Tokenizer *tokenizer_open(const char *directory, const qlora_allocator *a,
+                                 qlora_error *err) {
+    Region region = {a, NULL};
+    Tokenizer *t = region_alloc(&region, 1, sizeof *t, err);
+    if (!t) return NULL;
+    t->region = region;
+    t->unicode = unicode_open(&t->region, err);
+    t->normalizers = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->normalizers, err);
+    t->pre_tokenizers = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->pre_tokenizers, err);
+    t->decoders = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->decoders, err);
+    Loader l = {.t = t, .file = directory, .scratch = {a, NULL}, .err = err};
+    int bad = !t->unicode || !t->normalizers || !t->pre_tokenizers || !t->decoders
+           || tokenizer_load(&l, directory);
+    region_free(&l.scratch);
+    if (!bad) return t;
+    tokenizer_close(t);
+    return NULL;
+}
+// =================================================================================================
+//  10. From config.json and weight files to a model
+//
+//  A configuration is read strictly: a field that changes the mathematics and is not implemented
+//  stops the run by name, for a model computed a little wrongly is worse than none. The tensors of a
+//  model are a list of slots made from one table; loading, `init`, `quantize` and the memory plan all
+//  walk this list, so name, shape and place of a tensor have one source.
+// =================================================================================================
+
+struct Architecture {
+    const char *type;                       // "model_type"
+    const char *class_name;                 // "architectures"
+    bool qkv_bias;                          // q, k, v always have one
+    bool window;                            // sliding_window holds for every layer when it is set
+    const char *linear[N_LINEARS];          // module names within a layer
+};
+
+#define LLAMA_LINEARS {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",               \
+                       "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+
+static const Architecture architectures[] = {
+    {"llama", "LlamaForCausalLM", false, false, LLAMA_LINEARS},
+    {"qwen2", "Qwen2ForCausalLM", true, false, LLAMA_LINEARS},
+    {"mistral", "MistralForCausalLM", false, true, LLAMA_LINEARS}};
+enum { N_ARCHITECTURES = sizeof architectures / sizeof *architectures };
+
+// ------------------------------------------------------------------------------------ config.json
+
+typedef struct { const Json *json; const char *directory; qlora_error *err; } ConfigReader;
+
+// A member that is neither missing nor null.
+static const Json *config_get(const Json *json, const char *key) {
+    const Json *value = json_get(json, key);
+    return json_is(value, JSON_NULL) ? NULL : value;
+}
+
+static int config_fail(const ConfigReader *r, const char *key, const char *expected) {
+    const Json *value = json_get(r->json, key);
+    bool scalar = value && value->kind >= JSON_NUMBER && value->kind <= JSON_STRING;
+    return fail(r->err, "%s/config.json: %s: expected %s, found %.80s", r->directory, key, expected,
+                !value ? "nothing" : scalar ? value->text : json_kind_name(value->kind));
+}
+
+// A whole number in [1, most]; with `otherwise` non-zero the member may be missing.
+static int config_size(const ConfigReader *r, const char *key, size_t most, size_t otherwise,
+                       size_t *out) {
+    char expected[64];
+    const Json *value = config_get(r->json, key);
+    *out = otherwise;
+    if (!value && otherwise) return 0;
+    if (json_to_size(value, out) && *out >= 1 && *out <= most) return 0;
+    snprintf(expected, sizeof expected, "a whole number from 1 to %zu", most);
+    return config_fail(r, key, expected);
+}
+
+static int config_number(const ConfigReader *r, const Json *object, const char *key, double least,
+                         double most, double *out) {
+    const Json *value = config_get(object, key);
+    if (!value) return 0;                                     // *out keeps the default
+    if (json_to_double(value, out) && *out >= least && *out <= most) return 0;
+    return fail(r->err, "%s/config.json: %s: expected a number from %g to %g, found %.80s",
+                r->directory, key, least, most, value->text ? value->text : "something else");
+}
+
+// Fields that only models of other kinds have, each with the one value that changes nothing.
+static int refuse_unknown_mathematics(const ConfigReader *r) {
+    static const char *const must_be_off[] = {"attn_logit_softcapping", "final_logit_softcapping",
+        "qk_layernorm", "use_qk_norm", "alibi", "logit_scale", "embedding_multiplier",
+        "residual_multiplier", "attention_multiplier", "logits_scaling", "num_local_experts",
+        "num_experts", "n_routed_experts", "attention_dropout", "resid_pdrop", "embd_pdrop"};
+    double factor = 1;
+    for (size_t i = 0; i < sizeof must_be_off / sizeof *must_be_off; i++) {
+        const Json *value = config_get(r->json, must_be_off[i]);
+        double number = 1;
+        if (!value || value->kind == JSON_FALSE) continue;
+        if (json_to_double(value, &number) && number == 0) continue;
+        return config_fail(r, must_be_off[i], "it to be off (not implemented)");
+    }
+    if (config_number(r, r->json, "partial_rotary_factor", 0, 1, &factor)) return -1;
+    if (factor != 1) return config_fail(r, "partial_rotary_factor", "1 (other shares are not "
+                                                                    "implemented for this model)");
+    const char *act = json_get_text(r->json, "hidden_act");
+    if (act && strcmp(act, "silu") && strcmp(act, "swish"))
+        return config_fail(r, "hidden_act", "\"silu\"");
+    const Json *quantization = config_get(r->json, "quantization_config");
+    const char *method = json_get_text(quantization, "quant_method");
+    if (quantization && ((method && strcmp(method, "bitsandbytes")) ||
+                         !json_get_bool(quantization, "load_in_4bit", false)))
+        return fail(r->err, "%s/config.json: quantization_config: expected bitsandbytes 4-bit, found "
+                    "%s; start from the unquantised model", r->directory, method ? method : "other");
+    return 0;
+}
+
+// Rotation frequencies theta^(-2i/hd), slowed down for long contexts as rope_scaling says.
+static int read_rope(const ConfigReader *r, size_t hd, float *frequency) {
+    const Json *rope = config_get(r->json, "rope_parameters");       // transformers 5
+    const Json *scaling = rope ? rope : config_get(r->json, "rope_scaling");
+    const char *type = json_get_text(scaling, "rope_type");
+    double theta = 10000, factor = 1, low = 1, high = 4, original = 0;
+    if (!type) type = json_get_text(scaling, "type");
+    if (!type) type = "default";
+    if (config_number(r, r->json, "rope_theta", 1, 1e12, &theta) ||
+        config_number(r, rope, "rope_theta", 1, 1e12, &theta) ||
+        config_number(r, scaling, "factor", 1, 1e6, &factor) ||
+        config_number(r, scaling, "low_freq_factor", 1e-3, 1e6, &low) ||
+        config_number(r, scaling, "high_freq_factor", 1e-3, 1e6, &high) ||
+        config_number(r, scaling, "original_max_position_embeddings", 1, 1e9, &original))
+        return -1;
+    bool llama3 = strcmp(type, "llama3") == 0, linear = strcmp(type, "linear") == 0;
+    if (!llama3 && !linear && strcmp(type, "default"))
+        return fail(r->err, "%s/config.json: rope_scaling: \"%s\" is not implemented (default, linear "
+                    "and llama3 are)", r->directory, type);
+    if ((llama3 || linear) && !config_get(scaling, "factor"))
+        return fail(r->err, "%s/config.json: rope_scaling: expected a \"factor\"", r->directory);
+    if (llama3 && (original == 0 || !(high > low)))
+        return fail(r->err, "%s/config.json: rope_scaling: llama3 needs "
+                    "original_max_position_embeddings and high_freq_factor > low_freq_factor",
+                    r->directory);
+    for (size_t i = 0; i < hd / 2; i++) {
+        float base = 1.0f / powf((float)theta, (float)(2 * i) / (float)hd);
+        double wavelength = 6.283185307179586 / (double)base, f = (double)base;
+        if (linear) f /= factor;
+        if (llama3 && wavelength > original / low) f /= factor;
+        else if (llama3 && wavelength > original / high) {
+            double smooth = (original / wavelength - low) / (high - low);
+            f = (1 - smooth) * f / factor + smooth * f;
+        }
+        frequency[i] = (float)f;
+    }
+    return 0;
+}
+
+// Which layers have a sliding window: all (Mistral), those that layer_types names, or for Qwen2 with
+// use_sliding_window the ones from max_window_layers on.
+static int read_windows(const ConfigReader *r, const Architecture *arch, size_t L, Layer *layers) {
+    size_t window = 0, from = L;
+    const Json *types = config_get(r->json, "layer_types");
+    bool used = json_get_bool(r->json, "use_sliding_window", false);
+    if (config_get(r->json, "sliding_window") &&
+        config_size(r, "sliding_window", (size_t)1 << 40, 0, &window)) return -1;
+    if (config_get(r->json, "max_window_layers") &&
+        !json_to_size(config_get(r->json, "max_window_layers"), &from))
+        return config_fail(r, "max_window_layers", "a whole number");
+    if (types && (types->kind != JSON_ARRAY || types->count != L))
+        return config_fail(r, "layer_types", "one entry for each layer");
+    const Json *type = types ? types->first : NULL;
+    for (size_t l = 0; l < L; l++) {
+        bool slides = arch->window || (used && l >= from);
+        if (type) {
+            slides = json_is(type, JSON_STRING) && strcmp(type->text, "sliding_attention") == 0;
+            if (!slides && !(json_is(type, JSON_STRING) && strcmp(type->text, "full_attention") == 0))
+                return config_fail(r, "layer_types", "full_attention or sliding_attention");
+            type = type->next;
+        }
+        layers[l].window = slides ? window : 0;
+    }
+    return 0;
+}
+
+static int read_architecture(const ConfigReader *r, const Architecture **out) {
+    const char *type = json_get_text(r->json, "model_type");
+    const Json *classes = config_get(r->json, "architectures");
+    for (size_t i = 0; type && i < N_ARCHITECTURES; i++) {
+        if (strcmp(architectures[i].type, type)) continue;
+        if (json_is(classes, JSON_ARRAY) && json_is(classes->first, JSON_STRING) &&
+            strcmp(classes->first->text, architectures[i].class_name))
+            return fail(r->err, "%s/config.json: architectures: expected %s, found %s", r->directory,
+                        architectures[i].class_name, classes->first->text);
+        *out = &architectures[i];
+        return 0;
+    }
+    return config_fail(r, "model_type", "llama, qwen2 or mistral");
+}
+
+// Fills the transformer's configuration and allocates its layers in the region.
+static int parse_config(Transformer *m, bool has_bias[N_LINEARS], const Json *json,
+                       const char *directory, Region *region, qlora_error *err) {
+    ConfigReader r = {json, directory, err};
+    Config *c = &m->config;
+    double eps = 1e-6;
+    if (json->kind != JSON_OBJECT)
+        return fail(err, "%s/config.json: expected an object, found %s", directory,
+                    json_kind_name(json->kind));
+    if (read_architecture(&r, &c->architecture) || refuse_unknown_mathematics(&r) ||
+        config_size(&r, "hidden_size", 1 << 17, 0, &c->D) ||
+        config_size(&r, "intermediate_size", 1 << 20, 0, &c->F) ||
+        config_size(&r, "vocab_size", 1 << 24, 0, &c->V) ||
+        config_size(&r, "num_hidden_layers", 1 << 10, 0, &c->L) ||
+        config_size(&r, "num_attention_heads", 1 << 12, 0, &c->H) ||
+        config_size(&r, "num_key_value_heads", 1 << 12, c->H, &c->G) ||
+        config_size(&r, "head_dim", 1 << 10, max_size(c->D / c->H, 1), &c->hd) ||
+        config_size(&r, "max_position_embeddings", (size_t)1 << 31, 2048, &c->context) ||
+        config_number(&r, json, "rms_norm_eps", 0, 1, &eps)) return -1;
+    if (!config_get(json, "head_dim") && c->D % c->H)
+        return config_fail(&r, "num_attention_heads", "a divisor of hidden_size");
+    if (c->H % c->G) return config_fail(&r, "num_key_value_heads", "a divisor of the heads");
+    if (c->hd % 2) return config_fail(&r, "head_dim", "an even number");
+    c->eps = (float)eps;
+    c->tied = json_get_bool(json, "tie_word_embeddings", false);
+    bool attention_bias = json_get_bool(json, "attention_bias", false);
+    bool mlp_bias = json_get_bool(json, "mlp_bias", false);
+    for (int i = 0; i < N_LINEARS; i++)
+        has_bias[i] = i >= LINEAR_GATE ? mlp_bias
+                    : attention_bias || (i < LINEAR_O && c->architecture->qkv_bias);
+    m->frequency = region_alloc(region, c->hd / 2, sizeof *m->frequency, err);
+    m->layers = region_alloc(region, c->L, sizeof *m->layers, err);
+    if (!m->frequency || !m->layers) return -1;
+    return read_rope(&r, c->hd, m->frequency) || read_windows(&r, c->architecture, c->L, m->layers);
+}
+
+// ---------------------------------------------------------------------------------------- tensors
+
+typedef enum { SLOT_LINEAR, SLOT_MATRIX, SLOT_VECTOR } SlotKind;    // only linears are quantised
+
+// One tensor of the model: what it is called in files, its shape, and where it goes.
+typedef struct {
+    const char *name;
+    SlotKind kind;
+    size_t rows, columns;                   // columns 1 for a vector
+    Weight *weight;                         // of a linear or matrix
+    const float **vector;
+    int file_type;                          // type of its numbers in files (ST_BF16, ...)
+} Slot;
+
+typedef struct { Slot *slots; size_t n; Region *region; qlora_error *err; } SlotList;
+
+static int add_slot(SlotList *list, SlotKind kind, size_t rows, size_t columns, Weight *weight,
+                    const float **vector, const char *format, ...) {
+    char name[256];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(name, sizeof name, format, args);
+    va_end(args);
+    const char *copy = region_text(list->region, name, strlen(name), list->err);
+    if (!copy) return -1;
+    if (weight) { weight->N = rows; weight->K = columns; }
+    list->slots[list->n++] = (Slot){copy, kind, rows, columns, weight, vector, ST_BF16};
+    return 0;
+}
+
+// The list of all tensors, in the order in which they are used.
+static int list_slots(SlotList *list, Transformer *m, const bool has_bias[N_LINEARS]) {
+    const Config *c = &m->config;
+    size_t query = c->H * c->hd, key = c->G * c->hd;
+    const size_t rows[N_LINEARS] = {query, key, key, c->D, c->F, c->F, c->D};
+    const size_t columns[N_LINEARS] = {c->D, c->D, c->D, query, c->D, c->D, c->F};
+    list->slots = region_alloc(list->region, c->L * (2 * N_LINEARS + 2) + 3, sizeof(Slot), list->err);
+    if (!list->slots || add_slot(list, SLOT_MATRIX, c->V, c->D, &m->embedding, NULL,
+                                 "model.embed_tokens.weight")) return -1;
+    for (size_t l = 0; l < c->L; l++) {
+        Layer *layer = &m->layers[l];
+        if (add_slot(list, SLOT_VECTOR, c->D, 1, NULL, &layer->attention_norm,
+                     "model.layers.%zu.input_layernorm.weight", l) ||
+            add_slot(list, SLOT_VECTOR, c->D, 1, NULL, &layer->mlp_norm,
+                     "model.layers.%zu.post_attention_layernorm.weight", l)) return -1;
+        for (int i = 0; i < N_LINEARS; i++) {
+            const char *module = c->architecture->linear[i];
+            layer->linear[i].lora.module = (uint32_t)(l * N_LINEARS + (size_t)i + 1);
+            if (add_slot(list, SLOT_LINEAR, rows[i], columns[i], &layer->linear[i].weight, NULL,
+                         "model.layers.%zu.%s.weight", l, module)) return -1;
+            if (has_bias[i] && add_slot(list, SLOT_VECTOR, rows[i], 1, NULL, &layer->linear[i].bias,
+                                        "model.layers.%zu.%s.bias", l, module)) return -1;
+        }
+    }
+    m->head.lora.module = (uint32_t)(c->L * N_LINEARS + 1);
+    if (add_slot(list, SLOT_VECTOR, c->D, 1, NULL, &m->final_norm, "model.norm.weight")) return -1;
+    return c->tied ? 0 : add_slot(list, SLOT_MATRIX, c->V, c->D, &m->head.weight, NULL,
+                                  "lm_head.weight");
+}
+
+// Carves a matrix of the given type. 4-bit ones get their scales too, quantised twice or not.
+static void place_weight(Weight *w, DType dtype, bool double_quant, Arena *arena) {
+    size_t n = w->N * w->K, blocks = ceil_div(n, QUANT_BLOCK);
+    w->dtype = dtype;
+    w->absmax = w->absmax2 = w->code8 = NULL;
+    w->absmax8 = NULL;
+    if (!is_4bit(dtype)) {
+        w->data = arena_alloc(arena, n, dtype_size(dtype));
+        return;
+    }
+    w->data = arena_alloc(arena, (n + 1) / 2, 1);
+    w->code = arena_alloc(arena, 16, sizeof(float));
+    if (double_quant) {
+        w->absmax8 = arena_alloc(arena, blocks, 1);
+        w->absmax2 = arena_alloc(arena, ceil_div(blocks, SCALE_BLOCK), sizeof(float));
+        w->code8 = arena_alloc(arena, 256, sizeof(float));
+    } else w->absmax = arena_alloc(arena, blocks, sizeof(float));
+}
+
+// Widens n values of a file's type.
+static void widen_values(float *out, const void *raw, DType type, size_t n) {
+    const uint16_t *half = raw;
+    if (type == DT_F32) memcpy(out, raw, n * sizeof *out);
+    else if (type == DT_BF16) for (size_t i = 0; i < n; i++) out[i] = bf16_to_float(half[i]);
+    else for (size_t i = 0; i < n; i++) out[i] = f16_to_float(half[i]);
+}
+
+// An infinite or NaN value has all exponent bits set.
+static bool all_finite(const void *raw, DType type, size_t n) {
+    const uint16_t *half = raw;
+    const float *full = raw;
+    uint32_t bad = 0;
+    if (type == DT_F32) for (size_t i = 0; i < n; i++)
+        bad |= (uint32_t)((float_bits(full[i]) & 0x7F800000) == 0x7F800000);
+    else if (type == DT_BF16) for (size_t i = 0; i < n; i++)
+        bad |= (uint32_t)((half[i] & 0x7F80) == 0x7F80);
+    else for (size_t i = 0; i < n; i++) bad |= (uint32_t)((half[i] & 0x7C00) == 0x7C00);
+    return !bad;
+}
+
+// Quantises part of a tensor: `count` values in their file's type, starting at a block boundary.
+typedef struct {
+    const void *raw;
+    DType from, to;
+    size_t count;
+    uint8_t *packed;
+    float *absmax;
+} QuantizeTask;
+
+enum { BLOCKS_PER_TASK = 256 };
+
+static void quantize_task(void *arguments, size_t task, int thread) {
+    QuantizeTask *a = arguments;
+    size_t first = task * BLOCKS_PER_TASK;
+    size_t end = min_size(first + BLOCKS_PER_TASK, ceil_div(a->count, QUANT_BLOCK));
+    (void)thread;
+    for (size_t block = first; block < end; block++) {
+        float values[QUANT_BLOCK];
+        size_t at = block * QUANT_BLOCK, n = min_size(QUANT_BLOCK, a->count - at);
+        widen_values(values, (const char *)a->raw + at * dtype_size(a->from), a->from, n);
+        a->absmax[block] = quantize_block(a->packed + at / 2, values, n, a->to);
+    }
+}
+
+static void quantize_values(Pool *pool, uint8_t *packed, float *absmax, const void *raw, DType from,
+                            DType to, size_t count) {
+    QuantizeTask a = {raw, from, to, count, packed, absmax};
+    parallel_for(pool, ceil_div(count, (size_t)QUANT_BLOCK * BLOCKS_PER_TASK), quantize_task, &a);
+}
+
+// Finishes a 4-bit weight whose codes and scales are there: the tables, the second quantisation.
+static void finish_weight(Weight *w, const float *absmax) {
+    size_t blocks = ceil_div(w->N * w->K, QUANT_BLOCK);
+    memcpy((float *)(uintptr_t)w->code, w->dtype == DT_NF4 ? nf4_levels : fp4_levels,
+           sizeof nf4_levels);
+    if (w->absmax8) {
+        dynamic_map((float *)(uintptr_t)w->code8);
+        w->offset = quantize_scales((uint8_t *)(uintptr_t)w->absmax8, (float *)(uintptr_t)w->absmax2,
+                                    absmax, blocks, w->code8);
+    } else memcpy((float *)(uintptr_t)w->absmax, absmax, blocks * sizeof *absmax);
+}
+
+// ---------------------------------------------------------------------------------------- loading
+
+enum { STAGING_VALUES = 4 << 20 };          // values read at a time while quantising
+
+typedef struct {
+    const TensorFiles *files;
+    const qlora_options *options;
+    Pool *pool;
+    char *staging;                          // STAGING_VALUES values of at most 4 bytes
+    float *absmax;                          // scales of the largest linear
+    uint8_t *used;                          // (tensors of the files)
+    qlora_error *err;
+} WeightLoader;
+
+static const TensorInfo *loader_find(WeightLoader *l, const char *name, const char *suffix) {
+    char full[MAX_TENSOR_NAME];
+    snprintf(full, sizeof full, "%s%s", name, suffix);
+    const TensorInfo *t = tensors_find(l->files, full);
+    if (t) l->used[t - l->files->tensors] = 1;
+    return t;
+}
+
+static const char *tensor_path(const WeightLoader *l, const TensorInfo *t) {
+    return l->files->files[t->file].path;
+}
+
+// The tensor of a slot with the right shape and a type of numbers this program computes with.
+static const TensorInfo *find_slot(WeightLoader *l, const Slot *slot) {
+    const TensorInfo *t = loader_find(l, slot->name, "");
+    bool vector = slot->kind == SLOT_VECTOR;
+    if (!t) {
+        fail(l->err, "%s: tensor %s expected, not found", l->files->files[0].path, slot->name);
+        return NULL;
+    }
+    if (t->rank != (vector ? 1u : 2u) || t->shape[0] != slot->rows ||
+        (!vector && t->shape[1] != slot->columns)) {
+        fail(l->err, "%s: tensor %s: shape [%zu, %zu] expected from config.json, found [%zu, %zu]",
+             tensor_path(l, t), slot->name, slot->rows, slot->columns, t->rank ? t->shape[0] : 0,
+             t->rank > 1 ? t->shape[1] : 1);
+        return NULL;
+    }
+    if (safetensors_types[t->type].dtype == DT_OTHER) {
+        fail(l->err, "%s: tensor %s: expected F32, F16 or BF16, found %s", tensor_path(l, t),
+             slot->name, safetensors_types[t->type].name);
+        return NULL;
+    }
+    return t;
+}
+
+// Whether a linear is stored 4-bit by bitsandbytes: the name of its type, or DT_OTHER.
+static DType stored_4bit(WeightLoader *l, const Slot *slot) {
+    if (slot->kind != SLOT_LINEAR) return DT_OTHER;
+    if (loader_find(l, slot->name, ".quant_state.bitsandbytes__nf4")) return DT_NF4;
+    return loader_find(l, slot->name, ".quant_state.bitsandbytes__fp4") ? DT_FP4 : DT_OTHER;
+}
+
+// First pass: decides each slot's type and carves its memory; reads nothing but headers.
+static int place_slot(WeightLoader *l, Slot *slot, Arena *arena) {
+    DType stored = stored_4bit(l, slot);
+    if (stored != DT_OTHER) {
+        bool nested = loader_find(l, slot->name, ".nested_absmax") != NULL;
+        place_weight(slot->weight, stored, nested, arena);
+        return 0;
+    }
+    const TensorInfo *t = find_slot(l, slot);
+    if (!t) return -1;
+    slot->file_type = t->type;
+    if (slot->kind == SLOT_VECTOR) {
+        *slot->vector = arena_alloc(arena, slot->rows, sizeof(float));
+        return 0;
+    }
+    DType to = safetensors_types[t->type].dtype;
+    if (slot->kind == SLOT_LINEAR && l->options->quant != QLORA_QUANT_NONE)
+        to = l->options->quant == QLORA_QUANT_NF4 ? DT_NF4 : DT_FP4;
+    place_weight(slot->weight, to, l->options->double_quant != 0, arena);
+    return 0;
+}
+
+// One tensor of a stored 4-bit linear, of exactly this type and size.
+static int load_part(WeightLoader *l, const Slot *slot, const char *suffix, int type, size_t n,
+                     const void *out) {
+    const TensorInfo *t = loader_find(l, slot->name, suffix);
+    if (!t || t->type != type || t->elements != n)
+        return fail(l->err, "%s: tensor %s%s: %zu values of type %s expected, found %s",
+                    l->files->files[t ? t->file : 0].path, slot->name, suffix, n,
+                    safetensors_types[type].name, t ? "others" : "none");
+    return tensor_read(l->files, t, (void *)(uintptr_t)out, 0, t->bytes, l->err);
+}
+
+// Reads what bitsandbytes wrote (FACTS 3): codes, scales and the quant_state JSON, cross-checked.
+static int load_4bit(WeightLoader *l, const Slot *slot) {
+    Weight *w = slot->weight;
+    size_t n = w->N * w->K, blocks = ceil_div(n, QUANT_BLOCK), number = 0, rows = 0, columns = 0;
+    const char *type = w->dtype == DT_NF4 ? "nf4" : "fp4";
+    char suffix[64];
+    snprintf(suffix, sizeof suffix, ".quant_state.bitsandbytes__%s", type);
+    const TensorInfo *state = loader_find(l, slot->name, suffix);
+    Region region = {.allocator = l->files->region.allocator};
+    double offset = 0;
+    int bad = -1;
+    char *text = state->bytes <= 65536 ? region_alloc(&region, state->bytes + 1, 1, l->err) : NULL;
+    if (!text) fail(l->err, "%s: tensor %s%s is too large", tensor_path(l, state), slot->name, suffix);
+    const Json *json = text && !tensor_read(l->files, state, text, 0, state->bytes, l->err)
+                     ? json_parse(text, state->bytes, state->name, 1, &region, l->err) : NULL;
+    const Json *shape = json_get(json, "shape");
+    const char *stored = json_get_text(json, "quant_type");
+    if (!json) goto done;
+    if (!stored || strcmp(stored, type) || !json_to_size(json_get(json, "blocksize"), &number) ||
+        number != QUANT_BLOCK || !json_is(shape, JSON_ARRAY) || shape->count != 2 ||
+        !json_to_size(shape->first, &rows) || !json_to_size(shape->first->next, &columns) ||
+        rows != w->N || columns != w->K) {
+        fail(l->err, "%s: tensor %s: quant_state: expected %s in blocks of 64, shape [%zu, %zu], "
+             "found %.200s", tensor_path(l, state), slot->name, type, w->N, w->K, text);
+        goto done;
+    }
+    if (w->absmax8 && (!json_to_size(json_get(json, "nested_blocksize"), &number) ||
+                       number != SCALE_BLOCK ||
+                       !json_to_double(json_get(json, "nested_offset"), &offset))) {
+        fail(l->err, "%s: tensor %s: quant_state: expected nested_blocksize 256 and nested_offset",
+             tensor_path(l, state), slot->name);
+        goto done;
+    }
+    w->offset = (float)offset;
+    bad = load_part(l, slot, "", ST_U8, (n + 1) / 2, w->data) ||
+          load_part(l, slot, ".quant_map", ST_F32, 16, w->code) ||
+          (w->absmax8 ? load_part(l, slot, ".absmax", ST_U8, blocks, w->absmax8) ||
+                        load_part(l, slot, ".nested_absmax", ST_F32, ceil_div(blocks, SCALE_BLOCK),
+                                  w->absmax2) ||
+                        load_part(l, slot, ".nested_quant_map", ST_F32, 256, w->code8)
+                      : load_part(l, slot, ".absmax", ST_F32, blocks, w->absmax));
+    const float *scales = w->absmax8 ? w->absmax2 : w->absmax;
+    size_t n_scales = w->absmax8 ? ceil_div(blocks, SCALE_BLOCK) : blocks;
+    if (!bad && (!all_finite(scales, DT_F32, n_scales) || !isfinite(w->offset)))
+        bad = fail(l->err, "%s: tensor %s: a scale is NaN or infinite", tensor_path(l, state),
+                   slot->name);
+done:
+    region_free(&region);
+    return bad;
+}
+
+// Second pass: reads a slot's values into its place.
+static int load_slot(WeightLoader *l, const Slot *slot) {
+    if (slot->weight && is_4bit(slot->weight->dtype) && stored_4bit(l, slot) != DT_OTHER)
+        return load_4bit(l, slot);
+    const TensorInfo *t = find_slot(l, slot);
+    DType from = safetensors_types[t->type].dtype;
+    size_t size = dtype_size(from);
+    for (size_t at = 0; at < t->elements; at += STAGING_VALUES) {
+        size_t n = min_size(STAGING_VALUES, t->elements - at);
+        bool in_place = slot->kind != SLOT_VECTOR && !is_4bit(slot->weight->dtype);
+        char *raw = in_place ? (char *)(uintptr_t)slot->weight->data + at * size : l->staging;
+        if (tensor_read(l->files, t, raw, at * size, n * size, l->err)) return -1;
+        if (!all_finite(raw, from, n))
+            return fail(l->err, "%s: tensor %s holds NaN or infinity: the file is damaged or the "
+                        "model was trained to pieces", tensor_path(l, t), slot->name);
+        if (slot->kind == SLOT_VECTOR)
+            widen_values((float *)(uintptr_t)*slot->vector + at, raw, from, n);
+        else if (!in_place)
+            quantize_values(l->pool, (uint8_t *)(uintptr_t)slot->weight->data + at / 2,
+                            l->absmax + at / QUANT_BLOCK, raw, from, slot->weight->dtype, n);
+        if (l->options->stop && l->options->stop(l->options->stop_user))
+            return fail(l->err, "stopped while loading");
+    }
+    if (slot->weight && is_4bit(slot->weight->dtype)) finish_weight(slot->weight, l->absmax);
+    return 0;
+}
+
+// A tensor that no slot asked for means another model than this program would compute.
+static int refuse_unused(const WeightLoader *l, bool tied) {
+    for (size_t i = 0; i < l->files->n_tensors; i++) {
+        const char *name = l->files->tensors[i].name;
+        if (l->used[i] || strstr(name, "rotary_emb.inv_freq")) continue;    // recomputed
+        if (tied && strcmp(name, "lm_head.weight") == 0) continue;          // the embedding again
+        return fail(l->err, "%s: tensor %s is not part of this architecture as implemented here",
+                    tensor_path(l, &l->files->tensors[i]), name);
+    }
+    return 0;
+}
+
+// Reads all weights into one allocation, *weights of *bytes, that the caller owns.
+static int load_weights(Transformer *m, const SlotList *list, const char *directory,
+                        const qlora_options *options, Pool *pool, void **weights, size_t *bytes,
+                        const qlora_allocator *allocator, qlora_error *err) {
+    TensorFiles *files = tensors_open(directory, "model.safetensors", allocator, err);
+    if (!files) return -1;
+    Region region = {.allocator = allocator};
+    WeightLoader l = {.files = files, .options = options, .pool = pool, .err = err};
+    size_t largest = 0;
+    int bad = -1;
+    l.used = region_alloc(&region, files->n_tensors, 1, err);
+    l.staging = mem_reserve(allocator, STAGING_VALUES, 4, err);
+    if (!l.used || !l.staging) goto done;
+    Arena arena = {NULL, 0};
+    for (size_t i = 0; i < list->n; i++) {
+        if (place_slot(&l, &list->slots[i], &arena)) goto done;
+        largest = max_size(largest, list->slots[i].rows * list->slots[i].columns);
+    }
+    l.absmax = region_alloc(&region, ceil_div(largest, QUANT_BLOCK), sizeof(float), err);
+    *bytes = arena.used + 64;
+    *weights = l.absmax ? mem_reserve(allocator, *bytes, 1, err) : NULL;
+    if (!*weights) goto done;
+    arena = (Arena){(char *)round_up((uintptr_t)*weights, 64), 0};
+    for (size_t i = 0; i < list->n; i++)
+        if (place_slot(&l, &list->slots[i], &arena) || load_slot(&l, &list->slots[i])) goto done;
+    if (m->config.tied) m->head.weight = m->embedding;
+    bad = refuse_unused(&l, m->config.tied);
+done:
+    mem_free(allocator, l.staging, STAGING_VALUES, 4);
+    region_free(&region);
+    tensors_close(files);
+    return bad;
+}
+// =================================================================================================
+//  11. Chat templates and loss masks
+//
+//  A template is one object: it makes the training mask, the chat prompt and, when a model is
+//  saved, the chat template beside it, so that they cannot drift apart. Hugging Face models carry
+//  theirs as a Jinja program; here it is a row of strings, and the program is read only to find the
+//  row and the default system text. The ids are those of transformers' apply_chat_template.
+// =================================================================================================
+
+typedef struct {
+    const char *role;               // "system", "user" or "assistant"
+    const char *content;            // UTF-8, not necessarily NUL-terminated
+    size_t length;
+} Message;
+
+// Which tokens the loss looks at. The end token belongs to the content: learning to stop is part of
+// learning to answer.
+typedef enum {
+    MASK_CONTENT,                   // the assistant's text and its end token
+    MASK_TURN,                      // the assistant's whole turn, header and trailing newline too
+    MASK_ALL                        // every token but the first, which nothing predicts
+} MaskKind;
+
+enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, N_ROLES };
+static const char *const role_names[N_ROLES] = {"system", "user", "assistant"};
+
+typedef struct { const char *before, *end, *after; } TurnForm;   // before CONTENT end after
+
+enum { MAX_CONTROLS = 4 };
+
+typedef struct {
+    const char *name;
+    const char *has, *lacks;        // recognised by what the model's chat_template has and lacks
+    const char *controls[MAX_CONTROLS];        // strings meant to be one token each
+    const char *end;                // of these, the one that ends the assistant's turn
+    TurnForm turns[N_ROLES];
+} TemplateRow;
+
+static const TemplateRow template_rows[] = {
+    // Qwen, and most models without a format of their own; <|im_sep|> tells Phi-4 apart.
+    {"chatml", "<|im_start|>", "<|im_sep|>", {"<|im_start|>", "<|im_end|>"}, "<|im_end|>",
+     {{"<|im_start|>system\n", "<|im_end|>", "\n"},
+      {"<|im_start|>user\n", "<|im_end|>", "\n"},
+      {"<|im_start|>assistant\n", "<|im_end|>", "\n"}}},
+};
+enum { N_TEMPLATE_ROWS = sizeof template_rows / sizeof *template_rows };
+
+// A row, fitted to one tokenizer.
+typedef struct ChatTemplate {
+    const TemplateRow *row;
+    TurnForm turns[N_ROLES];
+    const char *begin;              // stands before the first turn: the BOS token's text, or ""
+    const char *system;             // inserted when the first message is no system message, or NULL
+    size_t system_length;
+    const char *end;                // the token that ends the assistant's turn
+    int32_t end_id;
+    const char *cuts[MAX_CONTROLS + 2];        // tokens before which the text may be cut in two
+    size_t n_cuts;
+} ChatTemplate;
+
+// ------------------------------------------------------------------------------ finding a template
+
+// The place after `literal` at p, where a newline may also be written \n as in a Jinja string.
+static const char *skip_literal(const char *p, const char *literal) {
+    for (; *literal; literal++) {
+        if (*p == *literal) p++;
+        else if (*literal == '\n' && p[0] == '\\' && p[1] == 'n') p += 2;
+        else return NULL;
+    }
+    return p;
+}
+
+// Copies a Jinja literal up to `end`. In a string (quote not 0) escapes are resolved. False when
+// the text is no literal: the string ends first, or an expression or statement begins.
+static bool copy_literal(char *out, size_t *length, const char *p, const char *end, char quote) {
+    static const char from[] = "ntr\\'\"", to[] = "\n\t\r\\'\"";
+    size_t n = 0;
+    for (; p < end; p++) {
+        const char *escape = quote && *p == '\\' ? strchr(from, p[1]) : NULL;
+        if (quote ? *p == quote : *p == '{' && (p[1] == '{' || p[1] == '%')) return false;
+        if (escape) p++;
+        out[n++] = escape ? to[escape - from] : *p;
+    }
+    *length = n;
+    return true;
+}
+
+// Finds the system text that the model's own template writes when it is given none, as Qwen2.5's
+// '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n': the one place where the header
+// and the end of a system turn enclose a literal.
+static int find_default_system(ChatTemplate *c, const char *text, Region *region,
+                               qlora_error *err) {
+    const TurnForm *turn = &c->row->turns[ROLE_SYSTEM];
+    char *copy = region_alloc(region, strlen(text) + 1, 1, err);
+    if (!copy) return -1;
+    const char *end = text;                           // the first end of turn at or after p
+    for (const char *p = text; *p && end && !c->system; p++) {
+        const char *start = skip_literal(p, turn->before);
+        char quote = p > text && (p[-1] == '\'' || p[-1] == '"') ? p[-1] : 0;
+        if (!start) continue;
+        if (end < start) end = strstr(start, turn->end);
+        if (end && copy_literal(copy, &c->system_length, start, end, quote)) c->system = copy;
+    }
+    return 0;
+}
+
+// The id of a text that is one added token, which the tokenizer finds inside any text, or -1. Notes
+// it as a place to cut: what is before it and what begins with it are tokenised independently,
+// unless it eats the space to its left or is looked for only after normalising.
+static int32_t add_control(ChatTemplate *c, const Tokenizer *t, const char *text) {
+    int32_t id = tokenizer_id(t, text, strlen(text));
+    for (size_t i = 0; id >= 0 && i < t->added_raw.n; i++) {
+        const AddedToken *token = &t->added_raw.tokens[i];
+        if (token->id != id || token->single_word) continue;
+        if (!token->lstrip) c->cuts[c->n_cuts++] = text;
+        return id;
+    }
+    for (size_t i = 0; id >= 0 && i < t->added_normalized.n; i++)
+        if (t->added_normalized.tokens[i].id == id) return id;
+    return -1;
+}
+
+// Looks the row's control strings up in the vocabulary. A model whose vocabulary lacks them (a raw
+// Llama-2) still learns ChatML: the headers of the turns become ordinary text, and the end string
+// becomes the model's own end-of-text token. So an answer ends with the one token on which every
+// program stops generating, and none shows "<|im_end|>" as text.
+static int fit_controls(ChatTemplate *c, const Tokenizer *t, bool strict, Buffer *note,
+                        qlora_error *err) {
+    const TemplateRow *row = c->row;
+    const char *missing = NULL;
+    c->end = row->end;
+    c->end_id = -1;
+    for (size_t i = 0; i < MAX_CONTROLS && row->controls[i]; i++) {
+        int32_t id = add_control(c, t, row->controls[i]);
+        if (id < 0 && !missing) missing = row->controls[i];
+        if (strcmp(row->controls[i], row->end) == 0) c->end_id = id;
+    }
+    if (!missing) return 0;
+    if (strict)
+        return fail(err, "template %s: %s is not one token of this model's vocabulary: choose the "
+                    "template that the model was made with", row->name, missing);
+    if (c->end_id < 0) {
+        c->end = t->eos_token;
+        c->end_id = c->end ? add_control(c, t, c->end) : -1;
+        if (c->end_id < 0)
+            return fail(err, "template %s: the vocabulary has neither %s nor an end-of-text token: "
+                        "the model could never learn to stop", row->name, row->end);
+        for (int role = 0; role < N_ROLES; role++)
+            if (strcmp(c->turns[role].end, row->end) == 0) c->turns[role].end = c->end;
+    }
+    return buffer_printf(note, err, "template %s: %s is no token of this vocabulary; turns are "
+                         "written as plain text and end with %s\n", row->name, missing, c->end);
+}
+
+// Fits a template to the tokenizer. Named, it is that row as it stands. Otherwise it is the row
+// that the model's own chat_template shows, with the default system text written there; ChatML if
+// the model has none. strict: control strings that are not tokens are an error. Lines that a person
+// should see are appended to `note`. What `out` points to lives in the region and the tokenizer.
+static int template_find(ChatTemplate *out, const char *name, const Tokenizer *t, bool strict,
+                         Region *region, Buffer *note, qlora_error *err) {
+    const char *text = name ? NULL : t->chat_template, *bos = t->bos_token;
+    char known[256] = "";
+    *out = (ChatTemplate){.begin = ""};
+    for (size_t i = 0; i < N_TEMPLATE_ROWS && !out->row; i++) {
+        const TemplateRow *row = &template_rows[i];
+        size_t n = strlen(known);
+        snprintf(known + n, sizeof known - n, "%s%s", i ? ", " : "", row->name);
+        if (name ? strcmp(name, row->name) == 0
+                 : !text || (strstr(text, row->has) && !strstr(text, row->lacks)))
+            out->row = row;
+    }
+    if (!out->row && name)
+        return fail(err, "template \"%s\" is not known; known are: %s", name, known);
+    if (!out->row)
+        return fail(err, "the model's own chat template, which begins \"%.60s\", is none of those "
+                    "known (%s); pass --template %s to train and chat with that one instead", text,
+                    known, template_rows[0].name);
+    memcpy(out->turns, out->row->turns, sizeof out->turns);
+    if (!text && !name &&
+        buffer_printf(note, err, "template %s: the model has no chat template of its own\n",
+                      out->row->name))
+        return -1;
+    if (fit_controls(out, t, strict, note, err)) return -1;
+
+    // BOS: where the model's template writes it, or, without one, where its tokenizer would.
+    bool adds_bos = t->n_prefix && t->prefix[0] == t->bos_id;
+    if (bos && (text ? strstr(text, "bos_token") != NULL : adds_bos)) {
+        out->begin = bos;
+        add_control(out, t, bos);
+    }
+    if (text && find_default_system(out, text, region, err)) return -1;
+    if (text && strstr(text, "<think>"))
+        return buffer_printf(note, err, "template %s: the model's own chat template also writes "
+                             "<think> blocks; turns are written without them\n", out->row->name);
+    return 0;
+}
+
+// ---------------------------------------------------------------------------- applying a template
+//
+// Tokens of the rendered text do not respect the borders between its parts: "assistant\n" followed
+// by an answer that begins with a newline has one token "\n\n" across the border. Two rules give
+// the reference's ids and a sound mask. The text is cut only before tokens that split it anyway, so
+// the ids are those of the whole text. Within such a chunk, what precedes a border is tokenised
+// once more on its own: tokens that agree with the chunk's lie before the border; the first that
+// does not, be it one across, begins what comes after. A token across the border is thus learnt
+// with the answer, as in transformers' assistant mask.
+
+typedef struct { size_t offset; bool learn; } MaskBorder;        // from this byte of the chunk on
+
+typedef struct {
+    const ChatTemplate *c;
+    const Tokenizer *tokenizer;
+    Buffer text, borders, prefix;   // the chunk, its MaskBorders, ids of what precedes a border
+    Buffer *ids, *learn;
+    qlora_error *err;
+} TemplateWriter;
+
+// Tokenises the chunk, marks its tokens border by border, and empties it.
+static int end_chunk(TemplateWriter *w) {
+    size_t first = w->ids->size / sizeof(int32_t);
+    if (tokenizer_encode(w->tokenizer, w->text.data, w->text.size, false, w->ids, w->err))
+        return -1;
+    size_t n = w->ids->size / sizeof(int32_t) - first;
+    const int32_t *ids = (const int32_t *)(void *)w->ids->data + first;
+    if (buffer_reserve(w->learn, n, w->err)) return -1;
+    char *learn = w->learn->data + w->learn->size;
+    const MaskBorder *borders = (const MaskBorder *)(void *)w->borders.data;
+    for (size_t i = 0; i < w->borders.size / sizeof *borders; i++) {
+        size_t before = 0;
+        w->prefix.size = 0;
+        if (tokenizer_encode(w->tokenizer, w->text.data, borders[i].offset, false, &w->prefix,
+                             w->err))
+            return -1;
+        const int32_t *prefix = (const int32_t *)(void *)w->prefix.data;
+        size_t most = min_size(n, w->prefix.size / sizeof *prefix);
+        while (before < most && prefix[before] == ids[before]) before++;
+        if (before < n) memset(learn + before, borders[i].learn, n - before);
+    }
+    w->learn->size += n;
+    w->text.size = w->borders.size = 0;
+    return 0;
+}
+
+// Would the tokenizer split the text here whatever stands before?
+static bool cut_before(const ChatTemplate *c, const char *text, size_t n) {
+    for (size_t i = 0; i < c->n_cuts; i++)
+        if (starts_with(text, n, c->cuts[i])) return true;
+    return false;
+}
+
+// Adds text to the chunk, or to a new one if a cut is possible here.
+static int write_part(TemplateWriter *w, const char *text, size_t n, bool learn) {
+    if (w->text.size && cut_before(w->c, text, n) && end_chunk(w)) return -1;
+    const MaskBorder *borders = (const MaskBorder *)(void *)w->borders.data;
+    size_t n_borders = w->borders.size / sizeof *borders;
+    MaskBorder border = {w->text.size, learn};
+    if ((!n_borders || borders[n_borders - 1].learn != learn) &&
+        buffer_append(&w->borders, &border, sizeof border, w->err))
+        return -1;
+    return buffer_append(&w->text, text, n, w->err);
+}
+
+// The loss looks at an answer's text and its end, and at what the mask adds to that.
+static int write_turn(TemplateWriter *w, int role, const char *content, size_t n, MaskKind mask) {
+    const TurnForm *form = &w->c->turns[role];
+    bool turn = mask == MASK_ALL || (mask == MASK_TURN && role == ROLE_ASSISTANT);
+    bool text = turn || role == ROLE_ASSISTANT;
+    return write_part(w, form->before, strlen(form->before), turn) ||
+           write_part(w, content, n, text) ||
+           write_part(w, form->end, strlen(form->end), text) ||
+           write_part(w, form->after, strlen(form->after), turn);
+}
+
+static int write_messages(TemplateWriter *w, const Message *m, size_t n, MaskKind mask, bool ask) {
+    const ChatTemplate *c = w->c;
+    const char *header = c->turns[ROLE_ASSISTANT].before;
+    if (!n) return fail(w->err, "expected at least one message, found none");
+    if (write_part(w, c->begin, strlen(c->begin), mask == MASK_ALL)) return -1;
+    for (size_t i = 0; i < n; i++) {
+        int role = 0;
+        while (role < N_ROLES && strcmp(m[i].role, role_names[role])) role++;
+        if (role == N_ROLES)
+            return fail(w->err, "message %zu: role \"%s\" is not supported; expected system, user "
+                        "or assistant", i + 1, m[i].role);
+        if (i == 0 && role != ROLE_SYSTEM && c->system &&
+            write_turn(w, ROLE_SYSTEM, c->system, c->system_length, mask))
+            return -1;
+        if (write_turn(w, role, m[i].content, m[i].length, mask)) return -1;
+    }
+    if (ask && write_part(w, header, strlen(header), false)) return -1;
+    return end_chunk(w);
+}
+
+// Renders the messages and appends their ids (int32_t) and, parallel to them, one byte each that is
+// 1 if the token is to be learnt. `ask` adds the header of the assistant's turn, for generation.
+// Control strings inside a message become control tokens, as they do in apply_chat_template.
+static int template_apply(const ChatTemplate *c, const Tokenizer *t, const Message *m, size_t n,
+                          MaskKind mask, bool ask, Buffer *ids, Buffer *learn, qlora_error *err) {
+    const qlora_allocator *a = ids->allocator;
+    TemplateWriter w = {.c = c, .tokenizer = t, .ids = ids, .learn = learn, .err = err};
+    size_t first = learn->size;
+    w.text.allocator = w.borders.allocator = w.prefix.allocator = a;
+    int bad = write_messages(&w, m, n, mask, ask);
+    if (!bad && learn->size > first) learn->data[first] = 0;  // nothing predicts the first token
+    buffer_free(&w.text);
+    buffer_free(&w.borders);
+    buffer_free(&w.prefix);
+    return bad ? -1 : 0;
+}
+// =================================================================================================
+//  12. Datasets
+//
+//  From a file of records to token ids with a mask. The file is JSONL or one JSON array, which its
+//  first character tells. It is first cut into records; then each is parsed, templated and
+//  tokenised on its own, many at a time, and what that took is released at once: besides the file's
+//  text only ids, mask and one Sample a record stay. Errors name file, line and column.
+// =================================================================================================
+
+typedef struct { size_t first, length, supervised, line; } Sample;   // ids[first .. first+length-1]
+
+typedef struct {
+    size_t max_length;              // longer samples are left out
+    MaskKind mask;
+    bool skip_bad_lines;            // count malformed records instead of stopping at the first
+    const qlora_allocator *allocator;          // called by several threads at once
+    Pool *pool;
+} DatasetOptions;
+
+typedef struct {
+    int32_t *ids;                   // (tokens)
+    uint8_t *learn;                 // (tokens) 1: the loss looks at the prediction of this token
+    Sample *samples;                // (n) in the order of the file
+    size_t n, tokens, supervised;
+    size_t ends;                    // supervised end tokens: 0 would mean a model that never stops
+    size_t doubled_ends;            // end tokens right after an end token: the data has its own
+    size_t records;                 // in the file; n + too_long + unsupervised + bad_lines
+    size_t too_long, unsupervised, bad_lines;
+    size_t longest;                 // tokens of the longest sample, left out or not
+    qlora_error first_bad;          // what was wrong with the first of the bad lines
+    Buffer id_buffer, learn_buffer, sample_buffer;         // what the pointers above point into
+} Dataset;
+
+// ----------------------------------------------------------------------- from a record to messages
+
+// A format is recognised by its keys; the first row that fits counts, other keys are ignored. The
+// words of the user are the text of `user`, and that of `more` where there is one.
+typedef struct {
+    const char *list, *role, *content;         // a list of turns: the keys of it and of a turn, or
+    const char *user, *more, *assistant;       // one exchange in columns,
+    const char *system, *history;              // and what may stand before it
+} RecordFormat;
+
+static const RecordFormat record_formats[] = {
+    // OpenAI: {"messages": [{"role": "user", "content": "..."}, ...]}, or plain strings by turns
+    {.list = "messages", .role = "role", .content = "content"},
+    // Alpaca, with the two further columns that LLaMA-Factory knows
+    {.user = "instruction", .more = "input", .assistant = "output", .system = "system",
+     .history = "history"},
+    // a question and its answer, written as a chat
+    {.user = "prompt", .assistant = "completion"},
+};
+enum { N_RECORD_FORMATS = sizeof record_formats / sizeof *record_formats };
+
+// The text of a member: an empty one if it is absent or null and need not be there.
+static int get_text(Message *out, const Json *object, const char *key, bool needed,
+                    qlora_error *err) {
+    const Json *value = key ? json_get(object, key) : NULL;
+    bool absent = !value || value->kind == JSON_NULL;
+    out->content = "";
+    out->length = 0;
+    if (absent && !needed) return 0;
+    if (!json_is(value, JSON_STRING))
+        return fail(err, "\"%s\": expected a string, found %s", key,
+                    value ? json_kind_name(value->kind) : "none");
+    out->content = value->text;
+    out->length = value->length;
+    return 0;
+}
+
+// Tools would be written into the system message by the models' own templates. To leave them out in
+// silence would train another task than the data describes, so they are refused unless empty.
+static int refuse_tools(const Json *object, qlora_error *err) {
+    static const char *const keys[] = {"tools", "functions", "tool_calls", "function_call"};
+    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
+        const Json *value = json_get(object, keys[i]);
+        if (value && (value->count || (value->kind == JSON_STRING && value->length)))
+            return fail(err, "\"%s\": tool calls are not supported", keys[i]);
+    }
+    return 0;
+}
+
+// Turns are objects, or plain strings that alternate between user and assistant.
+static int read_list(Buffer *messages, const RecordFormat *format, const Json *list,
+                     qlora_error *err) {
+    size_t number = 0;
+    if (list->kind != JSON_ARRAY)
+        return fail(err, "\"%s\": expected an array, found %s", format->list,
+                    json_kind_name(list->kind));
+    for (const Json *turn = list->first; turn; turn = turn->next, number++) {
+        Message m = {role_names[number % 2 ? ROLE_ASSISTANT : ROLE_USER], turn->text, turn->length};
+        if (turn->kind == JSON_OBJECT) {
+            m.role = json_get_text(turn, format->role);
+            if (!m.role) return fail(err, "message %zu: expected \"%s\"", number + 1, format->role);
+            if (refuse_tools(turn, err) || get_text(&m, turn, format->content, true, err))
+                return -1;
+        } else if (turn->kind != JSON_STRING) {
+            return fail(err, "message %zu: expected an object or a string, found %s", number + 1,
+                        json_kind_name(turn->kind));
+        }
+        if (buffer_append(messages, &m, sizeof m, err)) return -1;
+    }
+    return 0;
+}
+
+// Earlier exchanges: [["question", "answer"], ...].
+static int read_history(Buffer *messages, const Json *history, qlora_error *err) {
+    static const char expected[] = "\"history\": expected pairs [user, assistant] of strings";
+    if (!history || history->kind == JSON_NULL) return 0;
+    if (history->kind != JSON_ARRAY) return fail(err, "%s", expected);
+    for (const Json *pair = history->first; pair; pair = pair->next) {
+        Message m = {.role = role_names[ROLE_USER]};
+        if (pair->kind != JSON_ARRAY || pair->count != 2) return fail(err, "%s", expected);
+        for (const Json *text = pair->first; text; text = text->next) {
+            if (text->kind != JSON_STRING) return fail(err, "%s", expected);
+            m.content = text->text;
+            m.length = text->length;
+            if (buffer_append(messages, &m, sizeof m, err)) return -1;
+            m.role = role_names[ROLE_ASSISTANT];
+        }
+    }
+    return 0;
+}
+
+// Instruction and input make one user's message, with a newline between where both say something.
+static int read_columns(Buffer *messages, const RecordFormat *format, const Json *record,
+                        Region *region, qlora_error *err) {
+    Message system = {.role = role_names[ROLE_SYSTEM]}, user = {.role = role_names[ROLE_USER]};
+    Message assistant = {.role = role_names[ROLE_ASSISTANT]}, more;
+    if (get_text(&system, record, format->system, false, err) ||
+        get_text(&user, record, format->user, true, err) ||
+        get_text(&more, record, format->more, false, err) ||
+        get_text(&assistant, record, format->assistant, true, err))
+        return -1;
+    char *joined = region_alloc(region, user.length + more.length + 1, 1, err);
+    if (!joined) return -1;
+    memcpy(joined, user.content, user.length);
+    if (user.length && more.length) joined[user.length++] = '\n';
+    memcpy(joined + user.length, more.content, more.length);
+    user.content = joined;
+    user.length += more.length;
+    if (system.length && buffer_append(messages, &system, sizeof system, err)) return -1;
+    if (format->history && read_history(messages, json_get(record, format->history), err))
+        return -1;
+    return buffer_append(messages, &user, sizeof user, err) ||
+           buffer_append(messages, &assistant, sizeof assistant, err);
+}
+
+// Fails with the formats that there are and the keys that were found.
+static int unknown_format(const Json *record, Region *region, qlora_error *err) {
+    Buffer text = {.allocator = region->allocator};
+    int bad = buffer_printf(&text, err, "no known format; expected");
+    for (size_t i = 0; i < N_RECORD_FORMATS && !bad; i++) {
+        const RecordFormat *f = &record_formats[i];
+        bad = f->list ? buffer_printf(&text, err, "%s \"%s\"", i ? " or" : "", f->list)
+                      : buffer_printf(&text, err, "%s \"%s\" and \"%s\"", i ? " or" : "", f->user,
+                                      f->assistant);
+    }
+    if (!bad) bad = buffer_printf(&text, err, "; found the keys");
+    for (const Json *member = record->first; member && !bad; member = member->next)
+        bad = buffer_printf(&text, err, " \"%s\"", member->key);
+    if (!bad) fail(err, "%s", text.data);
+    buffer_free(&text);
+    return -1;
+}
+
+// Appends the messages of a record. Their texts lie in the region.
+static int read_record(Buffer *messages, const Json *record, Region *region, qlora_error *err) {
+    if (record->kind != JSON_OBJECT)
+        return fail(err, "expected an object, found %s", json_kind_name(record->kind));
+    if (refuse_tools(record, err)) return -1;
+    for (size_t i = 0; i < N_RECORD_FORMATS; i++) {
+        const RecordFormat *f = &record_formats[i];
+        if (f->list && json_get(record, f->list))
+            return read_list(messages, f, json_get(record, f->list), err);
+        if (f->user && json_get(record, f->user) && json_get(record, f->assistant))
+            return read_columns(messages, f, record, region, err);
+    }
+    return unknown_format(record, region, err);
+}
+
+// ------------------------------------------------------------------------- from a file to records
+
+// Where a record's text lies; line_start is where the line begins on which the record begins.
+typedef struct { size_t start, end, line_start, line; } RecordPlace;
+
+// The white space of JSON, which NUL and others are not.
+static size_t skip_space(const char *text, size_t at, size_t end) {
+    while (at < end && memchr(" \t\r\n", text[at], 4)) at++;
+    return at;
+}
+
+// Moves the start, counting lines on the way.
+static void move_on(RecordPlace *place, const char *text, size_t to) {
+    for (; place->start < to; place->start++)
+        if (text[place->start] == '\n') { place->line++; place->line_start = place->start + 1; }
+}
+
+// Ends the record at the separator at `end`, and goes on behind that. A blank line is no record; a
+// blank array element is one, so that the parser can object to it.
+static int add_record(Buffer *records, const char *text, RecordPlace *place, size_t end,
+                      bool may_be_blank, qlora_error *err) {
+    move_on(place, text, skip_space(text, place->start, end));
+    place->end = end;
+    if ((place->start < end || !may_be_blank) &&
+        buffer_append(records, place, sizeof *place, err))
+        return -1;
+    move_on(place, text, end + 1);                    // at the end of the file this is its NUL
+    return 0;
+}
+
+// Cuts an array, whose '[' is at `place`, at the commas between its elements; what is inside an
+// element is for the parser to judge. *wrong is where the array itself is not well-formed, or NULL.
+// It is reported after the elements' own errors, for one of these may be the cause.
+static int split_array(Buffer *records, const char *text, size_t n, RecordPlace place,
+                       const char **wrong, qlora_error *err) {
+    size_t depth = 1, i = ++place.start;
+    bool string = false;
+    for (; i < n && depth; i++) {
+        char c = text[i];
+        if (c == '"') string = !string;
+        if (string && c == '\\') i++;
+        if (string) continue;
+        if (c == '[' || c == '{') depth++;
+        if (c == ']' || c == '}') depth--;
+        if ((depth == 0 || (depth == 1 && c == ',')) &&
+            add_record(records, text, &place, i, depth == 0 && !records->size, err))
+            return -1;
+    }
+    if (depth && add_record(records, text, &place, n, true, err)) return -1;
+    i = skip_space(text, i, n);
+    *wrong = depth ? text + n : i < n ? text + i : NULL;
+    return 0;
+}
+
+// Fills `records` with the places of all records of the text, a JSON array or lines.
+static int split_file(Buffer *records, const char *text, size_t n, const char **wrong,
+                      qlora_error *err) {
+    size_t bom = starts_with(text, n, "\xEF\xBB\xBF") ? 3 : 0, first = skip_space(text, bom, n);
+    RecordPlace place = {.start = bom, .line_start = bom, .line = 1};
+    *wrong = NULL;
+    if (first < n && text[first] == '[') {
+        move_on(&place, text, first);
+        return split_array(records, text, n, place, wrong, err);
+    }
+    while (place.start <= n) {
+        const char *newline = memchr(text + place.start, '\n', n - place.start);
+        size_t end = newline ? (size_t)(newline - text) : n;
+        if (add_record(records, text, &place, end, true, err)) return -1;
+    }
+    return 0;
+}
+
+// ------------------------------------------------------------------------- from records to samples
+
+// What became of a record: ids (int32_t) and mask (bytes), or what is wrong with it.
+typedef struct { Buffer ids, learn; qlora_error err; bool bad, out_of_memory; } EncodedRecord;
+
+typedef struct {
+    const char *path, *text;        // the file
+    const RecordPlace *records;     // of this batch
+    EncodedRecord *encoded;         // of this batch, used again by the next
+    const ChatTemplate *chat;
+    const Tokenizer *tokenizer;
+    const DatasetOptions *options;
+} EncodeJob;
+
+// One task: record number `task` of a batch to ids.
+static void encode_record(void *arguments, size_t task, int thread) {
+    const EncodeJob *job = arguments;
+    const RecordPlace *place = &job->records[task];
+    EncodedRecord *out = &job->encoded[task];
+    Region region = {.allocator = job->options->allocator};
+    Buffer messages = {.allocator = job->options->allocator};
+    qlora_error inner = {{0}};
+    // The parser's text starts with the line, not with the record, so that it counts columns right.
+    JsonParser p = {job->path, job->text + place->line_start, job->text + place->start,
+                    job->text + place->end, place->line, 0, &region, &out->err};
+    Json *record = region_alloc(&region, 1, sizeof *record, &out->err);
+    (void)thread;
+    out->ids.size = out->learn.size = 0;
+    out->bad = !record || json_value(&p, record);
+    if (!out->bad) {
+        json_space(&p);
+        if (p.at < p.end) out->bad = json_fail(&p, p.at, "expected the end of the record");
+    }
+    if (!out->bad) {
+        out->bad = read_record(&messages, record, &region, &inner) ||
+                   template_apply(job->chat, job->tokenizer, (const Message *)(void *)messages.data,
+                                  messages.size / sizeof(Message), job->options->mask, false,
+                                  &out->ids, &out->learn, &inner);
+        if (out->bad) json_fail(&p, job->text + place->start, inner.text);
+    }
+    // Lack of memory is no fault of the record: it must not be skipped as one.
+    out->out_of_memory = out->bad && strstr(out->err.text, "out of memory: ");
+    buffer_free(&messages);
+    region_free(&region);
+}
+
+// Takes a record into the dataset, or counts why not.
+static int append_sample(Dataset *d, const EncodedRecord *e, size_t line, int32_t end_id,
+                         const DatasetOptions *options, qlora_error *err) {
+    const int32_t *ids = (const int32_t *)(void *)e->ids.data;
+    Sample sample = {.first = d->tokens, .length = e->learn.size, .line = line};
+    size_t ends = 0, doubled_ends = 0;
+    d->records++;
+    if (e->bad) {
+        if (e->out_of_memory || !options->skip_bad_lines) return fail(err, "%s", e->err.text);
+        if (d->bad_lines++ == 0) d->first_bad = e->err;
+        return 0;
+    }
+    d->longest = max_size(d->longest, sample.length);
+    if (sample.length > options->max_length) { d->too_long++; return 0; }
+    for (size_t i = 0; i < sample.length; i++) {
+        bool end = ids[i] == end_id;
+        sample.supervised += e->learn.data[i] == 1;
+        ends += end && e->learn.data[i] == 1;
+        doubled_ends += end && i > 0 && ids[i - 1] == end_id;
+    }
+    if (!sample.supervised) { d->unsupervised++; return 0; }
+    if (buffer_append(&d->id_buffer, ids, e->ids.size, err) ||
+        buffer_append(&d->learn_buffer, e->learn.data, e->learn.size, err) ||
+        buffer_append(&d->sample_buffer, &sample, sizeof sample, err))
+        return -1;
+    d->n++;
+    d->tokens += sample.length;
+    d->supervised += sample.supervised;
+    d->ends += ends;
+    d->doubled_ends += doubled_ends;
+    return 0;
+}
+
+// Records are encoded a batch at a time, in any order, and appended in the order of the file: the
+// dataset is the same for any number of threads, and so is the first error.
+static int encode_records(Dataset *d, EncodeJob *job, const Buffer *records, qlora_error *err) {
+    enum { BATCH = 256 };
+    const DatasetOptions *options = job->options;
+    const RecordPlace *places = (const RecordPlace *)(void *)records->data;
+    size_t n = records->size / sizeof *places;
+    EncodedRecord *encoded = mem_alloc(options->allocator, BATCH, sizeof *encoded, err);
+    int bad = encoded ? 0 : -1;
+    for (size_t i = 0; encoded && i < BATCH; i++)
+        encoded[i].ids.allocator = encoded[i].learn.allocator = options->allocator;
+    job->encoded = encoded;
+    for (size_t first = 0; first < n && !bad; first += BATCH) {
+        size_t batch = min_size(BATCH, n - first);
+        job->records = places + first;
+        parallel_for(options->pool, batch, encode_record, job);
+        for (size_t i = 0; i < batch && !bad; i++)
+            bad = append_sample(d, &encoded[i], places[first + i].line, job->chat->end_id, options,
+                                err);
+    }
+    for (size_t i = 0; encoded && i < BATCH; i++) {
+        buffer_free(&encoded[i].ids);
+        buffer_free(&encoded[i].learn);
+    }
+    mem_free(options->allocator, encoded, BATCH, sizeof *encoded);
+    return bad;
+}
+
+static void dataset_close(Dataset *d) {
+    buffer_free(&d->id_buffer);
+    buffer_free(&d->learn_buffer);
+    buffer_free(&d->sample_buffer);
+}
+
+// The file's text lives only in here.
+static int read_samples(Dataset *d, const char *path, EncodeJob *job, qlora_error *err) {
+    const qlora_allocator *a = job->options->allocator;
+    Buffer text = {.allocator = a}, records = {.allocator = a};
+    const char *wrong;
+    int bad = read_whole_file(path, SIZE_MAX / 4, &text, err) ||
+              split_file(&records, text.data, text.size, &wrong, err);
+    job->text = text.data;
+    if (!bad) bad = encode_records(d, job, &records, err);
+    if (!bad && wrong) {
+        JsonParser p = {.name = path, .start = text.data, .first_line = 1, .err = err};
+        bad = json_fail(&p, wrong, wrong < text.data + text.size
+                                       ? "expected the end of the file after the array"
+                                       : "the file ends inside its array: is it complete?");
+    }
+    buffer_free(&records);
+    buffer_free(&text);
+    return bad ? -1 : 0;
+}
+
+// Reads a dataset file. At least one sample with a supervised token is in it, or this fails and
+// says what to do. To be closed after success; after failure it may be.
+static int dataset_open(Dataset *d, const char *path, const ChatTemplate *chat, const Tokenizer *t,
+                        DatasetOptions options, qlora_error *err) {
+    const qlora_allocator *a = options.allocator;
+    EncodeJob job = {.path = path, .chat = chat, .tokenizer = t, .options = &options};
+    *d = (Dataset){.id_buffer = {.allocator = a}, .learn_buffer = {.allocator = a},
+                   .sample_buffer = {.allocator = a}};
+    int bad = read_samples(d, path, &job, err);
+    if (!bad && !d->records) bad = fail(err, "%s: expected records, found none", path);
+    if (!bad && !d->n)
+        bad = fail(err, "%s: nothing to learn in %zu records: %zu are malformed%s%s, %zu have no "
+                   "assistant's text, %zu are longer than --max-length %zu (the longest has %zu "
+                   "tokens)%s", path, d->records, d->bad_lines, d->bad_lines ? ", the first: " : "",
+                   d->first_bad.text, d->unsupervised, d->too_long, options.max_length, d->longest,
+                   d->too_long ? "; raise --max-length" : "");
+    if (bad) dataset_close(d);
+    d->ids = (int32_t *)(void *)d->id_buffer.data;
+    d->learn = (uint8_t *)(void *)d->learn_buffer.data;
+    d->samples = (Sample *)(void *)d->sample_buffer.data;
+    return bad;
+}
+// =================================================================================================
+//  13. Adapters, and writing models
+//
+//  A PEFT adapter is two files: adapter_config.json says how A and B are scaled, and
+//  adapter_model.safetensors holds them, named after the modules they belong to. What is written here
+//  loads in peft, vLLM and llama.cpp as it is.
+// =================================================================================================
+
+// ------------------------------------------------------------------------- adapted linears, in order
+
+// All linears that can carry an adapter: those of the layers and, last, the output head.
+static size_t n_modules(const Transformer *m) { return m->config.L * N_LINEARS + 1; }
+
+static Linear *module_linear(Transformer *m, size_t i) {
+    return i == m->config.L * N_LINEARS ? &m->head : &m->layers[i / N_LINEARS].linear[i % N_LINEARS];
+}
+
+// Its Hugging Face path; short: only the last part, as target_modules has it.
+static void module_name(const Transformer *m, size_t i, bool only_last, char name[128]) {
+    if (i == m->config.L * N_LINEARS) { snprintf(name, 128, "lm_head"); return; }
+    const char *linear = m->config.architecture->linear[i % N_LINEARS];
+    const char *last = strrchr(linear, '.') + 1;
+    if (only_last) snprintf(name, 128, "%s", last);
+    else snprintf(name, 128, "model.layers.%zu.%s", i / N_LINEARS, linear);
+}
+
+// Whether a comma-separated list of targets names the module: by its whole path or by its last parts.
+static bool is_target(const char *targets, const char *module) {
+    if (strcmp(targets, "all-linear") == 0) return strcmp(module, "lm_head") != 0;
+    size_t n = strlen(module);
+    for (const char *at = targets; *at;) {
+        size_t length = strcspn(at, ",");
+        if (length && length <= n && memcmp(module + n - length, at, length) == 0 &&
+            (length == n || module[n - length - 1] == '.')) return true;
+        at += length + (at[length] == ',');
+    }
+    return false;
+}
+
+// Gives every adapted linear (lora.r > 0) its place in the flat buffers; training also gets
+// gradients and moments, zeroed. Replaces what was there.
+static void free_parameters(Transformer *m, const qlora_allocator *allocator) {
+    size_t copies = m->gradients ? 4 : 1;
+    mem_free(allocator, m->parameters, m->n_parameters * copies, sizeof(real));
+    m->parameters = m->gradients = m->moment1 = m->moment2 = NULL;
+    m->n_parameters = 0;
+}
+
+static int allocate_parameters(Transformer *m, bool training, const qlora_allocator *allocator,
+                               qlora_error *err) {
+    free_parameters(m, allocator);
+    size_t n = 0;
+    for (size_t i = 0; i < n_modules(m); i++) {
+        const Linear *linear = module_linear(m, i);
+        n += round_up(linear->lora.r * linear->weight.K, PARAMETER_ALIGNMENT);
+        n += round_up(linear->lora.r * linear->weight.N, PARAMETER_ALIGNMENT);
+    }
+    m->parameters = mem_alloc(allocator, n * (training ? 4 : 1), sizeof(real), err);
+    if (!m->parameters) return -1;
+    m->n_parameters = n;
+    if (training) {
+        m->gradients = m->parameters + n;
+        m->moment1 = m->parameters + 2 * n;
+        m->moment2 = m->parameters + 3 * n;
+    }
+    size_t at = 0;
+    for (size_t i = 0; i < n_modules(m); i++) {
+        Linear *linear = module_linear(m, i);
+        Lora *lora = &linear->lora;
+        lora->A = m->parameters + at;
+        lora->dA = training ? m->gradients + at : NULL;
+        at += round_up(lora->r * linear->weight.K, PARAMETER_ALIGNMENT);
+        lora->B = m->parameters + at;
+        lora->dB = training ? m->gradients + at : NULL;
+        at += round_up(lora->r * linear->weight.N, PARAMETER_ALIGNMENT);
+    }
+    find_lowest_adapter(m);
+    return 0;
+}
+
+static size_t count_parameters(Transformer *m) {
+    size_t n = 0;
+    for (size_t i = 0; i < n_modules(m); i++) {
+        const Linear *linear = module_linear(m, i);
+        n += linear->lora.r * (linear->weight.K + linear->weight.N);
+    }
+    return n;
+}
+
+static void remove_adapter(Transformer *m, const qlora_allocator *allocator) {
+    for (size_t i = 0; i < n_modules(m); i++) module_linear(m, i)->lora.r = 0;
+    free_parameters(m, allocator);
+    find_lowest_adapter(m);
+}
+
+// A fresh adapter for training: A uniform in +-1/sqrt(K) (PEFT's kaiming_uniform with a = sqrt 5),
+// B zero, so that the adapted model starts as the base model, bit for bit.
+static int new_adapter(Transformer *m, const char *targets, size_t r, float alpha, float dropout,
+                       uint64_t seed, const qlora_allocator *allocator, qlora_error *err) {
+    char name[128];
+    size_t found = 0;
+    remove_adapter(m, allocator);
+    for (size_t i = 0; i < n_modules(m); i++) {
+        Lora *lora = &module_linear(m, i)->lora;
+        module_name(m, i, false, name);
+        if (!is_target(targets, name)) continue;
+        lora->r = r;
+        lora->scale = (real)alpha / (real)r;
+        lora->dropout = dropout;
+        found++;
+    }
+    if (!found)
+        return fail(err, "target_modules: \"%s\" names no linear of this model (all-linear, q_proj, "
+                    "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head do)", targets);
+    if (allocate_parameters(m, true, allocator, err)) { remove_adapter(m, allocator); return -1; }
+    for (size_t i = 0; i < n_modules(m); i++) {
+        const Linear *linear = module_linear(m, i);
+        size_t n = linear->lora.r * linear->weight.K;
+        float bound = 1 / sqrtf((float)linear->weight.K);
+        for (size_t k = 0; k < n; k++) {
+            uint32_t bits = random_u32(seed, RANDOM_INIT, linear->lora.module, k);
+            linear->lora.A[k] = (real)(bound * (2 * unit_float(bits) - 1));
+        }
+    }
+    return 0;
+}
+
+// ------------------------------------------------------------------------------- reading an adapter
+
+// Refuses what an adapter may ask for and is not implemented, by name.
+static int check_adapter_config(const Json *json, const char *directory, qlora_error *err) {
+    static const char *const off[] = {"use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save",
+        "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_qalora",
+        "target_parameters", "megatron_config", "use_bdlora", "arrow_config"};
+    const char *type = json_get_text(json, "peft_type"), *bias = json_get_text(json, "bias");
+    if (!type || strcmp(type, "LORA"))
+        return fail(err, "%s/adapter_config.json: peft_type: expected \"LORA\", found %s", directory,
+                    type ? type : "none");
+    if (bias && strcmp(bias, "none"))
+        return fail(err, "%s/adapter_config.json: bias: expected \"none\", found %s", directory, bias);
+    for (size_t i = 0; i < sizeof off / sizeof *off; i++) {
+        const Json *value = config_get(json, off[i]);
+        if (!value || value->kind == JSON_FALSE) continue;
+        if ((value->kind == JSON_ARRAY || value->kind == JSON_OBJECT) && !value->count) continue;
+        return fail(err, "%s/adapter_config.json: %s is not implemented; merge this adapter with peft "
+                    "and open the merged model", directory, off[i]);
+    }
+    return 0;
+}
+
+// alpha of a module: alpha_pattern's entry whose key its name ends with, else lora_alpha. Keys that
+// are regular expressions are refused.
+static int adapter_alpha(const Json *json, const char *module, const char *directory, double *alpha,
+                         qlora_error *err) {
+    const Json *pattern = config_get(json, "alpha_pattern");
+    *alpha = 8;                                               // PEFT's default
+    const Json *value = config_get(json, "lora_alpha");
+    if (value && !json_to_double(value, alpha))
+        return fail(err, "%s/adapter_config.json: lora_alpha: expected a number", directory);
+    for (const Json *p = pattern ? pattern->first : NULL; p && p->key; p = p->next) {
+        if (strspn(p->key, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.") !=
+            p->key_length)
+            return fail(err, "%s/adapter_config.json: alpha_pattern: \"%s\" is a regular expression, "
+                        "which is not implemented", directory, p->key);
+        if (is_target(p->key, module) && !json_to_double(p, alpha))
+            return fail(err, "%s/adapter_config.json: alpha_pattern: expected numbers", directory);
+    }
+    return 0;
+}
+
+typedef struct {
+    Transformer *m;
+    const TensorFiles *files;
+    const char *directory;
+    const Json *config;
+    size_t used;                            // tensors of the file that found their place
+    qlora_error *err;
+} AdapterReader;
+
+static const TensorInfo *adapter_tensor(const AdapterReader *a, const char *module, const char *part) {
+    char name[256];
+    snprintf(name, sizeof name, "base_model.model.%s.%s", module, part);
+    return tensors_find(a->files, name);
+}
+
+static int check_shape(const AdapterReader *a, const TensorInfo *t, size_t rows, size_t columns) {
+    if (t->rank != 2 || t->shape[0] != rows || t->shape[1] != columns)
+        return fail(a->err, "%s/adapter_model.safetensors: %s: shape [%zu, %zu] expected by this model, "
+                    "found [%zu, %zu]: is it an adapter for another model?", a->directory, t->name,
+                    rows, columns, t->rank ? t->shape[0] : 0, t->rank > 1 ? t->shape[1] : 0);
+    if (safetensors_types[t->type].dtype == DT_OTHER)
+        return fail(a->err, "%s/adapter_model.safetensors: %s: expected F32, F16 or BF16, found %s",
+                    a->directory, t->name, safetensors_types[t->type].name);
+    return 0;
+}
+
+// First pass over a module: its rank and scale, from the shapes and the configuration.
+static int read_module_shape(AdapterReader *a, size_t i) {
+    Linear *linear = module_linear(a->m, i);
+    char module[128];
+    double alpha;
+    module_name(a->m, i, false, module);
+    const TensorInfo *A = adapter_tensor(a, module, "lora_A.weight");
+    const TensorInfo *B = adapter_tensor(a, module, "lora_B.weight");
+    linear->lora = (Lora){.module = linear->lora.module};
+    if (!A && !B) return 0;
+    if (!A || !B) return fail(a->err, "%s/adapter_model.safetensors: %s has lora_%c but no lora_%c",
+                              a->directory, module, A ? 'A' : 'B', A ? 'B' : 'A');
+    size_t r = A->rank == 2 ? A->shape[0] : 0;
+    if (r < 1 || r > 4096)
+        return fail(a->err, "%s/adapter_model.safetensors: %s: rank %zu, expected 1 to 4096",
+                    a->directory, A->name, r);
+    if (check_shape(a, A, r, linear->weight.K) || check_shape(a, B, linear->weight.N, r) ||
+        adapter_alpha(a->config, module, a->directory, &alpha, a->err)) return -1;
+    bool rslora = json_get_bool(a->config, "use_rslora", false);
+    linear->lora.r = r;
+    linear->lora.scale = (real)(alpha / (rslora ? sqrt((double)r) : (double)r));
+    a->used += 2;
+    return 0;
+}
+
+static int read_parameter(AdapterReader *a, const TensorInfo *t, real *out) {
+    enum { PIECE = 4096 };
+    float values[PIECE];
+    char raw[PIECE * sizeof(float)];
+    DType type = safetensors_types[t->type].dtype;
+    for (size_t at = 0; at < t->elements; at += PIECE) {
+        size_t n = min_size(PIECE, t->elements - at), size = dtype_size(type);
+        if (tensor_read(a->files, t, raw, at * size, n * size, a->err)) return -1;
+        if (!all_finite(raw, type, n))
+            return fail(a->err, "%s/adapter_model.safetensors: %s holds NaN or infinity",
+                        a->directory, t->name);
+        widen_values(values, raw, type, n);
+        for (size_t k = 0; k < n; k++) out[at + k] = (real)values[k];
+    }
+    return 0;
+}
+
+// When the head is adapted, PEFT may store a copy of the base head with it. It is accepted if it is
+// that: equal to the model's own.
+static int check_head_copy(AdapterReader *a) {
+    const TensorInfo *t = adapter_tensor(a, "lm_head", "base_layer.weight");
+    const Weight *head = &a->m->head.weight;
+    if (!t) return 0;
+    a->used++;
+    if (check_shape(a, t, head->N, head->K)) return -1;
+    DType type = safetensors_types[t->type].dtype;
+    size_t size = dtype_size(type);
+    Buffer raw = {.allocator = a->files->region.allocator};
+    int bad = buffer_reserve(&raw, head->K * (4 + 4 + sizeof(real)), a->err);
+    for (size_t row = 0; row < head->N && !bad; row++) {
+        float *values = (float *)(void *)raw.data;
+        real *own = (real *)(void *)(raw.data + head->K * 8);
+        bad = tensor_read(a->files, t, raw.data + head->K * 4, row * head->K * size, head->K * size,
+                          a->err);
+        if (bad) break;
+        widen_values(values, raw.data + head->K * 4, type, head->K);
+        weight_row(own, head, row, 0, head->K, DT_REAL);
+        for (size_t k = 0; k < head->K && !bad; k++)
+            if (!((real)values[k] == own[k]))
+                bad = fail(a->err, "%s/adapter_model.safetensors: %s differs from the base model's "
+                           "lm_head: a trained copy of the head is not implemented", a->directory,
+                           t->name);
+    }
+    buffer_free(&raw);
+    return bad;
+}
+
+static int read_adapter_tensors(AdapterReader *a, const qlora_allocator *allocator) {
+    char module[128];
+    for (size_t i = 0; i < n_modules(a->m); i++)
+        if (read_module_shape(a, i)) return -1;
+    if (check_head_copy(a)) return -1;
+    if (a->used != a->files->n_tensors || !a->used)
+        return fail(a->err, "%s/adapter_model.safetensors: %zu of %zu tensors belong to linears of this "
+                    "model: is it an adapter for another model?", a->directory, a->used,
+                    a->files->n_tensors);
+    if (allocate_parameters(a->m, false, allocator, a->err)) return -1;
+    for (size_t i = 0; i < n_modules(a->m); i++) {
+        const Lora *lora = &module_linear(a->m, i)->lora;
+        module_name(a->m, i, false, module);
+        if (lora->r &&
+            (read_parameter(a, adapter_tensor(a, module, "lora_A.weight"), lora->A) ||
+             read_parameter(a, adapter_tensor(a, module, "lora_B.weight"), lora->B))) return -1;
+    }
+    return 0;
+}
+
+// Loads an adapter onto the model. On failure the model is left without one.
+static int load_adapter(Transformer *m, const char *directory, const qlora_allocator *allocator,
+                        qlora_error *err) {
+    Region region = {.allocator = allocator};
+    bool found;
+    const Json *json = read_json(directory, "adapter_config.json", 1 << 24, &region, &found, err);
+    int bad = -1;
+    remove_adapter(m, allocator);
+    if (!found) fail(err, "%s/adapter_config.json: not found: is this a PEFT adapter?", directory);
+    if (json && !check_adapter_config(json, directory, err)) {
+        AdapterReader a = {m, NULL, directory, json, 0, err};
+        TensorFiles *files = tensors_open(directory, "adapter_model.safetensors", allocator, err);
+        a.files = files;
+        bad = files ? read_adapter_tensors(&a, allocator) : -1;
+        tensors_close(files);
+        if (bad) remove_adapter(m, allocator);
+    }
+    region_free(&region);
+    return bad;
+}
+
+// ------------------------------------------------------------------------------- writing an adapter
+
+static int fill_adapter(void *user, const TensorInfo *tensor, Writer *w) {
+    Transformer *m = user;
+    char module[128];
+    for (size_t i = 0; i < n_modules(m); i++) {
+        const Linear *linear = module_linear(m, i);
+        module_name(m, i, false, module);
+        size_t n = strlen("base_model.model."), length = strlen(module);
+        if (!linear->lora.r || strncmp(tensor->name + n, module, length) ||
+            tensor->name[n + length] != '.') continue;
+        bool is_a = strstr(tensor->name + n + length, "lora_A") != NULL;
+        const real *values = is_a ? linear->lora.A : linear->lora.B;
+        for (size_t k = 0; k < tensor->elements; k++) {
+            float value = (float)values[k];
+            if (writer_write(w, &value, sizeof value)) return -1;
+        }
+        return 0;
+    }
+    return fail(w->err, "%s: no module for this tensor", tensor->name);
+}
+
+// target_modules as PEFT reads them: short names where every layer has the same, else whole paths.
+static int write_targets(Buffer *b, Transformer *m, qlora_error *err) {
+    bool uniform = true, first = true;
+    char name[128];
+    for (size_t i = 0; i < m->config.L * N_LINEARS; i++)
+        uniform &= !module_linear(m, i)->lora.r == !module_linear(m, i % N_LINEARS)->lora.r;
+    for (size_t i = 0; i < n_modules(m); i++) {
+        bool head = i == m->config.L * N_LINEARS;
+        if (!module_linear(m, i)->lora.r || (uniform && !head && i >= N_LINEARS)) continue;
+        module_name(m, i, uniform, name);
+        if (buffer_printf(b, err, "%s\n    \"%s\"", first ? "" : ",", name)) return -1;
+        first = false;
+    }
+    return 0;
+}
+
+// PEFT's rank_pattern or alpha_pattern: the modules that differ from the first adapted one.
+static int write_pattern(Buffer *b, Transformer *m, const Lora *usual, bool alpha, qlora_error *err) {
+    bool first = true;
+    char name[128];
+    if (buffer_append(b, "{", 1, err)) return -1;
+    for (size_t i = 0; i < n_modules(m); i++) {
+        const Lora *lora = &module_linear(m, i)->lora;
+        double value = alpha ? (double)lora->scale * (double)lora->r : (double)lora->r;
+        double expected = alpha ? (double)usual->scale * (double)usual->r : (double)usual->r;
+        if (!lora->r || value == expected) continue;
+        module_name(m, i, false, name);
+        if (buffer_printf(b, err, "%s\n    \"%s\": %.9g", first ? "" : ",", name, value)) return -1;
+        first = false;
+    }
+    return buffer_append(b, first ? "}" : "\n  }", first ? 1 : 4, err);
+}
+
+// The classic keys, sorted: older versions of peft refuse keys they do not know.
+static int write_adapter_config(const char *directory, Transformer *m, const char *base,
+                                float dropout, Region *region, qlora_error *err) {
+    Buffer b = {.allocator = region->allocator};
+    const Lora *lora = NULL;
+    for (size_t i = 0; i < n_modules(m) && !lora; i++)
+        if (module_linear(m, i)->lora.r) lora = &module_linear(m, i)->lora;
+    if (!lora) return fail(err, "the model has no adapter to save");
+    double alpha = (double)lora->scale * (double)lora->r;
+    int bad = buffer_printf(&b, err, "{\n  \"alpha_pattern\": ") ||
+              write_pattern(&b, m, lora, true, err) ||
+              buffer_printf(&b, err, ",\n  \"base_model_name_or_path\": ") ||
+              json_write_string(&b, base, strlen(base), err) ||
+              buffer_printf(&b, err, ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": false,\n"
+                  "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
+                  "  \"layers_pattern\": null,\n  \"layers_to_transform\": null,\n"
+                  "  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n  \"modules_to_save\": null,\n"
+                  "  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  \"rank_pattern\": ", alpha,
+                  (double)dropout, lora->r) ||
+              write_pattern(&b, m, lora, false, err) ||
+              buffer_printf(&b, err, ",\n  \"revision\": null,\n  \"target_modules\": [") ||
+              write_targets(&b, m, err) ||
+              buffer_printf(&b, err, "\n  ],\n  \"task_type\": \"CAUSAL_LM\",\n  \"use_dora\": false,\n"
+                            "  \"use_rslora\": false\n}\n");
+    const char *path = bad ? NULL : path_join(region, directory, "adapter_config.json", err);
+    if (path) bad = write_file(path, b.data, b.size, err);
+    buffer_free(&b);
+    return path ? bad : -1;
+}
+
+static int save_adapter(Transformer *m, const char *directory, const char *base, float dropout,
+                        const qlora_allocator *allocator, qlora_error *err) {
+    Region region = {.allocator = allocator};
+    size_t n = 0;
+    int bad = make_directory(directory, err);
+    TensorInfo *tensors = region_alloc(&region, 2 * n_modules(m), sizeof *tensors, err);
+    if (!tensors) bad = -1;
+    for (size_t i = 0; i < n_modules(m) && !bad; i++) {
+        const Linear *linear = module_linear(m, i);
+        char module[128], name[256];
+        if (!linear->lora.r) continue;
+        module_name(m, i, false, module);
+        for (int part = 0; part < 2 && !bad; part++) {
+            int length = snprintf(name, sizeof name, "base_model.model.%s.lora_%c.weight", module,
+                                  "AB"[part]);
+            const char *copy = region_text(&region, name, (size_t)length, err);
+            if (!copy) { bad = -1; break; }
+            describe_tensor(&tensors[n++], copy, ST_F32, 2, part ? linear->weight.N : linear->lora.r,
+                            part ? linear->lora.r : linear->weight.K);
+        }
+    }
+    const char *path = bad ? NULL : path_join(&region, directory, "adapter_model.safetensors", err);
+    bad = path ? write_adapter_config(directory, m, base, dropout, &region, err) ||
+                 write_tensors(path, tensors, n, fill_adapter, m, allocator, err) : -1;
+    region_free(&region);
+    return bad ? -1 : 0;
+}
+
+// ---------------------------------------------------------------------------------- writing a model
+
+// The files of a model directory besides its weights and config.json.
+static const char *const side_files[] = {"generation_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json"};
+
+static int copy_side_files(const char *from, const char *to, Region *region, qlora_error *err) {
+    for (size_t i = 0; i < sizeof side_files / sizeof *side_files; i++)
+        if (copy_file(from, to, side_files[i], region, err)) return -1;
+    return 0;
+}
+
+// Writes values narrowed to a file's type.
+static int write_values(Writer *w, const float *values, size_t n, int type) {
+    for (size_t i = 0; i < n; i++) {
+        uint16_t half = float_to_bf16(values[i]);
+        const void *bytes = type == ST_F32 ? (const void *)&values[i] : &half;
+        if (writer_write(w, bytes, type == ST_F32 ? 4 : 2)) return -1;
+    }
+    return 0;
+}
+
+// The quant_state JSON, byte for byte as bitsandbytes writes it.
+static int quant_state(Buffer *b, const Slot *slot, qlora_error *err) {
+    const Weight *w = slot->weight;
+    const char *dtype = slot->file_type == ST_F32 ? "float32" : slot->file_type == ST_F16 ? "float16"
+                                                                                     : "bfloat16";
+    if (buffer_printf(b, err, "{\"quant_type\": \"%s\", \"blocksize\": 64, \"dtype\": \"%s\", "
+                      "\"shape\": [%zu, %zu]", w->dtype == DT_NF4 ? "nf4" : "fp4", dtype, w->N, w->K))
+        return -1;
+    // Python prints the shortest text that reads back as the same double.
+    double offset = (double)w->offset;
+    int digits = 1;
+    char text[40];
+    do snprintf(text, sizeof text, "%.*g", digits, offset);
+    while (strtod(text, NULL) != offset && ++digits < 18);
+    if (w->absmax8 && buffer_printf(b, err, ", \"nested_blocksize\": 256, \"nested_dtype\": \"float32\","
+                                    " \"nested_offset\": %s", text)) return -1;
+    return buffer_append(b, "}", 1, err);
+}
+
+// The parts of a stored 4-bit linear, by suffix.
+static const char *const quant_suffixes[] = {"", ".absmax", ".quant_map", ".nested_absmax",
+    ".nested_quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"};
+
+static int fill_4bit(const Slot *slot, const char *suffix, Writer *w) {
+    const Weight *weight = slot->weight;
+    size_t n = weight->N * weight->K, blocks = ceil_div(n, QUANT_BLOCK);
+    bool nested = weight->absmax8 != NULL;
+    if (!*suffix) return writer_write(w, weight->data, (n + 1) / 2);
+    if (strcmp(suffix, ".absmax") == 0)
+        return nested ? writer_write(w, weight->absmax8, blocks)
+                      : writer_write(w, weight->absmax, blocks * sizeof(float));
+    if (strcmp(suffix, ".quant_map") == 0) return writer_write(w, weight->code, 16 * sizeof(float));
+    if (strcmp(suffix, ".nested_absmax") == 0)
+        return writer_write(w, weight->absmax2, ceil_div(blocks, SCALE_BLOCK) * sizeof(float));
+    if (strcmp(suffix, ".nested_quant_map") == 0)
+        return writer_write(w, weight->code8, 256 * sizeof(float));
+    return fail(w->err, "%s%s: unknown part of a 4-bit tensor", slot->name, suffix);
+}
+
+typedef struct { const SlotList *list; const qlora_allocator *allocator; } ModelFill;
+
+static int fill_model(void *user, const TensorInfo *tensor, Writer *w) {
+    const ModelFill *fill = user;
+    for (size_t i = 0; i < fill->list->n; i++) {
+        const Slot *slot = &fill->list->slots[i];
+        size_t length = strlen(slot->name);
+        if (strncmp(tensor->name, slot->name, length)) continue;
+        const char *suffix = tensor->name + length;
+        if (slot->kind == SLOT_VECTOR) return write_values(w, *slot->vector, slot->rows, tensor->type);
+        if (!is_4bit(slot->weight->dtype)) return writer_write(w, slot->weight->data, tensor->bytes);
+        if (strncmp(suffix, ".quant_state", 12)) return fill_4bit(slot, suffix, w);
+        Buffer state = {.allocator = fill->allocator};
+        int bad = quant_state(&state, slot, w->err) || writer_write(w, state.data, state.size);
+        buffer_free(&state);
+        return bad;
+    }
+    return fail(w->err, "%s: no slot for this tensor", tensor->name);
+}
+
+// Appends what a slot becomes in a file: one tensor, or the parts of a 4-bit one.
+static int describe_slot(TensorInfo *out, size_t *n, const Slot *slot, Region *region,
+                         qlora_error *err) {
+    const Weight *w = slot->weight;
+    // float16 vectors widen exactly but narrowing to float16 is not needed anywhere else: keep F32.
+    int vector_type = slot->file_type == ST_BF16 ? ST_BF16 : ST_F32;
+    if (slot->kind == SLOT_VECTOR) {
+        describe_tensor(&out[(*n)++], slot->name, vector_type, 1, slot->rows, 1);
+        return 0;
+    }
+    if (!is_4bit(w->dtype)) {
+        int type = w->dtype == DT_F32 ? ST_F32 : w->dtype == DT_F16 ? ST_F16 : ST_BF16;
+        describe_tensor(&out[(*n)++], slot->name, type, 2, slot->rows, slot->columns);
+        return 0;
+    }
+    size_t values = w->N * w->K, blocks = ceil_div(values, QUANT_BLOCK);
+    bool nested = w->absmax8 != NULL;
+    Buffer state = {.allocator = region->allocator};
+    if (quant_state(&state, slot, err)) { buffer_free(&state); return -1; }
+    size_t state_bytes = state.size;
+    buffer_free(&state);
+    const struct { int type; size_t rank, rows, columns; } parts[] = {
+        {ST_U8, 2, (values + 1) / 2, 1}, {nested ? ST_U8 : ST_F32, 1, blocks, 1}, {ST_F32, 1, 16, 1},
+        {ST_F32, 1, ceil_div(blocks, SCALE_BLOCK), 1}, {ST_F32, 1, 256, 1}, {ST_U8, 1, state_bytes, 1}};
+    for (int i = 0; i < 6; i++) {
+        const char *suffix = quant_suffixes[i + (i == 5 && w->dtype == DT_FP4)];
+        if (!nested && (i == 3 || i == 4)) continue;
+        char *name = region_alloc(region, strlen(slot->name) + strlen(suffix) + 1, 1, err);
+        if (!name) return -1;
+        strcat(strcpy(name, slot->name), suffix);
+        describe_tensor(&out[(*n)++], name, parts[i].type, parts[i].rank, parts[i].rows,
+                        parts[i].columns);
+    }
+    return 0;
+}
+
+// config.json with a bitsandbytes quantization_config, when any linear is 4-bit.
+static int write_config(const char *path, const Json *config, const Weight *linear,
+                        const qlora_allocator *allocator, qlora_error *err) {
+    Buffer b = {.allocator = allocator};
+    bool quantised = is_4bit(linear->dtype), first = true;
+    int bad = buffer_append(&b, "{", 1, err);
+    for (const Json *child = config->first; child && !bad; child = child->next) {
+        if (quantised && strcmp(child->key, "quantization_config") == 0) continue;
+        bad = buffer_printf(&b, err, "%s\n  ", first ? "" : ",") ||
+              json_write_string(&b, child->key, child->key_length, err) ||
+              buffer_append(&b, ": ", 2, err) || json_write(&b, child, 2, err);
+        first = false;
+    }
+    if (!bad && quantised)
+        bad = buffer_printf(&b, err, "%s\n  \"quantization_config\": {\n"
+            "    \"_load_in_4bit\": true,\n    \"_load_in_8bit\": false,\n"
+            "    \"bnb_4bit_compute_dtype\": \"bfloat16\",\n    \"bnb_4bit_quant_storage\": \"uint8\",\n"
+            "    \"bnb_4bit_quant_type\": \"%s\",\n    \"bnb_4bit_use_double_quant\": %s,\n"
+            "    \"llm_int8_enable_fp32_cpu_offload\": false,\n"
+            "    \"llm_int8_has_fp16_weight\": false,\n    \"llm_int8_skip_modules\": null,\n"
+            "    \"llm_int8_threshold\": 6.0,\n    \"load_in_4bit\": true,\n"
+            "    \"load_in_8bit\": false,\n    \"quant_method\": \"bitsandbytes\"\n  }",
+            first ? "" : ",", linear->dtype == DT_NF4 ? "nf4" : "fp4",
+            linear->absmax8 ? "true" : "false");
+    if (!bad) bad = buffer_printf(&b, err, "\n}\n") || write_file(path, b.data, b.size, err);
+    buffer_free(&b);
+    return bad ? -1 : 0;
+}
+
+// Writes the model's weights and config.json into a directory that has none yet.
+static int write_model(const char *directory, Transformer *m, const SlotList *list,
+                       const Json *config, const qlora_allocator *allocator, qlora_error *err) {
+    Region region = {.allocator = allocator};
+    ModelFill fill = {list, allocator};
+    size_t n = 0;
+    int bad = -1;
+    TensorInfo *tensors = region_alloc(&region, list->n * 6, sizeof *tensors, err);
+    const char *weights = path_join(&region, directory, "model.safetensors", err);
+    const char *config_path = path_join(&region, directory, "config.json", err);
+    if (!tensors || !weights || !config_path) goto done;
+    if (file_exists(weights) || file_exists(config_path)) {
+        fail(err, "%s: there is a model in this directory already; choose another", directory);
+        goto done;
+    }
+    for (size_t i = 0; i < list->n; i++)
+        if (describe_slot(tensors, &n, &list->slots[i], &region, err)) goto done;
+    bad = write_tensors(weights, tensors, n, fill_model, &fill, allocator, err) ||
+          write_config(config_path, config, &m->layers[0].linear[0].weight, allocator, err);
+done:
+    region_free(&region);
+    return bad;
+}
+
+// ------------------------------------------------------------------------------------ random models
+
+typedef struct { uint64_t seed; uint32_t stream; float deviation; float *out; size_t n; } RandomTask;
+
+enum { RANDOM_PER_TASK = 1 << 16 };
+
+// Bell-shaped values: the sum of four uniform 16-bit numbers has variance 4/12 and costs no logarithm.
+static void random_values_task(void *arguments, size_t task, int thread) {
+    RandomTask *a = arguments;
+    size_t end = min_size(a->n, (task + 1) * RANDOM_PER_TASK);
+    float scale = a->deviation * 1.7320508f / 65536.0f;
+    uint32_t key[2] = {(uint32_t)a->seed, RANDOM_INIT}, bits[4] = {0};
+    (void)thread;
+    for (size_t i = task * RANDOM_PER_TASK; i < end; i++) {
+        uint32_t counter[4] = {(uint32_t)(i / 2), (uint32_t)(i / 2 >> 32), 1, a->stream};
+        if (i % 2 == 0) philox(bits, counter, key);
+        const uint32_t *pair = bits + i % 2 * 2;
+        float sum = (float)((pair[0] & 0xFFFF) + (pair[0] >> 16) + (pair[1] & 0xFFFF) +
+                            (pair[1] >> 16));
+        a->out[i] = (sum - 131070.0f) * scale;
+    }
+}
+
+// Fills a slot: matrices bell-shaped with deviation 0.02, norms 1, biases 0.
+static void random_slot(const Slot *slot, uint64_t seed, uint32_t stream, float *values,
+                        float *absmax, Pool *pool) {
+    size_t n = slot->rows * slot->columns;
+    if (slot->kind == SLOT_VECTOR) {
+        bool bias = strcmp(strrchr(slot->name, '.'), ".bias") == 0;
+        for (size_t i = 0; i < n; i++) ((float *)(uintptr_t)*slot->vector)[i] = bias ? 0 : 1;
+        return;
+    }
+    RandomTask a = {seed, stream, 0.02f, values, n};
+    parallel_for(pool, ceil_div(n, RANDOM_PER_TASK), random_values_task, &a);
+    uint16_t *half = (uint16_t *)(uintptr_t)slot->weight->data;
+    if (is_4bit(slot->weight->dtype)) {
+        // From bf16, as if the model had been saved and then quantised.
+        for (size_t i = 0; i < n; i++) values[i] = bf16_to_float(float_to_bf16(values[i]));
+        quantize_values(pool, (uint8_t *)(uintptr_t)slot->weight->data, absmax, values, DT_F32,
+                        slot->weight->dtype, n);
+        finish_weight(slot->weight, absmax);
+    } else for (size_t i = 0; i < n; i++) half[i] = float_to_bf16(values[i]);
+}
+
+static int random_weights(const SlotList *list, const qlora_options *options, uint64_t seed, Pool *pool,
+                          void **weights, size_t *bytes, const qlora_allocator *allocator,
+                          qlora_error *err) {
+    DType linear_type = options->quant == QLORA_QUANT_NF4 ? DT_NF4
+                      : options->quant == QLORA_QUANT_FP4 ? DT_FP4 : DT_BF16;
+    Arena arena = {NULL, 0};
+    size_t largest = 0;
+    for (int pass = 0; pass < 2; pass++) {
+        for (size_t i = 0; i < list->n; i++) {
+            const Slot *slot = &list->slots[i];
+            largest = max_size(largest, slot->rows * slot->columns);
+            if (slot->kind == SLOT_VECTOR)
+                *slot->vector = arena_alloc(&arena, slot->rows, sizeof(float));
+            else place_weight(slot->weight, slot->kind == SLOT_LINEAR ? linear_type : DT_BF16,
+                              options->double_quant != 0, &arena);
+        }
+        if (pass) break;
+        *bytes = arena.used + 64;
+        *weights = mem_reserve(allocator, *bytes, 1, err);
+        if (!*weights) return -1;
+        arena = (Arena){(char *)round_up((uintptr_t)*weights, 64), 0};
+    }
+    size_t blocks = ceil_div(largest, QUANT_BLOCK);
+    float *values = mem_reserve(allocator, largest, sizeof *values, err);
+    float *absmax = values ? mem_reserve(allocator, blocks, sizeof *absmax, err) : NULL;
+    for (size_t i = 0; i < list->n && absmax; i++)
+        random_slot(&list->slots[i], seed, (uint32_t)i, values, absmax, pool);
+    int bad = absmax ? 0 : -1;
+    mem_free(allocator, values, largest, sizeof *values);
+    mem_free(allocator, absmax, blocks, sizeof *absmax);
+    return bad;
+}
+
+// --------------------------------------------------------------------------------- the model handle
+
+struct qlora_model {
+    qlora_options options;
+    qlora_allocator allocator;
+    Region region;                          // config, slots, layers, paths
+    const char *directory;                  // of the base model
+    const Json *config, *generation;        // generation_config.json or NULL
+    SlotList slots;
+    Transformer transformer;
+    void *weights;
+    size_t weight_bytes;
+    Device device;
+    Tokenizer *tokenizer;                   // NULL in models made by init without tokenizer files
+    ChatTemplate chat;                      // valid when has_chat
+    bool has_chat;
+    char note[512];                         // what the user should know about the template
+    float lora_dropout;                     // of the adapter, for its configuration file
+};
+
+static int physical_cores(void) {
+    int online = (int)sysconf(_SC_NPROCESSORS_ONLN), cores = 0;
+#ifdef __linux__
+    // A core is counted at the first of the threads it runs; unreadable files count as cores.
+    for (int cpu = 0; cpu < online && cpu < MAX_THREADS; cpu++) {
+        char path[96];
+        int first = cpu;
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        FILE *file = fopen(path, "re");
+        if (file && fscanf(file, "%d", &first) != 1) first = cpu;
+        if (file) fclose(file);
+        cores += first == cpu;
+    }
+#endif
+    if (cores < 1) cores = online;
+    return cores < 1 ? 1 : cores > MAX_THREADS ? MAX_THREADS : cores;
+}
+
+// Bytes of memory nobody uses now.
+static size_t available_memory(void) {
+    size_t kib = 0;
+    FILE *file = fopen("/proc/meminfo", "re");
+    char line[128];
+    while (file && !kib && fgets(line, sizeof line, file))
+        if (sscanf(line, "MemAvailable: %zu kB", &kib) != 1) kib = 0;
+    if (file) fclose(file);
+    if (kib) return kib * 1024;
+    return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / 2;
+}
+
+qlora_options qlora_default_options(void) {
+    return (qlora_options){.quant = QLORA_QUANT_NF4, .double_quant = 1, .compute = QLORA_COMPUTE_AUTO};
+}
+
+static bool has_bf16_units(void) {
+#ifdef __AVX512BF16__
+    return true;
+#else
+    return false;
+#endif
+}
+
+static int open_device(qlora_model *q, qlora_error *err) {
+    int threads = q->options.threads;
+    if (threads < 0 || threads > MAX_THREADS)
+        return fail(err, "threads: expected 0 to %d, found %d", MAX_THREADS, threads);
+    qlora_compute compute = q->options.compute;
+    if (compute == QLORA_COMPUTE_AUTO) compute = has_bf16_units() ? QLORA_COMPUTE_BF16
+                                                                  : QLORA_COMPUTE_F32;
+    q->device.ops = &fast_ops;
+    q->device.act = compute == QLORA_COMPUTE_BF16 ? DT_BF16 : DT_REAL;
+    q->device.pool = pool_open(threads ? threads : physical_cores(), &q->allocator, err);
+    q->transformer.dev = &q->device;
+    return q->device.pool ? 0 : -1;
+}
+
+// A handle with its options, threads and parsed config.json, but no weights.
+static qlora_model *open_handle(const char *directory, const qlora_options *options,
+                                qlora_error *err) {
+    qlora_options opt = options ? *options : qlora_default_options();
+    if (!opt.allocator.allocate || !opt.allocator.release)
+        opt.allocator = (qlora_allocator){default_allocate, default_release, NULL};
+    qlora_model *q = mem_alloc(&opt.allocator, 1, sizeof *q, err);
+    bool found, has_bias[N_LINEARS];
+    if (!q) return NULL;
+    q->options = opt;
+    q->allocator = opt.allocator;
+    q->region.allocator = &q->allocator;
+    q->directory = region_text(&q->region, directory, strlen(directory), err);
+    if (!q->directory || open_device(q, err)) goto failed;
+    q->config = read_json(directory, "config.json", 1 << 26, &q->region, &found, err);
+    if (!found) fail(err, "%s/config.json: not found; expected a Hugging Face model directory",
+                     directory);
+    if (!q->config || parse_config(&q->transformer, has_bias, q->config, directory, &q->region, err))
+        goto failed;
+    q->slots = (SlotList){.region = &q->region, .err = err};
+    if (list_slots(&q->slots, &q->transformer, has_bias)) goto failed;
+    q->slots.err = NULL;
+    find_lowest_adapter(&q->transformer);
+    return q;
+failed:
+    qlora_close(q);
+    return NULL;
+}
+
+void qlora_close(qlora_model *q) {
+    if (!q) return;
+    qlora_allocator allocator = q->allocator;
+    free_parameters(&q->transformer, &allocator);
+    mem_free(&allocator, q->weights, q->weight_bytes, 1);
+    tokenizer_close(q->tokenizer);
+    pool_close(q->device.pool);
+    region_free(&q->region);
+    mem_free(&allocator, q, 1, sizeof *q);
+}
+
+static bool has_tokenizer_files(const char *directory, Region *region) {
+    static const char *const names[] = {"tokenizer.json", "tokenizer.model", "vocab.json"};
+    for (size_t i = 0; i < 3; i++) {
+        const char *path = path_join(region, directory, names[i], NULL);
+        if (path && file_exists(path)) return true;
+    }
+    return false;
+}
+
+// Tokenizer, template and generation settings. A model without tokenizer files still computes.
+static int open_text(qlora_model *q, const char *directory, qlora_error *err) {
+    bool found;
+    q->generation = read_json(directory, "generation_config.json", 1 << 24, &q->region, &found, err);
+    if (found && !q->generation) return -1;
+    if (!has_tokenizer_files(directory, &q->region)) return 0;
+    q->tokenizer = tokenizer_open(directory, &q->allocator, err);
+    if (!q->tokenizer) return -1;
+    if (tokenizer_size(q->tokenizer) > q->transformer.config.V)
+        return fail(err, "%s: the tokenizer has ids up to %zu, but config.json says vocab_size %zu: do "
+                    "these files belong together?", directory, tokenizer_size(q->tokenizer) - 1,
+                    q->transformer.config.V);
+    return 0;
+}
+
+// An adapter's base model: the path in its configuration as it stands, or seen from the adapter.
+static const char *find_base(const char *directory, Region *region, qlora_error *err) {
+    bool found;
+    const Json *json = read_json(directory, "adapter_config.json", 1 << 24, region, &found, err);
+    const char *base = json_get_text(json, "base_model_name_or_path");
+    if (!json) return NULL;
+    const char *inside = base ? path_join(region, directory, base, err) : NULL;
+    for (int i = 0; base && i < 2; i++) {
+        const char *candidate = i ? inside : base;
+        const char *config = candidate ? path_join(region, candidate, "config.json", err) : NULL;
+        if (config && file_exists(config)) return candidate;
+    }
+    fail(err, "%s/adapter_config.json: base model \"%s\" is not here; open the base model's directory "
+         "and give the adapter with --adapter", directory, base ? base : "(none)");
+    return NULL;
+}
+
+qlora_model *qlora_open(const char *path, const qlora_options *options, qlora_error *err) {
+    Region region = {.allocator = &(qlora_allocator){default_allocate, default_release, NULL}};
+    const char *adapter = path_join(&region, path, "adapter_config.json", err);
+    bool is_adapter = adapter && file_exists(adapter);
+    const char *base = !adapter ? NULL : is_adapter ? find_base(path, &region, err) : path;
+    qlora_model *q = base ? open_handle(base, options, err) : NULL;
+    if (q && (open_text(q, base, err) ||
+              load_weights(&q->transformer, &q->slots, base, &q->options, q->device.pool, &q->weights,
+                           &q->weight_bytes, &q->allocator, err) ||
+              (is_adapter && load_adapter(&q->transformer, path, &q->allocator, err)))) {
+        qlora_close(q);
+        q = NULL;
+    }
+    region_free(&region);
+    return q;
+}
+
+const char *qlora_note(const qlora_model *q) { return q->note; }
+
+int qlora_load_adapter(qlora_model *q, const char *directory, qlora_error *err) {
+    q->lora_dropout = 0;
+    return load_adapter(&q->transformer, directory, &q->allocator, err);
+}
+
+int qlora_save_adapter(qlora_model *q, const char *directory, qlora_error *err) {
+    char base[PATH_MAX];
+    if (!realpath(q->directory, base)) snprintf(base, sizeof base, "%s", q->directory);
+    return save_adapter(&q->transformer, directory, base, q->lora_dropout, &q->allocator, err);
+}
+
+qlora_model_info qlora_info(const qlora_model *q) {
+    const Config *c = &q->transformer.config;
+    qlora_model_info info = {c->architecture->type, c->L, c->D, c->V, c->context, 0, q->weight_bytes,
+        count_parameters((Transformer *)(uintptr_t)&q->transformer),
+        q->device.act == DT_BF16 ? QLORA_COMPUTE_BF16 : QLORA_COMPUTE_F32, q->device.pool->threads};
+    for (size_t i = 0; i < q->slots.n; i++)
+        info.parameters += q->slots.slots[i].rows * q->slots.slots[i].columns;
+    return info;
+}
+
+// Memory handed to callers carries its size in front, since the hook wants it back.
+enum { GIFT_HEADER = 16 };
+
+static void *give(qlora_model *q, const void *data, size_t n, qlora_error *err) {
+    char *p = mem_reserve(&q->allocator, n + GIFT_HEADER + 1, 1, err);
+    if (!p) return NULL;
+    memcpy(p, &n, sizeof n);
+    if (n) memcpy(p + GIFT_HEADER, data, n);
+    p[GIFT_HEADER + n] = 0;
+    return p + GIFT_HEADER;
+}
+
+void qlora_free(qlora_model *q, void *memory) {
+    size_t n;
+    if (!memory) return;
+    memcpy(&n, (char *)memory - GIFT_HEADER, sizeof n);
+    mem_free(&q->allocator, (char *)memory - GIFT_HEADER, n + GIFT_HEADER + 1, 1);
+}
+
+static int need_tokenizer(const qlora_model *q, qlora_error *err) {
+    return q->tokenizer ? 0 : fail(err, "%s: no tokenizer.json (nor tokenizer.model, nor vocab.json) in "
+                                   "this directory", q->directory);
+}
+
+// The chat template is looked for when something needs it: a base model that only continues text may
+// well have one that is not known here.
+static int open_chat(qlora_model *q, const char *name, qlora_error *err) {
+    Buffer note = {.allocator = &q->allocator};
+    q->has_chat = false;
+    int bad = need_tokenizer(q, err) ||
+              template_find(&q->chat, name, q->tokenizer, false, &q->region, &note, err);
+    size_t n = min_size(note.size, sizeof q->note - 1);
+    if (n) memcpy(q->note, note.data, n);
+    q->note[n] = 0;
+    q->has_chat = !bad;
+    buffer_free(&note);
+    return bad ? -1 : 0;
+}
+
+static int need_chat(qlora_model *q, qlora_error *err) {
+    return q->has_chat ? 0 : open_chat(q, NULL, err);
+}
+
+int qlora_tokenize(qlora_model *q, const char *text, size_t n, int add_special, int32_t **ids,
+                   size_t *n_ids, qlora_error *err) {
+    Buffer out = {.allocator = &q->allocator};
+    *ids = NULL;
+    *n_ids = 0;
+    if (need_tokenizer(q, err)) return -1;
+    if (!tokenizer_encode(q->tokenizer, text, n, add_special != 0, &out, err)) {
+        *ids = give(q, out.data, out.size, err);
+        *n_ids = out.size / sizeof **ids;
+    }
+    buffer_free(&out);
+    return *ids ? 0 : -1;
+}
+
+int qlora_detokenize(qlora_model *q, const int32_t *ids, size_t n_ids, int skip_special, char **text,
+                     size_t *n_text, qlora_error *err) {
+    Buffer out = {.allocator = &q->allocator};
+    *text = NULL;
+    *n_text = 0;
+    if (need_tokenizer(q, err)) return -1;
+    if (!tokenizer_decode(q->tokenizer, ids, n_ids, skip_special != 0, &out, err)) {
+        *text = give(q, out.data, out.size, err);
+        *n_text = out.size;
+    }
+    buffer_free(&out);
+    return *text ? 0 : -1;
+}
+
+int qlora_init(const char *config, const char *out_dir, uint64_t seed, const qlora_options *options,
+               qlora_error *err) {
+    char directory[PATH_MAX];
+    size_t n = strlen(config), tail = strlen("config.json");
+    if (n >= sizeof directory) return fail(err, "%s: path is too long", config);
+    memcpy(directory, config, n + 1);
+    if (n >= tail && strcmp(config + n - tail, "config.json") == 0) directory[n - tail] = 0;
+    if (!directory[0]) strcpy(directory, ".");
+    qlora_model *q = open_handle(directory, options, err);
+    if (!q) return -1;
+    int bad = make_directory(out_dir, err) ||
+              random_weights(&q->slots, &q->options, seed, q->device.pool, &q->weights,
+                             &q->weight_bytes, &q->allocator, err) ||
+              write_model(out_dir, &q->transformer, &q->slots, q->config, &q->allocator, err) ||
+              copy_side_files(q->directory, out_dir, &q->region, err);
+    qlora_close(q);
+    return bad ? -1 : 0;
+}
+
+int qlora_quantize(const char *model_dir, const char *out_dir, const qlora_options *options,
+                   qlora_error *err) {
+    qlora_model *q = open_handle(model_dir, options, err);
+    if (!q) return -1;
+    int bad = q->options.quant == QLORA_QUANT_NONE
+            ? fail(err, "quantize: expected --quant nf4 or fp4, found none")
+            : make_directory(out_dir, err) ||
+              load_weights(&q->transformer, &q->slots, model_dir, &q->options, q->device.pool,
+                           &q->weights, &q->weight_bytes, &q->allocator, err) ||
+              write_model(out_dir, &q->transformer, &q->slots, q->config, &q->allocator, err) ||
+              copy_side_files(q->directory, out_dir, &q->region, err);
+    qlora_close(q);
+    return bad ? -1 : 0;
+}
+
+// ----------------------------------------------------------------------------------------- sessions
+
+// The memory of one activity on a model (training, scoring, generating): one arena, planned, then
+// allocated, then carved by the same code.
+typedef struct {
+    qlora_model *q;
+    Workspace w;
+    LayerActs *layers;
+    real *logits;                           // (rows, V) when inferring
+    void **cache;                           // (2 L) keys and values of each layer, or NULL
+    size_t cache_rows, past;                // room and tokens in the cache
+    int32_t *position;                      // (T)
+    Span *spans;                            // (T)
+    void *memory;
+    size_t bytes;
+} Session;
+
+typedef struct { size_t T, S, max_span, kept, logit_rows, cache_rows; bool training; } SessionShape;
+
+static OpSizes op_sizes(const Transformer *m, const SessionShape *shape, size_t chunk) {
+    const Config *c = &m->config;
+    OpSizes s = {shape->T, shape->S, max_size(c->D, c->H * c->hd), c->F, c->H, c->G, c->hd, chunk,
+                 max_size(shape->max_span, shape->cache_rows), m->head.lora.r,
+                 (size_t)m->dev->pool->threads};
+    for (size_t l = 0; l < c->L; l++)
+        for (int i = 0; i < N_LINEARS; i++) s.max_r = max_size(s.max_r, linear_rank(m, l, i));
+    return s;
+}
+
+static void session_carve(Session *s, const SessionShape *shape, Arena *arena) {
+    qlora_model *q = s->q;
+    const Config *c = &q->transformer.config;
+    size_t size = act_size(q->device.act);
+    workspace_carve(&s->w, &q->transformer, s->layers, shape->T, shape->S, shape->kept,
+                    shape->training, arena);
+    size_t chunk = shape->training ? s->w.chunk : c->V;
+    OpSizes sizes = op_sizes(&q->transformer, shape, chunk);
+    op_scratch(q->device.ops, &sizes, &q->device.scratch_size, &q->device.thread_size);
+    q->device.scratch = arena_alloc(arena, q->device.scratch_size, 1);
+    q->device.thread_scratch = arena_alloc(arena, q->device.thread_size * sizes.threads, 1);
+    s->logits = arena_alloc(arena, shape->logit_rows * c->V, sizeof(real));
+    s->position = arena_alloc(arena, shape->T, sizeof *s->position);
+    s->spans = arena_alloc(arena, shape->T, sizeof *s->spans);
+    s->cache_rows = shape->cache_rows;
+    for (size_t i = 0; s->cache_rows && i < 2 * c->L; i++)
+        s->cache[i] = arena_alloc(arena, shape->cache_rows * c->G * c->hd, size);
+}
+
+// Opens a session. Training keeps the activations of as many layers as the memory allows.
+static int session_open(Session *s, qlora_model *q, SessionShape shape, qlora_error *err) {
+    const Config *c = &q->transformer.config;
+    *s = (Session){.q = q};
+    s->layers = mem_alloc(&q->allocator, c->L, sizeof *s->layers, err);
+    s->cache = s->layers ? mem_alloc(&q->allocator, 2 * c->L, sizeof *s->cache, err) : NULL;
+    if (!s->cache) {
+        mem_free(&q->allocator, s->layers, c->L, sizeof *s->layers);
+        return -1;
+    }
+    size_t held = q->weight_bytes + q->transformer.n_parameters * 4 * sizeof(real);
+    size_t budget = q->options.memory ? q->options.memory - min_size(held, q->options.memory)
+                                      : available_memory() / 10 * 9;
+    shape.kept = shape.training ? c->L : 0;
+    for (;;) {
+        Arena plan = {NULL, 0};
+        session_carve(s, &shape, &plan);
+        s->bytes = plan.used + 64;
+        if (s->bytes <= budget || shape.kept == 0) break;
+        shape.kept--;
+    }
+    if (q->options.memory && s->bytes > budget)
+        fail(err, "memory: %zu MB are not enough: the model takes %zu MB and a batch of %zu tokens %zu "
+             "MB more; lower --batch or --max-length", q->options.memory >> 20, held >> 20, shape.T,
+             s->bytes >> 20);
+    else s->memory = mem_reserve(&q->allocator, s->bytes, 1, err);
+    if (!s->memory) {
+        mem_free(&q->allocator, s->layers, c->L, sizeof *s->layers);
+        mem_free(&q->allocator, s->cache, 2 * c->L, sizeof *s->cache);
+        return -1;
+    }
+    Arena arena = {(char *)round_up((uintptr_t)s->memory, 64), 0};
+    session_carve(s, &shape, &arena);
+    return 0;
+}
+
+static void session_close(Session *s) {
+    size_t L = s->q->transformer.config.L;
+    mem_free(&s->q->allocator, s->memory, s->bytes, 1);
+    mem_free(&s->q->allocator, s->layers, L, sizeof *s->layers);
+    mem_free(&s->q->allocator, s->cache, 2 * L, sizeof *s->cache);
+}
+// =================================================================================================
+//  14. The trainer
+//
+//  A step draws batch x accumulation samples, runs them a micro-batch at a time, and applies AdamW to
+//  the gradient of their mean loss: the sum over all supervised tokens of the step divided by their
+//  number, whatever the micro-batches look like.
+// =================================================================================================
+
+qlora_train_options qlora_default_train_options(void) {
+    return (qlora_train_options){.output_dir = "out", .target_modules = "all-linear", .mask = "content",
+        .lora_r = 16, .lora_alpha = 32, .learning_rate = 2e-4f, .warmup_ratio = 0.03f,
+        .max_grad_norm = 1, .lr_scheduler_type = "cosine", .num_train_epochs = 3,
+        .per_device_train_batch_size = 4, .gradient_accumulation_steps = 4, .max_length = 1024,
+        .logging_steps = 1, .seed = 42};
+}
+
+typedef struct {
+    qlora_model *q;
+    const qlora_train_options *options;
+    Dataset data;
+    Session session;
+    Schedule schedule;
+    size_t steps_per_epoch, steps, warmup;
+    uint32_t *order;                        // (samples) this epoch's permutation
+    int32_t *ids, *supervised, *target;     // (T), (S), (S) of the micro-batch
+    Span *spans, *row_spans;                // (batch)
+    real *nll;                              // (S)
+    size_t T, S;                            // the most a micro-batch can have
+    Region region;
+    const char *path;
+    qlora_error *err;
+} Trainer;
+
+static int check_train_options(const qlora_train_options *o, qlora_error *err) {
+    const struct { const char *name; double value, least, most; } ranges[] = {
+        {"lora_r", (double)o->lora_r, 1, 4096}, {"lora_alpha", (double)o->lora_alpha, 1e-6, 1e6},
+        {"lora_dropout", (double)o->lora_dropout, 0, 0.99},
+        {"learning_rate", (double)o->learning_rate, 0, 1e3},
+        {"warmup_ratio", (double)o->warmup_ratio, 0, 1},
+        {"max_grad_norm", (double)o->max_grad_norm, 1e-9, 1e9},
+        {"weight_decay", (double)o->weight_decay, 0, 1e3},
+        {"num_train_epochs", o->num_train_epochs, 1e-6, 1e6},
+        {"per_device_train_batch_size", (double)o->per_device_train_batch_size, 1, 1 << 16},
+        {"gradient_accumulation_steps", (double)o->gradient_accumulation_steps, 1, 1 << 16},
+        {"max_length", (double)o->max_length, 2, 1 << 24},
+        {"logging_steps", (double)o->logging_steps, 1, 1 << 30}};
+    for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
+        if (!(ranges[i].value >= ranges[i].least && ranges[i].value <= ranges[i].most))
+            return fail(err, "%s: expected %g to %g, found %g", ranges[i].name, ranges[i].least,
+                        ranges[i].most, ranges[i].value);
+    return 0;
+}
+
+static int find_name(const char *const *names, size_t n, const char *name, const char *option,
+                     qlora_error *err) {
+    for (size_t i = 0; i < n; i++)
+        if (strcmp(names[i], name) == 0) return (int)i;
+    char list[256] = "";
+    for (size_t i = 0; i < n; i++)
+        snprintf(list + strlen(list), sizeof list - strlen(list), "%s%s", i ? ", " : "", names[i]);
+    return fail(err, "%s: expected one of %s, found %s", option, list, name);
+}
+
+static int descending(const void *a, const void *b) {
+    size_t x = *(const size_t *)a, y = *(const size_t *)b;
+    return (x < y) - (x > y);
+}
+
+// The most tokens and supervised tokens that any `batch` samples have together.
+static int largest_batch(Trainer *t, size_t batch) {
+    size_t n = t->data.n, *sizes = region_alloc(&t->region, n, sizeof *sizes, t->err);
+    if (!sizes) return -1;
+    for (int kind = 0; kind < 2; kind++) {
+        size_t sum = 0;
+        for (size_t i = 0; i < n; i++)
+            sizes[i] = kind ? t->data.samples[i].supervised : t->data.samples[i].length;
+        qsort(sizes, n, sizeof *sizes, descending);
+        for (size_t i = 0; i < min_size(batch, n); i++) sum += sizes[i];
+        *(kind ? &t->S : &t->T) = sum;
+    }
+    return 0;
+}
+
+// Fisher and Yates, from numbers that depend on seed and epoch alone.
+static void shuffle(uint32_t *order, size_t n, uint64_t seed, size_t epoch) {
+    for (size_t i = 0; i < n; i++) order[i] = (uint32_t)i;
+    for (size_t i = n; i-- > 1;) {
+        uint32_t bits = random_u32(seed, RANDOM_SHUFFLE, (uint32_t)epoch, i);
+        size_t j = (size_t)((uint64_t)bits * (i + 1) >> 32);
+        uint32_t swapped = order[i];
+        order[i] = order[j];
+        order[j] = swapped;
+    }
+}
+
+// Lays the samples order[first..first+n-1] end to end. `ordinal` numbers them within the step.
+static LabelledBatch make_batch(Trainer *t, size_t first, size_t n, size_t ordinal, size_t step) {
+    size_t T = 0, S = 0;
+    for (size_t i = 0; i < n; i++) {
+        const Sample *sample = &t->data.samples[t->order[first + i]];
+        size_t rows = 0;
+        memcpy(t->ids + T, t->data.ids + sample->first, sample->length * sizeof *t->ids);
+        for (size_t k = 0; k < sample->length; k++) {
+            t->session.position[T + k] = (int32_t)k;
+            if (k == 0 || !t->data.learn[sample->first + k]) continue;
+            t->supervised[S + rows] = (int32_t)(T + k - 1);   // the token before predicts it
+            t->target[S + rows] = t->data.ids[sample->first + k];
+            rows++;
+        }
+        uint32_t number = (uint32_t)(ordinal + i);
+        t->spans[i] = (Span){T, sample->length, T, sample->length, number};
+        t->row_spans[i] = (Span){S, rows, S, rows, number};
+        T += sample->length;
+        S += rows;
+    }
+    Batch batch = {T, n, t->spans, t->session.position, t->options->seed, (uint32_t)step, true};
+    Batch rows = {S, n, t->row_spans, NULL, t->options->seed, (uint32_t)step, true};
+    return (LabelledBatch){batch, t->ids, rows, t->supervised, t->target};
+}
+
+static double now_seconds(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + (double)time.tv_nsec * 1e-9;
+}
+
+// What makes a step's loss or gradient useless is reported with the samples it came from.
+static int not_finite(Trainer *t, const char *what, size_t step, size_t first, size_t n) {
+    char lines[160] = "";
+    for (size_t i = 0; i < n && strlen(lines) < 120; i++)
+        snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%zu", i ? ", " : "",
+                 t->data.samples[t->order[first + i]].line);
+    return fail(t->err, "step %zu: the %s is not a finite number and was not applied; samples of lines "
+                "%s of %s; try a lower --learning-rate or --compute f32", step + 1, what, lines, t->path);
+}
+
+static bool should_stop(const Trainer *t) {
+    return t->q->options.stop && t->q->options.stop(t->q->options.stop_user);
+}
+
+// One optimiser step over the samples order[first..first+n-1].
+static int train_step(Trainer *t, size_t step, size_t first, size_t n, qlora_progress *p) {
+    const qlora_train_options *o = t->options;
+    Transformer *m = &t->q->transformer;
+    const Ops *op = m->dev->ops;
+    double loss = 0;
+    size_t supervised = 0, batch = o->per_device_train_batch_size;
+    p->tokens = 0;
+    for (size_t i = 0; i < n; i++) {
+        supervised += t->data.samples[t->order[first + i]].supervised;
+        p->tokens += t->data.samples[t->order[first + i]].length;
+    }
+    memset(m->gradients, 0, m->n_parameters * sizeof(real));
+    for (size_t at = 0; at < n; at += batch) {
+        LabelledBatch labelled = make_batch(t, first + at, min_size(batch, n - at), at, step);
+        loss_and_gradients(m, &t->session.w, &labelled, t->nll, NULL, 1 / (real)supervised, true);
+        for (size_t s = 0; s < labelled.rows.T; s++) loss += (double)t->nll[s];
+        if (should_stop(t)) return fail(t->err, "stopped in step %zu", step + 1);
+    }
+    p->supervised = supervised;
+    p->loss = loss / (double)supervised;
+    p->grad_norm = sqrt(op->sum_of_squares(m->dev, m->gradients, m->n_parameters));
+    if (!isfinite(p->loss)) return not_finite(t, "loss", step, first, n);
+    if (!isfinite(p->grad_norm)) return not_finite(t, "gradient", step, first, n);
+    double clip = fmin(1, (double)o->max_grad_norm / (p->grad_norm + 1e-6));
+    p->learning_rate = (double)o->learning_rate * schedule_factor(t->schedule, step, t->steps,
+                                                                  t->warmup);
+    op->adamw(m->dev, m->parameters, m->gradients, m->moment1, m->moment2, m->n_parameters,
+              (real)p->learning_rate, (real)0.9, (real)0.999, (real)1e-8, (real)o->weight_decay,
+              (real)clip, step + 1);
+    return 0;
+}
+
+static int train_loop(Trainer *t) {
+    const qlora_train_options *o = t->options;
+    size_t per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
+    for (size_t step = 0; step < t->steps; step++) {
+        double start = now_seconds();
+        size_t in_epoch = step % t->steps_per_epoch, first = in_epoch * per_step;
+        qlora_progress p = {.step = step + 1, .steps = t->steps,
+                            .epoch = (double)(step + 1) / (double)t->steps_per_epoch};
+        if (in_epoch == 0) shuffle(t->order, t->data.n, o->seed, step / t->steps_per_epoch);
+        if (train_step(t, step, first, min_size(per_step, t->data.n - first), &p)) return -1;
+        p.seconds = now_seconds() - start;
+        if (o->progress && ((step + 1) % o->logging_steps == 0 || step + 1 == t->steps))
+            o->progress(o->user, &p);
+    }
+    return 0;
+}
+
+static int prepare_training(Trainer *t) {
+    const qlora_train_options *o = t->options;
+    size_t batch = min_size(o->per_device_train_batch_size, t->data.n);
+    size_t per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
+    t->steps_per_epoch = ceil_div(t->data.n, per_step);
+    double steps = ceil(o->num_train_epochs * (double)t->steps_per_epoch - 1e-9);
+    t->steps = o->max_steps ? o->max_steps : (size_t)fmin(steps, 1e9);
+    t->warmup = (size_t)ceil((double)o->warmup_ratio * (double)t->steps - 1e-9);
+    if (largest_batch(t, batch)) return -1;
+    t->order = region_alloc(&t->region, t->data.n, sizeof *t->order, t->err);
+    t->ids = region_alloc(&t->region, t->T, sizeof *t->ids, t->err);
+    t->supervised = region_alloc(&t->region, t->S, sizeof *t->supervised, t->err);
+    t->target = region_alloc(&t->region, t->S, sizeof *t->target, t->err);
+    t->spans = region_alloc(&t->region, batch, sizeof *t->spans, t->err);
+    t->row_spans = region_alloc(&t->region, batch, sizeof *t->row_spans, t->err);
+    t->nll = region_alloc(&t->region, t->S, sizeof *t->nll, t->err);
+    return t->order && t->ids && t->supervised && t->target && t->spans && t->row_spans && t->nll ? 0
+                                                                                                : -1;
+}
+
+__attribute__((format(printf, 2, 3)))
+static void tell(const qlora_train_options *o, const char *format, ...) {
+    char line[512];
+    va_list args;
+    if (!o->message) return;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    o->message(o->user, line);
+}
+
+// Before anything long begins: can the output be written, is nothing overwritten?
+static int check_output(const qlora_train_options *o, Region *region, qlora_error *err) {
+    if (!o->output_dir) return 0;
+    if (make_directory(o->output_dir, err)) return -1;
+    const char *path = path_join(region, o->output_dir, "adapter_model.safetensors", err);
+    if (!path) return -1;
+    if (file_exists(path))
+        return fail(err, "%s: there is an adapter in this directory already; choose another with "
+                    "--output or move it away", o->output_dir);
+    if (access(o->output_dir, W_OK)) return fail(err, "%s: cannot write here: %s", o->output_dir,
+                                                 strerror(errno));
+    return 0;
+}
+
+static void tell_plan(const Trainer *t) {
+    const qlora_train_options *o = t->options;
+    const Dataset *d = &t->data;
+    size_t total = count_parameters(&t->q->transformer);
+    tell(o, "data: %zu samples, %zu tokens, %zu supervised%s", d->n, d->tokens, d->supervised,
+         d->too_long || d->unsupervised ? "; left out:" : "");
+    if (d->too_long) tell(o, "  %zu samples longer than --max-length %zu", d->too_long, o->max_length);
+    if (d->unsupervised) tell(o, "  %zu samples without a supervised token", d->unsupervised);
+    tell(o, "adapter: r %zu, alpha %g on %s: %zu parameters", o->lora_r, (double)o->lora_alpha,
+         o->target_modules, total);
+    tell(o, "steps: %zu of %zu x %zu samples, %zu an epoch; learning rate %g, %s, %zu of warmup",
+         t->steps, o->per_device_train_batch_size, o->gradient_accumulation_steps, t->steps_per_epoch,
+         (double)o->learning_rate, o->lr_scheduler_type, t->warmup);
+    tell(o, "memory: %zu MB weights, %zu MB activations (%zu of %zu layers kept, %zu recomputed)",
+         t->q->weight_bytes >> 20, t->session.bytes >> 20, t->session.w.kept,
+         t->q->transformer.config.L, t->q->transformer.config.L - t->session.w.kept);
+}
+
+int qlora_train(qlora_model *q, const char *data, const qlora_train_options *options,
+                qlora_error *err) {
+    static const char *const masks[] = {"content", "turn", "all"};
+    qlora_train_options o = options ? *options : qlora_default_train_options();
+    Trainer t = {.q = q, .options = &o, .path = data, .err = err, .region.allocator = &q->allocator};
+    int mask = find_name(masks, 3, o.mask, "mask", err);
+    int schedule = mask < 0 ? -1 : find_name(schedule_names, 4, o.lr_scheduler_type,
+                                             "lr_scheduler_type", err);
+    if (schedule < 0 || check_train_options(&o, err) || need_chat(q, err)) return -1;
+    t.schedule = (Schedule)schedule;
+    DatasetOptions how = {.max_length = min_size(o.max_length, q->transformer.config.context),
+                          .mask = (MaskKind)mask, .allocator = &q->allocator,
+                          .pool = q->device.pool};
+    int bad = check_output(&o, &t.region, err);
+    if (!bad) bad = dataset_open(&t.data, data, &q->chat, q->tokenizer, how, err);
+    if (!bad && !(bad = prepare_training(&t) ||
+                        new_adapter(&q->transformer, o.target_modules, o.lora_r, o.lora_alpha,
+                                    o.lora_dropout, o.seed, &q->allocator, err))) {
+        SessionShape shape = {.T = t.T, .S = t.S, .max_span = t.T, .training = true};
+        q->lora_dropout = o.lora_dropout;
+        bad = session_open(&t.session, q, shape, err);
+        if (!bad) {
+            tell_plan(&t);
+            bad = train_loop(&t);
+            session_close(&t.session);
+        }
+        if (!bad && o.output_dir)
+            bad = qlora_save_adapter(q, o.output_dir, err) ||
+                  copy_side_files(q->directory, o.output_dir, &t.region, err) ||
+                  copy_file(q->directory, o.output_dir, "config.json", &t.region, err);
+    }
+    dataset_close(&t.data);
+    region_free(&t.region);
+    return bad ? -1 : 0;
+}
+// =================================================================================================
+//  15. Generation
+//
+//  One token at a time through the same forward as training. Keys and values of earlier tokens stay
+//  in the cache: the linears write the new rows right behind the old ones, and attention reads all.
+// =================================================================================================
+
+enum { PREFILL_TOKENS = 512 };              // of a prompt that go through the layers at once
+
+static int check_ids(const qlora_model *q, const int32_t *ids, size_t n, qlora_error *err) {
+    size_t V = q->transformer.config.V;
+    if (!n) return fail(err, "expected at least one token");
+    for (size_t i = 0; i < n; i++)
+        if (ids[i] < 0 || (size_t)ids[i] >= V)
+            return fail(err, "token %zu: id %d is outside the vocabulary of %zu", i, ids[i], V);
+    return 0;
+}
+
+// Runs n tokens that follow what the cache holds; their final norm outputs are in s->w.x.
+static void session_forward(Session *s, const int32_t *ids, size_t n) {
+    const Transformer *m = &s->q->transformer;
+    size_t row = m->config.G * m->config.hd;
+    DType act = m->dev->act;
+    for (size_t l = 0; l < m->config.L; l++) {
+        LayerActs *a = &s->layers[l];
+        a->keys = s->cache[2 * l];
+        a->values = s->cache[2 * l + 1];
+        a->k = act_at(act, a->keys, s->past * row);
+        a->v = act_at(act, a->values, s->past * row);
+    }
+    for (size_t t = 0; t < n; t++) s->position[t] = (int32_t)(s->past + t);
+    s->spans[0] = (Span){0, n, 0, s->past + n, 0};
+    Batch batch = {.T = n, .n_spans = 1, .spans = s->spans, .position = s->position};
+    transformer_forward(m, &s->w, ids, &batch);
+    s->past += n;
+}
+
+// Logits of `rows` of the last forward's tokens, from number `first` on, into s->logits.
+static void session_logits(Session *s, size_t first, size_t rows) {
+    const Transformer *m = &s->q->transformer;
+    Span span = {0, rows, 0, rows, 0};
+    Batch batch = {.T = rows, .n_spans = 1, .spans = &span};
+    Product p = {&m->head, NULL, s->w.head_u};
+    m->dev->ops->head_logits(m->dev, s->logits, &p, act_at(m->dev->act, s->w.x, first * m->config.D),
+                             &batch);
+}
+
+static int open_inference(Session *s, qlora_model *q, size_t tokens, size_t logit_rows,
+                          qlora_error *err) {
+    size_t T = min_size(tokens, PREFILL_TOKENS);
+    SessionShape shape = {.T = T, .S = logit_rows, .max_span = tokens, .logit_rows = logit_rows,
+                          .cache_rows = tokens};
+    return session_open(s, q, shape, err);
+}
+
+int qlora_logits(qlora_model *q, const int32_t *ids, size_t n, float *logits, qlora_error *err) {
+    enum { ROWS = 32 };
+    size_t V = q->transformer.config.V;
+    Session s;
+    if (check_ids(q, ids, n, err) || open_inference(&s, q, n, ROWS, err)) return -1;
+    for (size_t at = 0; at < n;) {
+        size_t T = min_size(n - at, PREFILL_TOKENS);
+        session_forward(&s, ids + at, T);
+        for (size_t t = 0; t < T; t += ROWS) {
+            size_t rows = min_size(ROWS, T - t);
+            session_logits(&s, t, rows);
+            for (size_t i = 0; i < rows * V; i++) logits[(at + t) * V + i] = (float)s.logits[i];
+        }
+        at += T;
+    }
+    session_close(&s);
+    return 0;
+}
+
+// --------------------------------------------------------------------------------------- sampling
+
+qlora_sampling qlora_default_sampling(const qlora_model *q) {
+    qlora_sampling how = {.max_new_tokens = 256, .top_p = 1, .repetition_penalty = 1, .seed = 42};
+    double value;
+    if (!json_get_bool(q->generation, "do_sample", false)) return how;
+    how.temperature = json_to_double(json_get(q->generation, "temperature"), &value) ? (float)value : 1;
+    how.top_k = json_to_double(json_get(q->generation, "top_k"), &value) && value < 1e6 ? (int)value
+                                                                                     : 50;
+    if (json_to_double(json_get(q->generation, "top_p"), &value)) how.top_p = (float)value;
+    if (json_to_double(json_get(q->generation, "min_p"), &value)) how.min_p = (float)value;
+    if (json_to_double(json_get(q->generation, "repetition_penalty"), &value) && value > 0)
+        how.repetition_penalty = (float)value;
+    return how;
+}
+
+typedef struct { real score; int32_t id; } Scored;
+
+static int by_score(const void *a, const void *b) {
+    const Scored *x = a, *y = b;
+    if (x->score != y->score) return x->score > y->score ? -1 : 1;
+    return (x->id > y->id) - (x->id < y->id);
+}
+
+// Each token seen so far counts once: positive logits are divided, negative ones multiplied.
+static void penalise(real *logits, const int32_t *seen, size_t n, float penalty, uint8_t *marked) {
+    for (size_t i = 0; i < n; i++) {
+        if (marked[seen[i]]) continue;
+        marked[seen[i]] = 1;
+        real *z = &logits[seen[i]];
+        *z = *z > 0 ? *z / (real)penalty : *z * (real)penalty;
+    }
+    for (size_t i = 0; i < n; i++) marked[seen[i]] = 0;
+}
+
+static int32_t most_likely(const real *logits, size_t V) {
+    size_t best = 0;
+    for (size_t v = 1; v < V; v++)
+        if (logits[v] > logits[best]) best = v;
+    return (int32_t)best;
+}
+
+// Draws a token as transformers does: temperature, top-k, top-p, min-p, softmax. `u` in [0, 1).
+static int32_t sample(const real *logits, size_t V, const qlora_sampling *how, float u,
+                      Scored *scored) {
+    size_t n = V;
+    real sum = 0, running = 0;
+    if (how->temperature <= 0) return most_likely(logits, V);
+    for (size_t v = 0; v < V; v++)
+        scored[v] = (Scored){logits[v] / (real)how->temperature, (int32_t)v};
+    qsort(scored, V, sizeof *scored, by_score);
+    if (how->top_k > 0) n = min_size(n, (size_t)how->top_k);
+    real largest = scored[0].score;
+    for (size_t i = 0; i < n; i++) {
+        scored[i].score = exp_real(scored[i].score - largest);
+        sum += scored[i].score;
+    }
+    // top-p keeps the fewest tokens that reach the share; min-p those near enough to the best.
+    size_t kept = 0;
+    real nucleus = (real)how->top_p * sum;
+    while (kept < n && (kept == 0 || (running < nucleus &&
+                                      scored[kept].score >= (real)how->min_p)))
+        running += scored[kept++].score;
+    real target = (real)u * running;
+    for (size_t i = 0; i < kept; i++) {
+        target -= scored[i].score;
+        if (target < 0) return scored[i].id;
+    }
+    return scored[kept - 1].id;
+}
+
+// All ids that end an answer: eos_token_id of both configuration files, a number or a list each, the
+// tokenizer's eos token and the end of turn of the chat template.
+static bool json_holds_id(const Json *value, int32_t id) {
+    size_t number;
+    if (json_is(value, JSON_ARRAY)) {
+        for (const Json *entry = value->first; entry; entry = entry->next)
+            if (json_holds_id(entry, id)) return true;
+        return false;
+    }
+    return json_to_size(value, &number) && number == (size_t)id;
+}
+
+static bool is_end(const qlora_model *q, int32_t id) {
+    return json_holds_id(json_get(q->generation, "eos_token_id"), id) ||
+           json_holds_id(json_get(q->config, "eos_token_id"), id) ||
+           (q->tokenizer && q->tokenizer->eos_id == id) || (q->has_chat && q->chat.end_id == id);
+}
+
+// ------------------------------------------------------------------------------------- generating
+
+typedef struct {
+    qlora_model *q;
+    const qlora_sampling *how;
+    qlora_text_callback text;
+    void *user;
+    Buffer ids;                             // prompt and answer
+    Buffer piece;                           // text to hand out
+    TokenStream stream;
+    Scored *scored;                  // (V)
+    uint8_t *marked;                        // (V)
+    qlora_error *err;
+} Generation;
+
+// Hands out the text that one more token makes certain. Returns 1 when the caller has enough.
+static int emit(Generation *g, int32_t id) {
+    if (!g->text || !g->q->tokenizer) return 0;
+    g->piece.size = 0;
+    if (token_stream_push(g->q->tokenizer, &g->stream, id, !g->how->keep_special, &g->piece, g->err))
+        return -1;
+    return g->piece.size && g->text(g->user, g->piece.data, g->piece.size) ? 1 : 0;
+}
+
+static int generate_tokens(Generation *g, Session *s, size_t prompt, size_t room) {
+    size_t V = g->q->transformer.config.V;
+    const int32_t *ids = (const int32_t *)(const void *)g->ids.data;
+    size_t last = 0;
+    for (size_t at = 0; at < prompt; at += last) {
+        last = min_size(prompt - at, PREFILL_TOKENS);
+        session_forward(s, ids + at, last);
+    }
+    for (size_t i = 0; i < room; i++) {
+        size_t n = prompt + i;
+        session_logits(s, last - 1, 1);
+        ids = (const int32_t *)(const void *)g->ids.data;
+        if (g->how->repetition_penalty != 1)
+            penalise(s->logits, ids, n, g->how->repetition_penalty, g->marked);
+        float u = unit_float(random_u32(g->how->seed, RANDOM_SAMPLE, 0, i));
+        int32_t id = sample(s->logits, V, g->how, u, g->scored);
+        if (buffer_append(&g->ids, &id, sizeof id, g->err)) return -1;
+        if (!g->how->ignore_eos && is_end(g->q, id)) break;
+        int enough = emit(g, id);
+        if (enough < 0) return -1;
+        if (enough || (g->q->options.stop && g->q->options.stop(g->q->options.stop_user))) break;
+        if (i + 1 < room) session_forward(s, &id, 1);
+        last = 1;
+    }
+    g->piece.size = 0;
+    if (!g->text || !g->q->tokenizer) return 0;
+    if (token_stream_end(g->q->tokenizer, &g->stream, &g->piece, g->err)) return -1;
+    if (g->piece.size) g->text(g->user, g->piece.data, g->piece.size);
+    return 0;
+}
+
+int qlora_generate(qlora_model *q, const int32_t *ids, size_t n, const qlora_sampling *how,
+                   qlora_text_callback text, void *user, int32_t **ids_out, size_t *n_out,
+                   qlora_error *err) {
+    size_t V = q->transformer.config.V, context = q->transformer.config.context;
+    qlora_sampling defaults = qlora_default_sampling(q);
+    Generation g = {.q = q, .how = how ? how : &defaults, .text = text, .user = user, .err = err,
+                    .ids.allocator = &q->allocator, .piece.allocator = &q->allocator};
+    Session s;
+    if (ids_out) *ids_out = NULL;
+    if (n_out) *n_out = 0;
+    if (check_ids(q, ids, n, err)) return -1;
+    if (n >= context) return fail(err, "the prompt has %zu tokens, the model's context is %zu", n,
+                                  context);
+    size_t room = min_size(g.how->max_new_tokens, context - n);
+    if (open_inference(&s, q, n + room, 1, err)) return -1;
+    g.scored = mem_reserve(&q->allocator, V, sizeof *g.scored, err);
+    g.marked = g.scored ? mem_alloc(&q->allocator, V, 1, err) : NULL;
+    int bad = !g.marked || buffer_append(&g.ids, ids, n * sizeof *ids, err) ||
+              generate_tokens(&g, &s, n, room);
+    if (!bad && ids_out) {
+        *ids_out = give(q, g.ids.data + n * sizeof *ids, g.ids.size - n * sizeof *ids, err);
+        bad = !*ids_out;
+        if (n_out) *n_out = g.ids.size / sizeof *ids - n;
+    }
+    mem_free(&q->allocator, g.scored, V, sizeof *g.scored);
+    mem_free(&q->allocator, g.marked, V, 1);
+    buffer_free(&g.ids);
+    buffer_free(&g.piece);
+    session_close(&s);
+    return bad ? -1 : 0;
+}
+
+int qlora_chat(qlora_model *q, const qlora_message *messages, size_t n, const qlora_sampling *how,
+               qlora_text_callback text, void *user, qlora_error *err) {
+    Region region = {.allocator = &q->allocator};
+    Buffer ids = {.allocator = &q->allocator}, learn = {.allocator = &q->allocator};
+    Message *list = region_alloc(&region, n, sizeof *list, err);
+    int bad = !list || need_chat(q, err) ? -1 : 0;
+    for (size_t i = 0; i < n && !bad; i++)
+        list[i] = (Message){messages[i].role, messages[i].content, strlen(messages[i].content)};
+    if (!bad) bad = template_apply(&q->chat, q->tokenizer, list, n, MASK_CONTENT, true, &ids, &learn,
+                                   err);
+    if (!bad) bad = qlora_generate(q, (const int32_t *)(const void *)ids.data,
+                                   ids.size / sizeof(int32_t), how, text, user, NULL, NULL, err);
+    buffer_free(&ids);
+    buffer_free(&learn);
+    region_free(&region);
+    return bad ? -1 : 0;
+}
+static const Ops fast_ops = {
+    embed, residual_norm_forward, residual_norm_backward, linears_forward_plain,
+    linears_backward_plain, rope, attention_forward_plain, attention_backward_plain, swiglu_forward,
+    swiglu_backward, gather, scatter, head_logits_plain, head_backward_plain, cross_entropy_forward,
+    cross_entropy_backward, round_rows, sum_of_squares, adamw};
+static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {plain_scratch(s,shared,per_thread);}
+// =================================================================================================
+//  Generated tables: Unicode 16.0.0 (case mappings: 14.0.0)
+//
+//  Written by test/unicode_tables.py; do not edit. A number is in base 26, its digits upper-case
+//  letters, the last one a lower-case letter; what can be negative is stored as 2n or -2n-1.
+// =================================================================================================
+
+// Runs from U+0000 on: general category (in the order of enum Category), length.
+static const char *const unicode_categories[] = {
+    "zBgwbrdtbrdnbobrbsbrbmbrcikrcsdrcaBanbrbobublbubbBanbsbobsbzBhwbrbtevbrbubvbebpbsbBabvbubvb",
+    "sbkcubbbrcubkbebqbkdrbaxsbahbysbbiabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbab",
+    "bbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbcabbbabbbabbbabbbabbbabbbabbbabbcabbbab",
+    "bbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbacbbab",
+    "bbabbdacbbabbbacbbadbcaebbacbbadbdacbbacbbabbbabbbacbbabbcabbbacbbadbbabbbacbcebabbdeeabcbbb",
+    "abcbbbabcbbbabbbabbbabbbabbbabbbabbbabbbabbcabbbabbbabbbabbbabbbabbbabbbabbbabbcabcbbbabbbad",
+    "bbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbab",
+    "bbabbbabbbabbbabbbabbbabbhacbbacbcabbbaebbabbbabbbabbbabbCrebbBbdsuedmuodfuhdbubdburfEiabbb",
+    "abbbdbubabbbBdcdbbdrbabBdeucabrbadBdbabBdbacbbarBdbajbBjabbcadbdabbbabbbabbbabbbabbbabbbabbb",
+    "abbbabbbabbbabbbabbfabbbsbabbbacbcaBzbBwabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbb",
+    "abbbabbbabbbabbbvbffhcabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbab",
+    "bbabbbabbbabbbabbbabbbabbbabbbabbbabbbacbbabbbabbbabbbabbbabbbabbcabbbabbbabbbabbbabbbabbbab",
+    "bbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbab",
+    "bbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbBdbaBmBdcdbrgbBprb",
+    "mbBdcvctbBdbfBtmbfbrbfcrbfcrbfbBdieBbBdeeercBdlBagsdrctbrcvcflrbBabrdeBgdbekfvikreecfbeDvrb",
+    "ebfhBabvbfgdcfcvbfeecikedvcebroBdbBabebfbeBefBbBdceDlflebBdoikeBhfjdcvbrddbBdcfbtcewfedbfjdb",
+    "fddbffBdcrpBdbezfdBdcrbBdbelBdfeyubegBdbBacBdffjeBpdbfyBabfBggbeCcfbgbfbebgdfigefbgcebfhekfc",
+    "rcikrbdbepfbgcBdbeiBdcecBdcewBdbehBdbebBddeeBdcfbebgdfeBdcgcBdcgcfbebBdigbBdeecBdbedfcBdcik",
+    "ectckgvbtbebrbfbBdcfcgbBdbegBdeecBdcewBdbehBdbecBdbecBdbecBdcfbBdbgdfcBdefcBdcfdBddfbBdhee",
+    "BdbebBdhikfcedfbrbBdkfcgbBdbejBdbedBdbewBdbehBdbecBdbefBdcfbebgdffBdbfcgbBdbgcfbBdcebBdpecfc",
+    "BdcikrbtbBdhebfgBdbfbgcBdbeiBdcecBdcewBdbehBdbecBdbefBdcfbebgbfbgbfeBdcgcBdcgcfbBdhfcgbBdeec",
+    "BdbedfcBdcikvbebkgBdkfbebBdbegBddedBdbeeBddecBdbebBdbecBddecBddedBddemBdegcfbgcBddgdBdbgdfb",
+    "BdcebBdggbBdoikkdvgtbvbBdffbgdfbeiBdbedBdbexBdbeqBdcfbebfdgeBdbfdBdbfeBdhfcBdbedBdcebBdcecfc",
+    "BdcikBdhrbkhvbebfbgcrbeiBdbedBdbexBdbekBdbefBdcfbebgbfbgfBdbfbgcBdbgcfcBdhgcBdgecBdbecfcBdc",
+    "ikBdbecgbBdmfcgcejBdbedBdbeBpfcebgdfeBdbgdBdbgdfbebvbBdeedgbkhedfcBdcikkjvbegBdbfbgcBdbesBdd",
+    "eyBdbejBdbebBdcehBddfbBdegdfdBdbfbBdbgiBdgikBdcgcrbBdmeBwfbecfhBdetbegdbfirbikrcBdBlecBdbeb",
+    "BdbefBdbeyBdbebBdbekfbecfjebBdcefBdbdbBdbfhBdbikBdceeBdBgebvdrpvbrbvdfcvgikkkvbfbvbfbvbfbnb",
+    "obnbobgceiBdbeBkBdefogbffrbfcefflBdbfBkBdbvifbvgBdbvcrfvercBdBleBrgcfegbfggbfcgcfcebikrgeggc",
+    "fceefdebgdecghedfeenfbgcfcggfbebgbikgdfbvcaBmBdbabBdfabBdcbBrrbdbbdeMrBdbeeBdcehBdbebBdbee",
+    "BdceBpBdbeeBdceBhBdbeeBdcehBdbebBdbeeBdcepBdbeCfBdbeeBdceCpBdcfdrjkuBddeqvkBdgaDiBdcbgBdcmb",
+    "eXwvbrberwbeBanbobBddeCxrdjdeiBdhesfdgbBdjetfcgbrcBdjesfcBdmenBdbedBdbfcBdmeCafcgbfhgifbgcfl",
+    "rddbrdtbebfbBdcikBdgkkBdgrgmbrefdBabfbikBdgeBjdbeCbBdheffceBifbebBdfeCsBdkeBfBdbfdgefcgdBde",
+    "gcfbggfdBdevbBddrcikeBeBdcefBdleBsBdeeBaBdgikkbBddvBiexfcgcfbBdcrceCbgbfbgbfhBdbfbgbfbgcfigg",
+    "fkBdcfbikBdgikBdgrhdbrgBdcfohbfqBdBxfegbeBvfbgbffgbfbgffbgceiBdbrcikrhvkfjvjrdfcgbeBegbfegc",
+    "fcgbfdecikeBsfbgbfcgdfbgbfdgcBdireeBkgifigcfcBddrfikBddedikeBedgrcbjabbbBdfaBrBdcadriBdifdrb",
+    "fngbfheefbegfbecgbfcebBdfbBsdClbndbbBidBlfCmabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbb",
+    "abbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbb",
+    "abbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbb",
+    "abbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbjabbbabbbabbbabbbabbbabbb",
+    "abbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbb",
+    "abbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbjaibgBdcagBdc",
+    "biaibiaibgBdcagBdcbiBdbabBdbabBdbabBdbabbiaiboBdcbicibicibicibfBdbbcaecbubbbudbdBdbbcaecbud",
+    "beBdcbcaeBdbudbiafudBdcbdBdbbcaecbucBdbwlBafmgrcpbqbnbpcqbnbpbrixbybBafwbrjpbqbrelcrdsbnbob",
+    "rlsbrblbrkwbBafBdbBakkbdbBdckgsdnbobdbkksdnbobBdbdnBddtBhBdpfnhefbhdfmBdpvcabveabvcbbadbcad",
+    "bbvbabvcsbafvgabvbabvbabvbaevbbbaebbeebbvcbcacsfabbevbsbvcbbvbkqjBjabbbjekbvcBdesfvfscvesbvc",
+    "sbvcsbvhsbvBfscvcsbvbsbvBfsKivinbobnbobvuscvhnbobvDdsbvBeszvBosgvCuBdwvlBdvkCivDakwvHbsbvjsb",
+    "vCcsivEhsbvJonbobnbobnbobnbobnbobnbobnbobkBevBssfnbobsBfnbobnbobnbobnbobnbobsqvJwsFbnbobnbob",
+    "nbobnbobnbobnbobnbobnbobnbobnbobnbobsClnbobnbobsBgnbobsJyvBwsvvcsgvBnBdcvBgBdbvEbaBwbBwabbb",
+    "adbcabbbabbbabbbaebbabbcabbgdcadbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbab",
+    "bbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbab",
+    "bbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbcvgabbbabbbfdabbbBdfrekbrcbBmBdbbbBdfbbBdceCe",
+    "BdhdbrbBdofbexBdjehBdbehBdbehBdbehBdbehBdbehBdbehBdbehBdbfBgrcpbqbpbqbrdpbqbrbpbqbrjmbrcmbrb",
+    "pbqbrcpbqbnbobnbobnbobnbobrfdbrkmcrembrbnbrnvcrdnbobnbobnbobnbobmbBdBivBaBdbvDlBdmvIgBdBavq",
+    "wbrdvbdbebjbnbobnbobnbobnbobnbobvcnbobnbobnbobnbobmbnbocvbjjfegcmbdfvcjddbebrbvcBdbeDiBdcfc",
+    "ucdcebmbeDmrbddebBdfeBrBdbeDqBdbvckevkeBgvBmBdjvbeqvBfBdbkkvBekivbkpvBgkkvBnkpvMieJTovCm",
+    "eBFCfdbeBRzBddvCdBdjeBodgrceKidbrdeqikecBduabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbb",
+    "abbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbebfbhdrbfkrbdbabbbabbbabbbabbbabbbabbbabbbabbbab",
+    "bbabbbabbbabbbabbbabbbdcfceCsjkfcrgBdiuxdjucabbbabbbabbbabbbabbbabbbabbdabbbabbbabbbabbbabbb",
+    "abbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbbabbb",
+    "abbbabbbabbbdbbiabbbabbbacbbabbbabbbabbbabbbdbucabbbabbbebabbbabbdabbbabbbabbbabbbabbbabbbab",
+    "bbabbbabbbabbbafbbafbbabbbabbbabbbabbbabbbabbbabbbaebbabbbacbbBdcabbbBdbbbBdbbbabbbabbbabbb",
+    "abBdvddabbbebdcbbehfbedfbeefbexgcfcgbvefbBddkgvctbvbBdgeCareBdigceBygqfcBdircikBdgfsegrdebrb",
+    "ecfbikeBcfircexflgcBdlrbeBdBddfdgbeBvfbgcfegcfcgdrnBdbdbikBderceffbdbejikefBdbeBpfggcfcgcfc",
+    "BdjedfbeifbgbBdcikBdcreeqdbegvdebgbfbgbeByfbebfdecfceffcebfbebBdyecdbrcelgbfcgcrcebdcgbfbBdk",
+    "egBdcegBdcegBdjehBdbehBdbbBrubdebjdbucBdebDceBjgcfbgcfbgcrbgbfbBdcikBdgeQNsBdmexBdeeBxBde",
+    "BbDAuBcJMeeOcBdceEcBdBmbhBdmbfBdfebfbeksbenBdbefBdbebBdbecBdbecBdbeEeurBdqeNzobnbvqeCmBdceCc",
+    "BdhvbBdBgemtbvdfqrhnbobrbBdgfqrbmclcnbobnbobnbobnbobnbobnbobnbobnbobrcnbobreldrdBdbrembnbob",
+    "nbobnbobrdsbmbsdBdbrbtbrcBdeefBdbeFfBdcBabBdbrdtbrdnbobrbsbrbmbrcikrcsdrcaBanbrbobublbubbBa",
+    "nbsbobsbnbobrbnbobrcekdbeBtdceBfBddegBdcegBdcegBdcedBddtcsbubvbtcBdbvbsevcBdkBadvcBdcemBdb",
+    "eBaBdbetBdbecBdbepBdceoBdBieEtBdfrdBdekBtBddvjjCbkevrkcvdBdbvnBddvbBdBvvBtfbBdFaeBdBddeBxBdp",
+    "fbkBbBdeeBgkeBdjeujbeijbBdfeBmffBdfeBeBdbrbeBkBdeeirbjfBdBqaBobBoeDaBdcikBdgaBkBdebBkBdeeBo",
+    "BdieCaBdlrbalBdbapBdbahBdbacBdbblBdbbpBdbbhBdbbcBddeCaBdmeLzBdjewBdkeiBdydgBdbdBqBdbdjBdCreg",
+    "BdcebBdbeBsBdbecBddebBdcexBdbrbkiexvckheBfBdikjBdBwetBdbecBdfkfewkgBddrbeBaBdfrbBdCmeCeBdekc",
+    "eckqBdckBuebfdBdbfcBdffeeeBdbedBdbeBdBdcfdBdefbkjBdhrjBdheBdkcrbeBdkdBdBgeivbeBcfcBdekfrhBdj",
+    "eCcBddrhewBdckietBdfkiesBdhreBdmkhBdDceCvBdCdaBzBdnbBzBdhkgeBkfeBdiikBdgikeedbebawBddffmbdb",
+    "bwBdiscBdIakBfBdbeBqBdbfcmbBdcecBdqedBdCdfeeBdkkebBdiewflkerfBdwesfereBdBmevkhBduexBdjgbfbgb",
+    "eCbfprhBdekuikfbecfcebBdjfdgbeBtgdfegcfcrcBabrefbBdkBabBdcezBdhikBdgfdeBkffgbfiBdbikreebgceb",
+    "BdieBjfbrcebBdjfcgbeBwgdfjgceereferbgbfbikebrbebrdBdbkuBdlesBdbezgdfdgcfbgbfcrgfbecfbBdCkeh",
+    "BdbebBdbeeBdbepBdbekrbBdgeBvfbgdfiBdfikBdgfcgcBdbeiBdcecBdcewBdbehBdbecBdbefBdbfcebgcfbgeBdc",
+    "gcBdcgdBdcebBdggbBdfefgcBdcfhBddffBdlekBdbebBdcebBdbeBmBdbebgdfgBdbgbBdcgbBdbgeBdbgcfbgbfbeb",
+    "fbebrcBdbrcBdifcBdBdeCbgdfigcfdgbfbeerfikrcBdbrbfbedBdBeeBwgdfggbfbgefcgbfcecrbebBdiikBdGk",
+    "eBvgdfeBdcgefcgbfcrxeefcBdBieBwgdfigcfbgbfcrdebBdlikBdgrnBdteBrfbgbfbgcfggbfbebrbBdgikBdgiu",
+    "BdBceBbBdcfbgbfbgcfegbffBdeikkcrdvbehBdHdeBsgdfjgbfcrbBdDwaBgbBgikkjBdmeiBdcebBdceiBdbecBdb",
+    "eyggBdbgcBdcfcgbfbebgbebgbfbrdBdjikBdCseiBdceBngdfeBdcfcgefbebrbebgbBdBbebfkeBofggbebferifb",
+    "BdiebfggcfdeBufngbfcrdebrfBdneCvBdhrkBdHaeBhrbBdoikBdgejBdbeBlgbfhBdbfggbfbebrfBdkikktBddrc",
+    "eBeBdcfwBdbgbfhgbfcgbfcBdCvehBdbecBdbeBmfgBddfbBdbfcBdbfhebfbBdiikBdgegBdbecBdbeBggfBdbfcBdb",
+    "gcfbgbfbebBdhikBdLyetfcgcrcBdhfcebgbenBdbeBigcffBddgcfbgbfbrnikfbBdDhebBdpkvvitevrBdnrbeBJm",
+    "BdDyjEhBdbrfBdleHoBdDXkeDtrcBdneBPgBaqfbegfpBdkeFXrBdfeWlBdKDdeBefmgdfdikBdCOseVxBdheBfBdbik",
+    "BderceDbBdbikBdgeBeBdcffrbBdkeBwfhrfvederbvbBdkikBdbkhBdbevBdfetBdQqddeBodcrdikBdHqaBgbBgkx",
+    "reBdDxeCxBdefbebgCdBdhfednBdCmdcrbdbfbBdlgcBdoeJCaBdieBVqBdBpekBdNFrdeBdbdhBdbdcBdbeLfBdpeb",
+    "BdBdedBdcebBdoeeBdiePgBdDKueEdBdfenBddejBdhekBdcvbfcrbBaeBdFVgvJgikBdgvQuBdCyfBuBdcfxBdjvEm",
+    "BdCivJmBdkvBnBdcvCigcfdvdggBaifivcfhvBefevCjBdvvCofdvbBdEskuBdmkuBdmvDjBdjkzBdFfaBabBaaBabh",
+    "BdbbsaBabBaabBdbacBdcabBdcacBdcaeBdbaibeBdbbbBdbbhBdbblaBabBaacBdbaeBdcaiBdbahBdbbBaacBdbae",
+    "BdbafBdbabBddahBdbbBaaBabBaaBabBaaBabBaaBabBaaBabBaaBabBcBdcazsbbzsbbgazsbbzsbbgazsbbzsbbgaz",
+    "sbbzsbbgazsbbzsbbgabbbBdciByvTsfCdvefByvifbvofbvcrfBdpffBdbfpBdBQmbkebbuBdgbgBdIffhBdbfrBdc",
+    "fhBdbfcBdbffBdfdCkBdBhfbBdEieBtBddfhdhBdcikBdeebvbBdMieBefbBdreBsfeikBdftbBdRweBbdbfeikBdIg",
+    "eBefcebikBderbBdSmehBdbeeBdbecBdbepBdbeHpBdckjfhBdBpaBibBifhdbBdeikBdercBdBEfkChvbkdtbkeBdCy",
+    "kBtvbkpBdHmeeBdbeBbBdbecBdbebBdcebBdbekBdbeeBdbebBdbebBdgebBdeebBdbebBdbebBdbedBdbecBdbebBdc",
+    "ebBdbebBdbebBdbebBdbebBdbecBdbebBdceeBdbehBdbeeBdbeeBdbebBdbekBdberBdfedBdbefBdberBdCascBdKk",
+    "vBsBdevDwBdmvpBdcvpBdbvpBdbvBlBdkknvGfBdCevBdBdnvBsBdevjBdhvcBdovgBdFyvJrufvBCaBdevrBddvnBdd",
+    "vEpBdevDrBdgvmBdevbBdpvmBdevCeBdivkBdgvBoBdivBeBdcvmBdevcBdCkvNcBdmvoBdcvnBddvkBdfvCeBdhvp",
+    "BdcvlBdgvjBdhvFrBdbvDoikBdBNqeCLFcBdBgeGDuBdgeIoBdceINqBdoeLBlBdpeXyBdDQweUwBdCFyeHHzBdfeGFg",
+    "BdBOMXlBabBdBeBaDsBdEyfJgBdDSFoBcDSYoBdcBcDSYoBdc",
+    NULL
+};
+
+// Canonical combining classes (Unicode 9): codes left out, length of the run, class.
+static const char *const unicode_combining[] = {
+    "BDovIwabIyaeImabIyabIiafImacHuaeImacHualImafbaeImaiIwabJgabIwadImadIwacImbdIwaeImabIwabIy",
+    "acImabIwabIzacJaabIzacJaabIzanIwKpfIwKfbImaeIwabImadIwabIoabImagIwagImacIwabImacIwabIoabIu",
+    "abIwabkablabmabnaboabpabqabrabsactabuabvabwbbxbbyabzbbIwabImbbsCuiIwabBeabBfabBgBwbBbabBc",
+    "abBdabBeabBfabBgabBhabBiacIwacImafIwabImacIwabImqbBjDxhIwceIwabImabIwccIwbbImacIwabImBjbBk",
+    "BebIwabImacIwabImacIwadImabIwacImabIwabImadIwabImabIwabImabIwabImabIwabImacIwGehIwabImabIw",
+    "BieIwbjIwbdIwbfIwBrdImEqoIwbbImacIwabImacIwabImadIwadImabBbabBcabBdadIwabImacIwacImafIwCibh",
+    "qbjdbIwabImacIwDzbhqbjEgbhqbjEgbhqbjEgbhqbjExbjExbjhbDgabDnDxbhqbjExbjEubjEfcDzabjneEdEecEo",
+    "oeEsCycImBbbImbbImbbIiCdbEzabFabbFcfeFacbFabcIwabjbcIwCkbImEibhbcjDebImBBrdIwBKmbjBfbjGbbj",
+    "kbIwHvbIuFnbIoabIwabImIlbIwabImCtbjuiIwcbImBwfIwagImacIwabImEobhpbjBmbIwabImahIwCccjCgbhlcj",
+    "CpbhFwdIwbbbafImacIwaeImabIwbhbebImgbIwdcIwHqcIwabImahIwabImacIwabJaabIgabImabHuaBlIwfbIw",
+    "abIzabImabIwabImBBscIwacbaeIwadbacIwebIwdcbabIwabImabIwacbaeImabIwEOcdIwFlbjDsBgIwVibIkabIu",
+    "abIyabIoacIqEbciBSQebIwekIwBgcIwDccIwKqbjHhbjBbsIwCfdImBlbjDrbhmbjJfbIwbcIwabImccIwfcIwbbIw",
+    "CabjJmbjBDZsbBaBDphIwahImacIwBLlbImIsbImFtfIwCMsbImbbIwBobIwabbabImebjGjbIwabImCAxbjCebjCfbj",
+    "abhCrdIwBwcjCkbhCybjjbhEcbjabhGwbhabjDdbhqbjyhIwdfIwHxbjdbhEtbjabhJrbjabhEwbjEobjabhElbj",
+    "BXzbjBDUufbChhIwBEVnbbHWocIiadbdbIsafIiiiImcfIwacImBeeIwFsdIwFFfhIwbrIwchIwbcIwbfIwDHdhIm",
+    "EfgIwabh",
+    NULL
+};
+
+// Simple lower case: codes left out, how many characters, their stride, the signed distance.
+static const char *const unicode_lower[] = {
+    "CnBabCmDxxbCmbhbCmBhyccddcccicccxccbbbJhadccdbbQeacccbbbPwabbcbcbPuabbccbbGcabbPoabbPqabbc",
+    "bbbPuabbPybbbQgabbQcabbcdbbQgabbQkbbbQmadccbbbQuabbcbbbQucbbcbbbQuabbcbcbQsacccbbbQwabbcdbbc",
+    "hbbeabbcbbbeabbcbbbeajcccjcccbbeacccbbbHlabbEhauccbbbJzbjcchbbBFYkabbcbbbMnabbBFYecbbcbbbOz",
+    "abbFiabbFmafccLdcccdbbcibbIygbbCybdbCwbbbEybcbEwbrbCmbjbCmBjbbqimccfbbEpcbbcbbbnabbccdbJz",
+    "aqbGeaBgbCmBwrccjBbccbbbBeahcccBwcccBmbDsEHdBmbVMubbbVMufbbVMuBBuDcbEKZoagbqDGsBrbIXjcdbIXj",
+    "MiCxccjbbWNtbBwccjibpigbpkibpiibpigbplecpiibpyibpiibpiibpicbpacbFrabbrlebGpabbrlcbpacbHrmcbp",
+    "acbIpabbnlcbJvacbJrabbrLlbbWGfdbbYUvabbYLngbbCeBtqbBgtbbcBFmBabCaCSuBwbDsBwbbcbbbBFUjabbLHj",
+    "abbBFTdcdccbbbBFXfabbBFUvabbBFXlabbBFXjbbbccbbcicbBFZxaByccicccebbcBTYjxcctoccFfhccdBfcckccc",
+    "bbbEANvafccebbcbbbEVChccccdkccbbbEVElabbEVFhabbEVEzabbEVEfabbEVElbbbEVApabbEVClabbEVAvabbCTk",
+    "aiccbbbDrabbEVEjabbEARvacccgbbcfcccBcbbcBHAhBabCmBUzBobDcFgBkbDcGalbDabpbDabhbDabcbDa",
+    "CQcBzbEyENlBgbCmBGJwBgbCmBULkBibCq",
+    NULL
+};
+
+// What case folding unites beyond the lower case, written like it.
+static const char *const unicode_folds[] = {
+    "GzbbCHqHtbbUpRlbbIyEubbcnbbChabbBxdbbBdabbBrzbbEdabbDrdbbExJHqbbSKpabbSKnabbSJvacbSJrabbSJt",
+    "abbSJfabbSHjabbEAIwUkbbElLebbVFt",
+    NULL
+};
+
+// Canonical decompositions (Unicode 9): codes left out; 0 for one character, 1 for a pair, 2 for a
+// pair that is never composed again; each character as signed distance to the last one in its
+// place.
+static const char *const unicode_canonical[] = {
+    "HkbFaCHcabacabacabacabakabaebbeCgabeCzabacabacabamabipabacabacabambbkjabcfabacabacabacabak",
+    "cbmpabacabacabamabincbqbabacabacabacabakabaebbeCgabeCzabacabacabamabipabacabacabambbkjabcf",
+    "abacabacabacabakcbmpabacabacabamabinbbaoabEhhabCmaabCleabCmaabClCqabCmaabChCzabCmaabClcabCma",
+    "abClkabCmaabClkabCmaabCjaabCmacbCjpabCmaabCleabCmaabClcabCmaabClCoabCmaabClCdabCmaabChtabCma",
+    "abCliabCmaabClcabCmaabClCmabCmaabCjCvabCmacbCjcabCmaabClcabCmaabCleabCmaabClCqabCmaabClCn",
+    "dbcjabCmaabCjCwabCmabbCjCxabCmaabClCyabCmaabClCbabCmaebChvabCmaabClCyabCmaabClCbabCmadbCjp",
+    "abCmaabCleabCmaabClkabCmacbCftabCmaabClCyabCmaabClCbabCmaabCjvabCmaabClcabCmaabClCwabCma",
+    "abClCbabCmaabCjCcabCmaabClCbabCmacbCjrabCmaabClcabCmaabCleabCmaabCliabCmaabClcabCmaabClCg",
+    "abCmaabChCxabCmaabChaabCmaabClmabcnabCmaabClmabCmaabClkabCmaBhbDhBeabCmanbBzaabCmaBcbDzBd",
+    "abCmaabBvaabCmaabBzaabCmaabBzaabCmaabHypabCmaabClfabCmaabClwabCmaabClxabCmabbEhiabCmaabYua",
+    "abcaabBBdaabCmacbMfqabCmaabCdaabCmaabCdCeabCmaabBDeCtabcaabDzqabQwaabBQladbCrvabCmacbBxb",
+    "abCmaabGscabCmaabCjaabCmaabBbaabCmaabObBcabCmaabCleabCmaabCddabCmaabCleabCmaabCddabCmaabCle",
+    "abCmaabBzdabCmaabCleabCmaabCfdabCmaabCleabCmaabCfdabCmaabCleabCmaabCpBqabCmaabCjaabCmacbDjBz",
+    "abCmagbCzjabCmaabCdCmabCmaabIsCrabCmaabCnaabCmaabMtgabCmaabBIkfabcaabBKdaabCmaKiaBXuaacbaBk",
+    "acvfBvaGbjaBXbgbIkaabCFiaaaCEdabCEmaabeaabeabbmabbmaabiaabCoazbDtoabyaabynabiaabeaabeaabBka",
+    "zbBjoabyaablnabmaabiaebsaabaoBrbFepabaqbbdndbzoebBonabdbabwmkbvaBfbCmawbflabaqbbdndbCsoebCdn",
+    "abdbabwmxbDusabcaCvbHhrabCmanbCxaabCmaabCleabCmacbCbdabCmacbMoeabcaabOzaabCmaabCjaabCmacbCjh",
+    "abCmaabCliabCmaabBzaabCmacbNcaabcaabOlaabCmaabDfhabCmaabCliabCmaabClgabCmaabCdfabCmacbCda",
+    "abCmaLkbBKqCMwabacabCoaabCncabCsbFxbKsabbBnaqbBiaWzbBUaCFghbqacbgaBjcChaaccaaccaackaackaacca",
+    "acsaaciaEdbLsKaabaBypcCxCbaccabcBaaDfcKcJwccmaBicCpaaccaackaccBeaIzbVwVscbaBvabaBypcCxCbacca",
+    "CcbIqLyCbbEaBxabcaabbByEtbJwJuEpbJiJugboaabacbbaBnabiBmEwbJoIcabcaabbByFlbLiIwbbakabgjabfBq",
+    "NscBBuBKijcuaeckaeckaeckamcCbdjcDuFdbcaeacFaybccaicFbarcCoEgjcuaeckaeckaeckamcCbdEebLmJi",
+    "EDbbIGeIJebbeabbeabbeabbeadbiaBobDeabbeacbeaabcabbgaBAybULtSFvabCmaabCjChabCmaabClCeabCma",
+    "abClBcabCmaabHuDrabCmaabMnmabCmaabClCeabCmaabClBcabCmaabCltabCmaabClmabCmaabNkDlabcaabbcabca",
+    "abPvDkabCmaabClgabCmaabBIsDfabcaabBLdcabCmaabCjfabCmaabCjgabCmaabClCeabCmaabClCbabCmaabClCk",
+    "abCmaabCloabCmaabCjeabCmaabHwDpabCmaabMpaabCmaabClCqabCmaabClBcabCmaabCjBbabCmaabWOqCjabca",
+    "abWRdDmabCmaabClhabCmaabCjDjabCmaabClmabCmaabClCeabCmaabCjCdabCmaabClCeabCmaabClBcabCmaabClh",
+    "abCmaabHyDjabCmaabCloabCmaabGspabcaabbcabcaabTlaabCmaabClmabCmaabChaabCmaabClCeabCmaabWQyCj",
+    "abcaabWTlDmabCmaabCjDfabCmaabClCeabCmaabRuCdabcaabkaabcaabVZeaabcaabWTxaabCmaabClCeabCma",
+    "abClBcabCmaabClhabCmaabCjrabCmaabClyabCmaabClfabCmaabSsDjabcaabcoabcaabVhjabCmaabClCmabCma",
+    "abCjCrabCmaabClcabCmaabCloabCmaabClbabCmaabClCeabCmaabCjCdabCmaabClcabCmaabCjbabCmaabCjj",
+    "abCmaabClCoabCmaabClBcabCmaabBjaabyDdabgeabeabbUefebYlCeabCmaabClBzabCmaabHmpabCmaabClbabCma",
+    "abClsabCmaabCllabCmaabWNsbabcaabWLhbabcaabbbabcaabbsabcaabblabcaabWLegabcaabWZvCgabCmaabClBz",
+    "abCmaabCllabCmaabHudabCmaabClbabCmaabClsabCmaabCllabCmaabWOybabcaabXBjoabCmaabClCaabCmaabBza",
+    "abCmaabClBzabCmaabHupabCmaabClbabCmaabClsabCmaabCllabCmaabWPsbabcaabWCnbabcaabbbabcaabbsabca",
+    "abblabcaabbCmabcaabZnaabCmaabClBzabCmaabYepabcaabbbabcaabbsabcaabblabcaabbCmabcaabBAjCrabCma",
+    "abClCsabCmaabClBzabCmaabCllabCmagbCLkBgabacabURuBnabcaabbcabcaabbFaabcaabUUhDpabacabUUwBn",
+    "abcaabbcabcaabbFaabcaabUSdDpabacabUSsBnabcaabbcabcacbUVfBkabacabUVuBnabcaabbcabcacbUTfBkabac",
+    "abUTuBnabcaabbcabcaabbFaabcaabUWhDpabacabUWwBnabcaabbcabcaabbFaabcaabUUhDpabacabUUwBnabca",
+    "abbcabcaabbFaabcaabUXjDpabacabUXyBnabcaabbcabcaabbFaabcaabUVbDpabacabUVqBnabcaabbcabca",
+    "cbUYdBkabacabUYsBnabcaabbcabcacbUVvBkabacabUWkBnabcaabbcabcaabbFaabcabbUYxDnbbUZoBnbbacbbaFa",
+    "abUWtDpabacabUXiBnabcaabbcabcaabbFaabcaabUZvDpabacabVAkBnabcaabbcabcaabbFaabcaabUZvFbaajabsa",
+    "aapabuaaarabwaaatabBgaaaBaabnaaaqabhaaakcbUPoFiabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabca",
+    "abcaabcaabcaabcaabBiaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabDuaabca",
+    "abcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabVAhEvabadabVAkFaabVAjaabjabbkf",
+    "abVFugabVIfEvabadabahaavabwFibaDccbCIjfabXImgabVAfaabrabbsfabVGogabVJdFhaazabBeaaaBbabBcFi",
+    "abVImFhabacabaFaabVFvEpabadabBihaaElcbDeFcabBiaabDtEpabadabahaaBdbbVOiaabacabaFaabVJtEpabad",
+    "abmhaaCbabBiBmabacabiDoabmaabCxEpabadabahaaBtabBmBoabCGnBnaaCEkaaCJxcbXOqFiabUZlaabkabbjf",
+    "abVIwgabVMbFhaaBlabCgaaaBzabCaFiaaCGfcaXSmaacLgaVMhdaCOhaaJkEgbYVuzabeasbeaBebEqaabiaabda",
+    "CabDuaebkacbgaxbBwabbeaBabBuacboacbeabbgawbZUjabbZWiakbBnaabZUvaabeaabZWmaabcacbBaaabcacbga",
+    "abcagbgaabcacboaabcacbgaabcaBibCcaabmaabcaabeaBwbDpaabcaabBoaabcagbCmaabcaabcaabcaChaKCkaac",
+    "CXtcDXvaCBnbECyBIJqbbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeacbgabbeabbeagboaabacbbgbabac",
+    "bbgbabacbbgbabacbbgbabacwbEbbjbGsanbBcabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeacbgabbea",
+    "bbeagboaabacbbgbabacbbgbabacbbgbabacbbgbabacwbEbbcbFqaabcaabcaabcadbwaCXThaCRDuaaBCHbaaBEEm",
+    "aaBNnaaWSbaaYSjaaEIgaaCFJaaaaaaCBGfaaBQUqaaBTRfaaCVyaaGOyaaPMsaaGXkaaFCmaaBDeaaYmaaFTmaaBDFd",
+    "aaCJaaaCVsaaCHmaaMKkaaJZmaaGLyaaCFDlaaDTmaaRVyaaFJqaaPFgaaSDmaaBXCdaaOCkaaQOyaaCSsaaBDGf",
+    "aaXNqaaETqaaBFHxaaGHmaaEUoaaEFsaaWPgaaBXLnaaBReaaWsaaNOmaaEPiaaFMoaaDRiaaGXgaaEOoaaGqaaFTe",
+    "aaHAkaaDFmaaBYcaaBCJbaaSsaaDDiaaERiaaLNyaaIScaaOXdaaBLVxaaERaaaWGeaaDDcaaKRvaaEWeaaPDgaaHTa",
+    "aaBVBhaaCRsaaKJqaaCWkaaXuaaKSeaaUiaaSGeaaBZCraaBIQkaaBJJhaaBfaaBENwaaCToaaEScaaOAqaaIHt",
+    "aaBEVhaaFLuaaYZoaaBUAraaKJkaaDEcaaOTeaaBLqaaBAAjaaBCSeaaBFFzaaMBkaaNItaaXHmaaFOhaaRYaaaBFIr",
+    "aaDMsaaXFiaaKBoaaEVqaaXLfaaBBGeaaBAQhaaHFvaaYEgaaXRtaaNLyaaBDIjaaCBuaaHkaaRFkaaPLsaaEEyaaGJe",
+    "aaFHqaaBVPraaZqaaDYgaaEDuaaFEwaaHTiaaGYqaaVPmaaDPiaaDEgaaEgaaCFSnaaPHeaaDOkaaBBFiaaBLBnaaCJg",
+    "aaIqaaBZgaaHZmaaBQiaaCMaaaDZmaaDEaaaBWwaaLDuaaHTfaaIMsaaCKcaaBXJxaaKuaaBPkaaVGgaaSEeaaBLo",
+    "aaBHGbaaXcaaCRkaaGFmaaMOeaaGQzaaBBSbaaGDeaaDTcaaBJyaaBUyaaOVsaaOcaaIMkaaNgaaNPcaaDPsaaGiaaQa",
+    "aaCCYraaBFXuaaSFcaaDUuaaBOUfaaNXlaaBTwaaIKeaaGgaaHCeaaDIwaaFXoaaDJsaaLEaaaISmaaLKsaaBREv",
+    "aaBKCiaaBZGbaaPWmaaJgaaEAmaaBAsaaECwaaZwaaCImaaDNmaaURsaaCBSzaaMRyaaBNPsaaCBGjaaJUqaaMTe",
+    "aaZEuaaBKBtaaBHyaaFEkaaIRgaaBANeaaBZUfaaBLkaaGIeaaHIqaaYgaaBAqaaDFmaaFKkaaBKqaaHGwaaHBwaaBk",
+    "aaGTqaaDWeaaBZFxaaUVeaaUEbaaWMwaaCCuaaNEiaaMQcaaEIiaaBSyaaBPRraaESeaaPGcaaFKbaaGoaaBCmaaHLj",
+    "aaBQjaaUGsaaBTXfaaBNTcaaBLCpaaDxaaJOoaaDEgaaTSgaaZGbaaNIoaaEWhaaBEScaaFGnaaKPuaaJRfaaBGJf",
+    "aaKHhaaDKqcaBZgbaKRscaPPjaaZFsaaCTkaaBWeaaCqaaoaaDgaaWOkaaUDraaCHabaEUsbaDSmcaDZkaaPedaGAm",
+    "aaBaaaDkaaDLoaaJStaaELeaaCBUvaaYcaaHwaaBDgaaCcaaIkaaBTgaaIcaaHoaaBKiaaIaaaCVoaauaaDDsaaQi",
+    "aaCyaaHsaaCOgaaLiaaNmaaBMmaaDTkaaMoaaUiaaBTgaaOoaaBMsaaDJiaaNiaawaabaaqaamaaoaaDsaacaaNsaaFa",
+    "aaYoaaBRkaaBqaaEiaaXmaaLiaaBLoaaKuaaaaaBKuaaDPaaaKiaaBByaaEiaaBFoaaEcaaCAuaaKaaaFBiaaVwaaEq",
+    "aaBQGhaaOBLaaaNBYpcaBNIxaaCScaaFxaaBLnaaBIwaaEoaaZeaaDyaaBZyaaFnaaFgaaFqaaBWqaaGwaaLeaaBg",
+    "aaUuaaPgaaCUeaaoaaLcaaFgaaXaaaJcaaFjaaKiaaDnaaLgaaFcaaBEuaaGuaaEeaaUaaaWaaaMoaaiaaEoaaDDm",
+    "aaFaaaBEcaaBFoaaBfaaGsaaTkaaZwaaESoaaEDfaaJkaaJmaaZeaaLmaaEcaaRkaaeaaNeaaBiaaByaaGqaataaBEm",
+    "aaBLiaaUwaaOkaaRgaaLuaaZkaaPiaaCNaaaMcaaCRsaaBJcaaFiaaBgaaWwaaEkaaDlaaEeaafaaBhaaFwaaGgaaBDk",
+    "aaBRcaaYeaaWsaaRaaaDBgaaHyaaIwaaKgaaCuaayaaDsaaCDyaaDLkaaLLKuaalaaITuaaORXfaaDKgaaCoaaPLMe",
+    "aaHZiaaZTuaaNZFraaFuCpcEMKvBGMrbcBygkcruacacacHDWabacacacHDXxvacacacaiaccaaccaaccaaccaacca",
+    "accabceaaccaaccaaccaaccabceabceaaccabceaaccabceaaccaaccaaccaaccaacBpfachmacuaacsa",
+    "IBrbHUAcHUFmbbeaobuaFabKuIkabcaUtbBPaBPeabaByOcbBCmBBiabatbbaBaJrbTqSqabcaCTBmcFMCqFMEmacca",
+    "acosacacacacacacacacDicGyzaccaaccsaccaacbcaccaEHLfaLHMraajaasaaMRJuaaMQNraaGaaaBaaaFmaaJg",
+    "aaCkaaGaaaBvaaVJdaaNOQyaaMSYbaaoaaBgaaBmaaMRYwaaNNSvaaVSuaaCyaaMSAuaaMRZzaaBaaaCDzaaCEqaas",
+    "aaQUKaaaQUFbaaBcaaWBvaaWGeaawaaDkaakaaWGpaaWMuaaeaaCcaaBsaawaacaaBiaaDwaaqaasaaByaauaaeaaa",
+    "aaaaaMUGoaaLYIpaaVSdaaBqaaMUXcaaMUWdaamaaBqaaLsaaHvaaBgaaCmaaEmaaGmaaCaaaFeaaBgaaCoaaaaaBq",
+    "aaBkaaqaaBeaaBAeaaUxaaVaaaPfaaCsaaDJdaaFFyaaWdaaCyaaByaaJzaaMwaabaaJmaaMYLsaaMYGhaakaaBeaaBo",
+    "aaqaaEyaaMZGmaaFcaaMZAxaaDqaayaaGbaaKyaaBAWlaaBcaaBBHwaaEeaaaaaNAFkaaMZVdaaBqaaBeaayaaNARi",
+    "aaNAQjaaoaaCNaaaCKvaaBBThaaBBYcaaBcaaGiaaDxaaNCIoaaNBUnaaNBUsaaNBRjaafaaBiaaHuaacaaBCOj",
+    "aaBCQmaaDiaaBqaaDkaaBCUvaaOGMcaaOGKbaaBCYiaagaagaaBoaaQXWyaaQXSxaaNEMwaaaaaMDZjaaBAKraaa",
+    "aaBDBhaaOTFeaaBJSeaaOZRbaasaaBDEtaaBDIkaaDyaauaaCqaaKmaaBDTlaaChaaBDXgaaNGBgaaNFXhaaJyaaiaae",
+    "aadaaDoaaBoaaCuaaBbaawaaDqaaBoaaiaaCaaawaaFcaaGmaaCsaaJoaaNHEmaaNHFxaaEzaaIiaaCcaaHmaaNHKs",
+    "aaNHFxaaHdaaCdaaBFKvaaBFZqaaBqaaCkaaCxaaBFVxaaBGMoaaCgaaNJJgaaNJAbaaViaaNlaaBGSlaaBGYaaaBGZh",
+    "aaCtaaREqaagaaQFuaaHraaTTiaaBUBvaaBASaaaiaamaaEsaavaaNKTcaaOSChaaBHWcaaIzaaPuaaDyaaNKIq",
+    "aaNKHxaaInaaSwaaBILhaaBIOwaaHmaaFmaaOqaaNKKcaaNKGdaaBJKvaaBJQgaaNLOmaaNLKnaaBJPzaaBJSiaaDm",
+    "aaCcaacaaNMOaaaWJbaaWRmaaNMLbaaNNTsaaNNKzaaBcaaHvaaNmaaDcaaEkaaEdaaDcaaBeaaBaaaNNDiaaNNJn",
+    "aaTiaaEwaaBLHlaaBLOqaahaaNNMaaaNOBvaaBCsaaNNKaaaDsaaNNGxaaIwaaCbaafaaBMGvaaBMKmaaDyaalaaEe",
+    "aaLUIyaaLTXfaaNOHgaaNOAnaaNOZuaaNOOzaaBaaaCcaaNQGmaaNQCtaaBqaaNQYiaaReaaNQXvaaBiaaBOBdaaBODe",
+    "aaBOCfaaaaaBOOsaaBqaaBqaaBoaaFiaaBORdaaBOYcaaNSUmaaNSSlaaNSZoaaNSVraaMMHyaaMLVpaaNURqaaBu",
+    "aaKuaaPKDbaayaaBPPoaaNVAcaabaaDaaaCaaaNVBtaacaaaaaDiaaBPSjaaBPXkaaBPWjaaGeaaPMPaaaNWJtaaEu",
+    "aaEyaaBQIzaaPNXeaaNXDnaaNXMmaaDiaaNXLjaaHcaaBQZfaaBRFuaauaakaaNYYcaaXaaaaaaNZIvaaBRCxaaPRFu",
+    "aaNZMfaagaaBRQxaaPRTiaaNZHzaaBSBzaaBSDsaajaaCgaaOBMaaaOBEjaaBSFraaBSNkaaEoaaFeaaBSTdaaPVGa",
+    "aaCkaaPVFnaaPVQuaaOCCraaOCKmaaOCIjaaHuaawaaODFmaaFqaaODEbaaODOiaaODNbaaMRKwaaOLIhaaBUCoaaGg",
+    "aaBUEpaaBUJeaaBDEvaaPHPkaaBcaaBNMpaasaaMQKraagaaKHwaaCEYvaaBVBwaalaaBkaaBKHnaaBKJcaaeaauaaDe",
+    "aaOFWmaaOFWnaaEiaaFkaaFsaaKpaaLwaaDgaaIqaaTzaaJeaaeaaBgaaOFWuaaXuaaLnaaQBVnaaBWHwaaeaaCs",
+    "aaOKRwaaOKLvaaOGYyaaQDLtaaiaaQDVsaaWgaaQERdaaBXDyaayaawaaeaaEyaaCnaaKiaaDjaaLqaaGfaaFeaaCc",
+    "aaBXTlaaBYAmaaCmaaBYAhaaBYHqaagaaOKEiaaOJVjaaoaaBYMraaBYOwaaCLUzaaQXGoaaOeaaQKDzaasaaBZKc",
+    "aaFyaaMcaaPqaaOLXuaaOLRdaaBsaaGyaaHcaaOMZgaaDMGraaLAMbaaBdaaEaaaLBAaaaLAIlaaHsaaOQRkaaCc",
+    "aaOPSraaHeaaCmaaOQHuaaOQGzaaVyaaMgaacaaHbaaBDiaaCeaaORQwaaOQObaaCFNvaaCFRgaaOROaaaQWYzaaCGFq",
+    "aaBRFtaaBRNeaaOTIyaaQkaaRABvaaqaaCGQmaaOUWyaaRBItaaRBToaaOVEjaaaaaCiaaOVYgaaOVJzaaCGVtaaCHBg",
+    "aaJsaaCcaaEqaaCHFraaRFXsaaOXWtaaXgaaOoaaCISzaaCkaaCIYuaaPAJmaaRJHjaaRJLqaaUkaaKcaaPARzaaCJQv",
+    "aaCJVqaakaaoaauaaoaaCwaaPCXu",
+    NULL
+};
+
+// Compatibility decompositions (Unicode 9): codes left out, count of codes in a row, length,
+// characters as signed distances to the last one; the last grows by one from code to code.
+static const char *const unicode_compatibility[] = {
+    "GebbCmhbcaCFgbbbCAfebcEzCEyccbCDnabcBlCEsabbOkcbcCTbCHqabbCGhabbEubbdEtYHqYHjabdfYHqYHn",
+    "abdcYHmYHjElbcBqcabcCkclbcChIgabcFtFuibcBNuBTjCbbbkCqccDpYcabcVrVsabcXndabceCiabcedabcCdh",
+    "abciCeabcihBkbcCxBsabcBrEeabcBrBsHgbbBjabbBNgabbBNbabbqabbBNyabbeabbmabbBOdabbeBfccGvCFc",
+    "abcCFdCFkabcCFjCHsabcCHrCEwabcCEvCFmcbbMxabbBMrabboabbkabbBPqFtbcBWjCJyjbcCJxCEsCxbbNqabbm",
+    "abbBlcbbCoabblzbblacbobbbDfabbCgdbbBjPhbcBIqCgJdbcMsFyabcDjDkabcGkGjabcDfDgCYcbcFYoCb",
+    "ExbcLyCbBobcnBjabcBktBubbIeEcbcMwDtbbcDwDvOwbbBAsEPzbbMOzabbKgabbKdbcbeabbZiaibZdbbbcabbBJy",
+    "abbBJvabbeacbeabbeabbuacbBMcabbUFqabbVRracbeabbBMmacbeabbBMnbbbiabbeabbRcabbQxabbBLiacbUGy",
+    "abbVSfacbiabbVSiabbUFjabbBMvabbVSwadbTHdacbBkabbCOhabbsacbgacbCLsabbBcacbknbbJcBibbBLtabbBMb",
+    "abbBMiabbBBlabbBCaabbBMpabbBMwabbeabbiadbgabbUNaabbUJbabbDrabbUNoabbUJrabbDnabbbaebeabbgacbu",
+    "abbQpacbRcabbUDgacbUDdabbBOtadbBPcabbWqIkbcCNtBUoLebcBZnCGcbbcCGbCGcabcCGbCJsCjbcCJrCGe",
+    "dbbCGdabbaabbaabbaabbaabbaabbaabbaabbagbbYEyfbcYExCIombbCHlabcaaabdaaaibbBbdbcYHoaabdaaa",
+    "bbcgaabdaaaebcYHrabbcbCFaibcCCpaabcaChabcaCinbeYFeaaahbbYHnqbbBgabbEkcgbEbabbBbabbZRqabbZQf",
+    "acbBpabbFiakbEtabbBbabbZRqabbZQfacbBpbbbEiabbiabbuabbsabbBLaabbBMfaebgabbeacbglbcCpCo",
+    "DjbdBjDvEaabddDvFgabbDrabcIkIjbbdCmDzEyabdxDzFkabbVubbcRfIdabbCoabbCjabbaabbaabbCmabbOsabbRb",
+    "abbaabbgabbCmbbbChabcaCocdbCjabbaabbacbcclabdoBdoabcqnbbbBadbbadcbBvbbbCqacbClbbboabbCq",
+    "aebEByabbECpbbdCrjBuabbCPcabbzabbClabbBaabbXBmebbZPpacbCmacbigbdEjYHqYHdabdlYHqYGz",
+    "abepYHqYHpbabdcYHqYHlabdbYHoYHlabddYHqYHhabdfYHoYHhabddYHmYHhabdbYHkYHhabdhYHqYHfabdbYHiYHf",
+    "abdjYHqYHbabdjYHmYHbabdfYHiYHbabdbYHeYHbabcnYHqabbYFtabcaaabdaaaabcaBaabbaabcazabdBaza",
+    "abeBazaaabcaBeabbaabcaBdabdBeBdaabbgacbrabbsabbCeabcaaabdaaaabcaBaabbaabcazabdBazaabeBazaa",
+    "abcaBeabbaabcaBdabdBeBdaabbgacbrabbsjbdErYHsYHlGgbcZSyaabdaaabbcgaabdaaaVnjbZThakcpbabcnd",
+    "abdpspabdburabdbwtabdbyvabdbBaxabdbBczabdbBeBbabdbBgBdabdbBiBfabebsbnabebsapabebscrabebset",
+    "abebsgvabebsixabebskzabebsmBbabebsoBdabebsqBfabebudnabcqfabcihabckjabcmlabconabcqpabcsrabcut",
+    "abcwvabdgbdabdgafabdgchabdgejabdgglabdginabdgkpabdgmrabdgotabdgqvabdiddabdlEkEhabdbEmEj",
+    "abdbEoElabdbEqEnabdbEsEpabdbEuErabdbEwEtabdbEyEvabdbFaExabdbFcEzabdbFeFbabdbFgFdabdbFiFf",
+    "abdbFkFhabdbFmFjabdbFoFlabdbFqFnabdbFsFpabdbFuFrabdbFwFtabdbFyFvabdbGaFxabdbGcFzabdbGeGb",
+    "abdbGgGdabdbGiGfaBabBwaBaboabbFrBYnbeZTeaaaDzbdZSjagabcaaabdaaaTxbbDmabbBnJhbbBIDaLrbbBVHg",
+    "DfbbBNGmmbbCJVhabbDcabbBcabbsabbCaabbDkabboabbBoabbCaabbBXqabbCyabbmabbBuabbBoabbBqabbEc",
+    "abbBqabbwabbLyabbHgabbCeabbkabbCiabbsabbCcabbBaabbByabbEaabbBkabbCcabbCGeabbFoabbBJkabbBu",
+    "abbqabbwabbBkabbFwabbBKsabbDsabbJgabbBuabbBmabbBsabbEeabbgabbBBwabbuabbyabbBaabbIyabbqabbk",
+    "abbJaabbuabbBaabbqabbEsabbBiabbBkabbGeabbBSsabbDoabbBqabbCEyabbkabbGkabbBgabbBaabbBqabbDa",
+    "abbkabbUoabbBwabbCmabbDAeabbFcabbBuabbEmabbBwabbsabboabbEaabbkabbCmabbDFaabbBIkabbyabbkabbi",
+    "abbqabbBkabbeabbGgabbQqabbkabbBAcabbuabbDwabboabbsabbqabbHaabboabbRoabboabbDuabbBiabbDqabbSg",
+    "abboabbBiabbZeabbJsabbmabbOaabbGsabbDoabbBDcabbKgabbBSeabbCcabbEkabbDyabbFgabbwabbmabbCo",
+    "abbFwabbuabbBAqabboabbsabbsabbBgabbBeabbiabbGcabbiabbmabbCXmabbCiabbBKcabbyabbBuabbVuabbBa",
+    "abbFmabbDoabbBRqabbBeabbBeabbCsabbCwabbPiabbyabbFeabbTcabbCkabbQcabbBqabbkabbQyabbOeabbJq",
+    "abbmabbkabbCTwabbsabbMaabbLwabbgabbDqabbIcabbBaabbiabboabbHoabbCqabbmabbBcabbMwabbDyabbi",
+    "abbOcabbgabbBmabbTkabbDsabboabbFkabbuabbgabbuabbCiabbBEkabbBEuabbuabbCyabbBsabbqabbuabbi",
+    "abbDcabbiabbBiabbkabbBaabbCcabbBeabbqabbEoabbBeabbiBqbbEQUxCbbbBKIebbbBAQwacbgDsccCKZhBKSo",
+    "cbcBjeDrbcDeBqBxcbYBvabbNaabbMxacbNcadbNbagbNeabbLxadbBnabbByakbBvavbGcabbBpacbFvacbNsabbi",
+    "abbeabbkabbiabbeabbOnabbOwabbeacbOxabbeacbeabbiabbeafbeabbgabbiabbuabboabbkacbMsadbLxacbDi",
+    "abbgacbsabbeabbuabbgdbbBTSwabbKuabbKbabbGRsabbGRpabbCsabbCpabbBDRaabbBDKzabbExabbBvabbILs",
+    "abbBMvabbGKpDsbdCHNfMTsMTpabdbMTwMTtabdbMTyMTvabdbMUcMTzabdbMUeMUbabdbMUgMUdabdbMUkMUh",
+    "abdbMUoMUlabdbMUqMUnabdbMUuMUrabdbMUwMUtabdbMUyMUvabdbMVaMUxabdbMVcMUzabebMTsHmNBb",
+    "abebMTwHiNBbabebMTyHgNBbabebMUcHcNBbabebMUeHaNBbabebMUgGyNBbabebMUkGuNBbabebMUoGqNBb",
+    "abebMUqGoNBbabebMUuGkNBbabebMUwGiNBbabebMUyGgNBbabebMVaGeNBbabebMVcGcNBbabebMUqHoNCb",
+    "abhbMUoHgHdGwFkNGtabgbMUoHgGrHcNCbbbdbCGYyCGYvabdbCHJsCHJpabdbCGZqCGZnabdbCNRiCNRf",
+    "abdbCHKiCHKfabdbCJOkCJOhabdbCGZeCGZbabdbCJOgCJOdabdbCHGcCHFzabdbCKYkCKYhabdbCZXwCZXt",
+    "abdbDHAsDHApabdbDDVsDDVpabdbDAAiDAAfabdbEGIkEGIhabdbCNWoCNWlabdbCZBmCZBjabdbDAUeDAUb",
+    "abdbCZXyCZXvabdbDNSmDNSjabdbCLOcCLNzabdbDIPeDIPbabdbECKgECKdabdbDNUwDNUtabdbCKNoCKNl",
+    "abdbCHQkCHQhabdbCLWqCLWnabdbCRCuCRCrabdbDLYcDLXzabdbCHSsCHSpabdbECNeECNbabdbCKZwCKZt",
+    "abdbDNWcDNVzabdbCHTyCHTvabdbDUHgDUHdabdbDUHyDUHvabbCMMuabbGYsabbFIsabbQRwibdDPIziBdajcBlb",
+    "agclfabbMSsacbeadbeabbeacbeafbeabcBjHmabcHhHiabcHfHgabcHbHcabcGzHaabcGxGyabcGtGuabcGpGq",
+    "abcGnGoabcGjGkabcGhGiabcGfGgabcGdGeabcGbGcabfGjGkGqObIcabeHdHoHpIcabcIbHqbbbBTWuabbKuabbKb",
+    "abbGRsabbGGzabbCEcabbCPfabbCPcabbCIdabbDSiabbOZmabbHCwabbDEzabbDVjabbBGIcabbBSLvabbLEyabbBSs",
+    "abbWfabbNUoabbBCEjabbXBcabbTVcabbOPjabbBDHhabbBDQuabbDNdabbVAtabbBPQiabbBVXlabbBSuabbTHo",
+    "abbBGRaabbCDGpabbBXwabbTNwabbWFxabbCsabbCpabbMAgabbHNxabbOdabbGIqabbDtabbUViabbBEFjabbBUUm",
+    "abbBRNhabbEJwaecCPIvgakcjhabchjabccCZXeabcCZXbCZXcabcCZWzCZXaabcCZWxCZWyabcCZWvCZWw",
+    "abcCZWtCZWuabcCZWrCZWsabcCZWpCZWqabcCZWnCZWoabdCZXdbCZXgabdCZXdaCZXeabdCZXdcCZXcabcCZVjCk",
+    "abddBavabcdBdabdtqBfabbBKQmabbeabbeabbeacbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbg",
+    "abbeabbeagbeabbgabbgabbgabbgafbgabbeabbeagbeaebebbeGdDqDiDzabeCxFqBrDzabecGgBxEhabdaGyBh",
+    "abeFlDaDcFdabdxGcDvabdCbgFsabfFtBitFyDxabeCnGmGfGgabdGhFqElabdBdGiCdabdEbnFkabeEvEuCxk",
+    "abeCfFcfBkabdGdFamabdFlFmBpabcDrdabdeCgDuabeGbEikBkabeFzEsDhEqabcGbEyabfExEyErEkr",
+    "abgDxEyxCcDzCsabfEtEyeDjkabdBvEkrabfDrEkrBvDiabfFfEqDpBvFqabeEtEuBeDpabdCdFuFdabdlEiCn",
+    "abdBtFqCjabeDbBhwEqabfEdEuDvEoCdabeDdDysFdabdwEiDvabdlEiDhabdpEqFdabcBcBfabcBkCqabcCrDi",
+    "abcDdiabdavkabdoDhCmabfBaDiEzEiDhabdsDiEhabeyDkBfbabfBtDvBuBeCsabdBtCvEqabcBtCnabcCmBw",
+    "abfBrDzFoCxmabeyDvGwDzabfBcBlxBfFgabdBrBouabfCbDdBgEsBhabcBhCfabdCgBdoabdmBmCzabdBsByEl",
+    "abdCoCqFfabdCoCsErabeCiEjGcDhabdBoBeCrabcBmBwabdBrBsDfabdBkCoBhabdBfCorabeBpElwEuabdBdElFm",
+    "abdzCbyabdBeBaEpabfDqBqEpDsyabeBnDrEumabcBnwabfvwBzDkBhabctEbabeEcEbCeDiabeBjCcDzCsabdnBwDx",
+    "abdCcBwBhabdjFfGgaberCzkCsabcbbabdeBtDcabeBhBiCxBqabccxabfyoDhBrFaabdhDjkabcBKUxDHGc",
+    "abcDHFzDHGaabcDHFxDHFyabcDHFvDHFwabcDHFtDHFuabcDHFrDHFsabcDHFpDHFqabcDHFnDHFoabcDHFlDHFm",
+    "abcDHFjDHFkabdDHFzbDHGcabdDHFzaDHGaabdDHFzcDHFyabdDHFzeDHFwabdDHFzgDHFuabdDHFziDHFs",
+    "abdDHFzkDHFqabdDHFzmDHFoabdDHFzoDHFmabdDHFzqDHFkabdDHFxdDHGcabdDHFxbDHGaabdDHFxaDHFy",
+    "abdDHFxcDHFwabdDHFxeDHFuabdDHBtBvBiabcgfabcClBoabdBabBiabcfBxabcCazabccsacdrsFiabcIdy",
+    "abcCTHkCTeabcDDaNJdabcDMsNVcabcEAzFBmabeDLxGXhMCfBFXwabcDNMxDpabcDmDlabcCQoCQnabcDkDjabcDgDf",
+    "abcurabcwvabckjabdCodwabebpdwabciDfabcDcDbabcCQeCQdabcCQeCNpabcmlabcihabcCjDwabdBdCrDw",
+    "abdDljDwabdDxcDwabdCxxDwabcCMeWFuabcYSxYSyabcYTpYTqabcYTbYTcabcYTloabccbabcCNeCNdabcaaabctu",
+    "abcdeabdaaFiabdGbuFiabcFhFiabdFleFiabdFhaFkabdGduFkabcFjFkabdFneFkabdFjZMuZMhabelZMuZMhEw",
+    "abcHnBiabduCbBiabdBngBiabdBzsBiabdBiBhgabfBcBhgZNmZMhabgbBhgZNmZMhEwabcFbgabcjkabcCMsCMr",
+    "abclmabcfBzabcBwBvabcCOyCOxabcBuBtabcBqBpabcrsabcCaBxabcBuBtabcCOwCOvabcBsBrabcBoBnabctu",
+    "abcBoCLwabcCOdCOeabeCMpDxEwEvabcBoDqaccBbaabeCnZQaZMxhabdCtDkEzabcEeCpabckDwabcBhnabcBxq",
+    "abcBykabcCraabcaeabcCisaccpcabddgpabckyabcvvabdwhgabdcefabcCdpabeDcFbEwEvabdCqafabcgeabcCob",
+    "abcCjCsabcCjwabdxZOoZMtabdDjZQeZMtabcEpCZAuabcCZArCZAsabcCZApCZAqabcCZAnCZAoabcCZAlCZAm",
+    "abcCZAjCZAkabcCZAhCZAiabcCZAfCZAgabcCZAdCZAeabdCZAtbCZAwabdCZAtaCZAuabdCZAtcCZAsabdCZAteCZAq",
+    "abdCZAtgCZAoabdCZAtiCZAmabdCZAtkCZAkabdCZAtmCZAiabdCZAtoCZAgabdCZAtqCZAeabdCZArdCZAw",
+    "abdCZArbCZAuabdCZAraCZAsabdCZArcCZAqabdCZAreCZAoabdCZArgCZAmabdCZAriCZAkabdCZArkCZAi",
+    "abdCZArmCZAgabdCZAroCZAeabdCZApfCZAwabdCZApdCZAuabdCYWplwBRKmbbCYeabbeIcbbETOoFfbbEVYnabbDm",
+    "BHibbEVPoabbDCaabbEXVzabbEXYcBEEabcEZLvaabcagabcfmabdlagabdfamabcVeUnabcbcmbcDUmeabcdBd",
+    "abcBerabcBmpabcdnibbJaabbBjacbgadboabbwabbeabbEJdBlbcEHeyabbLmabbaabbuabbaabbaabbaabbgabba",
+    "abbaabbaabbeabbaabbaabbaabblabbaabbaabbaabbkabbaabbaabbaabblabbaabbaabbaabbDiabbaabbaabba",
+    "abbeabbaabbaabbaabbCpabbaabbaabbaabbbabbaabbaabbaabbgabbaabbaacbaabbaabbaabbaabbmabbaabbb",
+    "abbaabbeabbaabblabbaabbBgabbaabbnabbaabbBwabbaabbaabbaabbmabbaabbaabbaabbiabbaabbaabbaabbd",
+    "abbaabbaabbaabbsacbaabbaabbaabbaabbkacbaabbaabbaabbaabbfabbaabbaabbaabbBoacbaabbaBhbbCxabba",
+    "abbaabbaabbCaabbaabbbabbaabbeabbaabbGfabbGmabbaabblabbaabbiabbaabboabbaabbaabbaabbKjabba",
+    "abcCrcabcbcabcbNmabcNlNmabcNlCqabcCpCqabcCpMkabcMjMkabcMjMiabcMhMiabcMhMmabcMlMmabcMlNc",
+    "abcNbNcabcNbNcabcNbCsabcCrCsabcCrCsabbKcabbaabbaabbaaccMtmabcnCkaccCjCsadcCpiabclCgaccCfCo",
+    "adcCleabchCcaccCbCkabcCjcabcbCaaccBzCiabcChcabcbByabcBvbabccBwaccBtdabccBuadcBjnabckBkabcBfp",
+    "abcqBgadcBdtabcqBeabcBbtabcuBcabczBaabcxzabcBayabcvBbabcBcwadchBpabcBmiacchqabcpBpabcBqg",
+    "accfoabcnCdadcCeBtaccBqcaccdmadclBvabcBscaccbkadcjBxabcBuaaccaiadchBzabcBwbacccgabcfCbabcCcd",
+    "acceeadcaChabcCejacckbabcBzEyabcEvEwabcCzDaabdEUhERokabdERxERqiabdERxERsgabdERxERue",
+    "abdERxERwcabdERxERyCkaccFrwaccxCkaccClCsaccCpsacctCgaccChCoaccCloaccpCcaccCdCkaccCjmaccnCa",
+    "accCbCiaccrqaccpoabcnCdaccCecaccdmabclcaccbkabcjChabcCiaacccBpaccBobaccagabcbDaaccCxBxaccBwj",
+    "accibadcCtmabcpCkabcCjCoadcCjiabclCgabcCfCkadcCfeabchCcabcCbCgabcCdCaabcBxcabcbByabcBvb",
+    "abccBwabcBtdabceBuadcBjnabckBkaccBfpabcoBgadcBdtabcqBeabcBbtabcwBaabcxzabcBayabcvBbabcBcw",
+    "adchBpabcBmiabcfBpabcBqgadcdBtaccBqcadcbBvabcBscabcbgadcdBxabcBuaadccBzabcBwbabcccabcaCb",
+    "abcCcdabceDeadcCxChabcCejabckfabcCnCkabcCjCoabcCjCgabcCfCkabcCfCcabcCbCgabcCdCaabcBzCe",
+    "abcBnBkabcBjBoabcBlBiabcBhBmacchcabcbcabccbabcccabcgjabckfabdnBcgabdBhBeeabdBhBgcaccBzBk",
+    "accBhBgaccBfBeaccBtBsaccBrBqaccCfCeaccChCgaccCdCcaccBpBoaccBnBmadcBrpabcmBiabcBhfabcedabcih",
+    "abckjaccmBkaccBhBgaccBfBeaccBtBsaccBrBqaccCfCeaccChCgaccCdCcaccBpBoaccBnBmadcBrpabcmBiabcBhf",
+    "abcedabcihabckjadcgpabcmBiabcBjBoabcBlBmabcBfBcadcBjnadcmpabcsBcabczBaabcChCuabcCtCusbdCneBy",
+    "abdCbgbabddgbabddgBwabdCbiBuaddCbCcBxabddByBvabdbByBvabdaBwkabdCfBwiabdBrlbabdoncabdmnCg",
+    "abdBrBkBvabdmBkBvabdmBkBxabdoBkaabdBjBkaabdBfpaabdqpaabdqBgaabdBhnBwabdBhnBwabdBhpCi",
+    "abdBrBiBtabdmBiBtabdmBiaabdBhBiaabdBdrCeabdBlpBuabdBdpBuabdBbBcBvabduBcBvabduBcaabdBbBck",
+    "abdBhzByabdxyaabdxyaabdxyiabdBdwaabdvwkabdBfwiabdpBlBuabdhBlBuabdfgBvabdBqgaabdbBtBwabdbBtCg",
+    "abdlBtCeabdjBvaabdBwBvaabdBwBrBuabdbBrBuabdbcBvabdBucBvabdBwBvbabdByBvBwabdaBvCgabdjBxc",
+    "abdBwBxByabdaBtdabdByBtBucbdaBxeabdBydBxabdCcdaabdcBxBwabdcBxCeabdfBzByabdcBzByabdcBzCg",
+    "abdfbkabdhbiabdcjaabdkjaabdCfmCeabdCleCiabdCleCgabdCjiCeabdCliCcabdCjCckabdClCciabdCfByk",
+    "abdChcCeabdCfByiabdBrjCcabdBnpCgabdBrnCgabdBnrCgabdlBvCiabdlckabdaCfCgabdaChCiabdajkabdjak",
+    "abdpgkabdhBxCgabdpgBvabdBuBtBwabdxykabdnekabdhBzcabdBwBtCeabdlBvByabddeaabdbBvByabdcBzc",
+    "abdbcCgabdCfbCiabdjBxCiabdrikabdCpkCgabdneaabdxzByabdBfBgaabdBjjCeabdhBzCiBobdBpBeKyabdLbeKy",
+    "abeNdCgagabeClCeCbsabeBoBvBwBrabemBevyabeBneBqhabevwmfabecBpBicabdBfBek",
+    "absBnBekERhEOsCgagERdEQcwmfERdERgBpBicabiBxBwEQxEPcBwCfCggabeBrLyMrCgtbbEPzacbBKFyacbBKEx",
+    "abbBzabbCiacbBKGcabbMBxwbbbabbBhabbbabbYAhabbaacbEfabbGiabbeacbBKBeacbjacbnacbfaebgcbbBKDj",
+    "abbeabbYDuabbaabbaabbaabbYDpabbaabbaabbDxabbBKFyabbBKFtbbbBaabbbabbkabbChabbYFeacbYEpabbGi",
+    "abbeacbBKBeabbBKIdabbgacbiabbeabbBeabbeabbbbbbCkacbEhabbCcebcClERmabcvwabcERlERobbcERnERq",
+    "bbcERpERsabcBbBcabcERrERuabcBdBeabcERtERwabcBfBgabcERvERyabcBhBiabcERxESaabcBjBkacbDtacba",
+    "acbaacbaacbaabbaabbaacbaacbaabbaabbaacbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacba",
+    "abbaabbaacbaacbaacbaacbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacbaabba",
+    "abbaacbaabbaabbaacbaabbaabbaabbaabboabbaabbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacbaabbaabba",
+    "acbaabbaabbaacbaabbaabbaacbaacbaacbaabbaabbaabbaabclCpaccCqCpabcCoCnabcCoCjabcCkCjabcCkCf",
+    "abcCgCfeDqbEOpacbBFByabbEXsacbuabbxabbTgabbrabbGfabbeabbeabbeabbeabbEmabbeabbeabbCtabbEk",
+    "abbGxabbeabbeabbeacbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbgabbeabbeagbeabbgabbg",
+    "abbgabbgafbgabbeabbeagbeabbeabbiacbGxabbPoaBebDxdgbccgbccgbccdbcdcbBKYbabbsabbgabbrabbb",
+    "abbYGmbbbDHqaebCPvabbDBuabbDiDCIbBabBCLfaBaboaBabEjahbobsbeaBabEjaBaboabbEjbcbecbbgccbgcebg",
+    "bibeaebobbbebhbeblbeaBabEjaBaboacbEjbebecibgbhbebBabqacbEjbebebfbebbbedhbibBabqaBabEjaBabo",
+    "aBabEjaBaboaBabEjaBaboaBabEjaBaboaBabEjaBaboaBabEjaBaboabbOcabbUecrbBAqabbGkahbGfabbXAa",
+    "azbWZjabbWXeabbWTtabbCtabbCkabbCbabbCeabbCbarbFhabbGkahbGfabbXAaazbWZjabbWXeabbWTtabbCtabbCk",
+    "abbCbabbCeabbCbarbFhabbGkahbGfabbXAaazbWZjabbWXeabbWTtabbCtabbCkabbCbabbCeabbCbarbFhabbGk",
+    "ahbGfabbXAaazbWZjabbWXeabbWTtabbCtabbCkabbCbabbCeabbCbarbFhabbGkahbGfabbXAaazbWZjabbWXe",
+    "abbWTtabbCtabbCkabbCbabbCeabbCbacbmckbCUjakbrakbrakbrakbrIIqcbEMuabbiabbgbbbByabbBrabbjabbu",
+    "abbBmaebnabbBlabbmabbqabbxabbBaabbBhabbgacbtabbgabbeabbmabbeabbeabbEaabbFwabbBxabbDvbbbFl",
+    "abbibbbCccbbBzbbbCgaebnabbBlabbmabbqabbxabbBabbbBbacbtabbgbbbqbbbigbbBbebbcbbbCgbbblbbbe",
+    "abbBlabbmbbbhabbBabbbBbcbblbbbqbbbibbbJwbbbFtbbbFlabbibbbCccbbBzabbuabbBmabbnbcbeabbBlabbm",
+    "abbqabbxabbBabbbBbacbtabbgbbbqabbeabbeabbEabbbDybcbJjabbiabbgacbBwabbBrabbjabbuabbBmbdbl",
+    "abbBlabbmabbqabbxabbBaabbBhabbgacbtabbgabbeabbmabbeabbefbbBjabbiabbgbbbByabbBrabbjabbuabbBm",
+    "bdblabbBlabbmabbqabbxabbBaabbBhabbgacbtabbgabbeabbmabbeabbeWibcEOxdabcehabckjabcmlabconabcqp",
+    "abcsrabcutabcwvabcyxabcBazfbdhByBvabdbCaBxabdbCcBzabdbCeCbabdbCgCdabdbCiCfabdbCkChabdbCmCj",
+    "abdbCoClabdbCqCnabdbCsCpabdbCuCrabdbCwCtabdbCyCvabdbDaCxabdbDcCzabdbDeDbabdbDgDdabdbDiDf",
+    "abdbDkDhabdbDmDjabdbDoDlabdbDqDnabdbDsDpabdbDuDrabdbDwDtabdBKHqBKEjBKEmabbBKFrabbBeabcBdc",
+    "abcBmgbBabBxabcBjBcabcrsabcfBdabcBeaabdfamabccBnBaccutBkbcamEhbcBKNaDrabcIaaabbenbbBLOm",
+    "abbFGxabbFSnabbBANpabbWOgabbHZwabbBKYsabbBKXnabbHZdabbRUmabbIIsabbITbabbOPzabbKAwabbKPp",
+    "abbPGoabbOVlabbBGRqabbGEfabbRVoabbBNEnabbDOvabbUIwabbJMbabbOuabbQEbabbsabbBYEsabbBMEhabbLXp",
+    "abbEJsabbLKyabbBGDeabbBGQzabbROmabbTeabbBDDbabbUBgabbFQzabbbabbKTaabbBAIjabbCMiabbBTDm",
+    "ebdCVQnBPSyBPSvabdbWRyWRvabdbXCaXBxabdbBGXuBGXrabdbBWZaBWYxabdbBMBmBMBjabdbCBPmCBPj",
+    "abdbBAJaBAIxabdbBOIwBOIthbbBJZoabbIVn",
+    NULL
+};
+
+static const char *const *unicode_table(UnicodeTable which) {
+    static const char *const *const tables[] = {
+        unicode_categories, unicode_combining, unicode_lower, unicode_folds, unicode_canonical,
+        unicode_compatibility};
+    return tables[which];
+}
