@@ -351,14 +351,6 @@ static uint32_t random_u32(uint64_t seed, uint32_t use, uint32_t stream, uint64_
 
 // Uniform in [0, 1): the upper 24 bits, which a float holds exactly.
 static float unit_float(uint32_t bits) { return (float)(bits >> 8) * 0x1p-24f; }
-
-// Standard normal by Box and Muller, value number `index` of a stream.
-static double random_normal(uint64_t seed, uint32_t use, uint32_t stream, uint64_t index) {
-    double u = ((double)random_u32(seed, use, stream, index / 2 * 2) + 0.5) * 0x1p-32;
-    double v = ((double)random_u32(seed, use, stream, index / 2 * 2 + 1) + 0.5) * 0x1p-32;
-    double radius = sqrt(-2 * log(u)), angle = 6.283185307179586 * v;
-    return index % 2 ? radius * sin(angle) : radius * cos(angle);
-}
 // =================================================================================================
 //  2. Numbers: bf16, NF4, double quantisation
 //
@@ -1271,7 +1263,7 @@ enum { LINEAR_Q, LINEAR_K, LINEAR_V, LINEAR_O, LINEAR_GATE, LINEAR_UP, LINEAR_DO
 
 // Linears that read the same input, in the order in which forward meets them.
 enum { GROUP_QKV, GROUP_O, GROUP_GATE_UP, GROUP_DOWN, N_GROUPS };
-static const struct { int first, count; } groups[N_GROUPS] = {
+static const struct { int first, count; } linear_groups[N_GROUPS] = {
     {LINEAR_Q, 3}, {LINEAR_O, 1}, {LINEAR_GATE, 2}, {LINEAR_DOWN, 1}};
 
 typedef struct {
@@ -1422,11 +1414,11 @@ static void workspace_carve(Workspace *w, const Transformer *m, LayerActs *layer
 static size_t group_products(Product *p, const Transformer *m, size_t l, int group, LayerActs *a,
                              void *y0, void *y1, void *y2) {
     void *y[3] = {y0, y1, y2};
-    for (int i = 0; i < groups[group].count; i++) {
-        int linear = groups[group].first + i;
+    for (int i = 0; i < linear_groups[group].count; i++) {
+        int linear = linear_groups[group].first + i;
         p[i] = (Product){&m->layers[l].linear[linear], y[i], a->u[linear]};
     }
-    return (size_t)groups[group].count;
+    return (size_t)linear_groups[group].count;
 }
 
 static AttentionShape attention_shape(const Transformer *m, size_t l) {
@@ -1482,8 +1474,8 @@ static void transformer_forward(const Transformer *m, Workspace *w, const int32_
 // --------------------------------------------------------------------------------------- backward
 
 static bool group_trains(const Transformer *m, size_t l, int group) {
-    for (int i = 0; i < groups[group].count; i++)
-        if (linear_rank(m, l, groups[group].first + i)) return true;
+    for (int i = 0; i < linear_groups[group].count; i++)
+        if (linear_rank(m, l, linear_groups[group].first + i)) return true;
     return false;
 }
 
@@ -3057,8 +3049,9 @@ typedef struct { ItemKind kind; bool negate; uint32_t first, last; } ClassItem;
 
 typedef struct {
     uint64_t ascii[2];              // the answer for U+0000 to U+007F
-    uint32_t first, count;          // items
-    bool negate, fold;              // fold: case does not matter
+    uint32_t categories;            // and for all others: these categories
+    uint32_t first, count;          // and these items
+    bool negate;
 } CharClass;
 
 enum { REGEX_MAX_PATTERN = 1 << 16, REGEX_MAX_STEPS = 1 << 14, REGEX_MAX_DEPTH = 64,
@@ -3086,14 +3079,12 @@ static bool item_holds(const Unicode *u, const ClassItem *item, uint32_t code) {
     return in != item->negate;
 }
 
-// The answer from the items, without the table.
+// The answer without the table.
 static bool class_search(const Unicode *u, const ClassItem *items, const CharClass *class,
                          uint32_t code) {
-    uint32_t kin[MAX_KIN] = {code};
-    size_t n = class->fold ? unicode_kin(u, code, kin) : 1;
-    for (size_t k = 0; k < n; k++)
-        for (uint32_t i = 0; i < class->count; i++)
-            if (item_holds(u, &items[class->first + i], kin[k])) return !class->negate;
+    if (unicode_in(u, code, class->categories)) return !class->negate;
+    for (uint32_t i = 0; i < class->count; i++)
+        if (item_holds(u, &items[class->first + i], code)) return !class->negate;
     return class->negate;
 }
 
@@ -3142,18 +3133,44 @@ static int regex_emit(RegexCompiler *c, RegexStep step) {
 
 static int regex_item(RegexCompiler *c, ItemKind kind, uint32_t first, uint32_t last, bool negate) {
     ClassItem item = {kind, negate, first, last};
-    return buffer_append(&c->items, &item, sizeof item, c->err);
+    uint32_t cases = CAT_BIT(CAT_LU) | CAT_BIT(CAT_LL) | CAT_BIT(CAT_LT);
+    if (buffer_append(&c->items, &item, sizeof item, c->err)) return -1;
+    if (!c->fold || kind == ITEM_SPACE || kind == ITEM_WORD) return 0;
+    if (kind == ITEM_CATEGORIES)
+        return (first & cases) == 0 || (first & cases) == cases ? 0
+             : regex_fail(c, c->at, "a property of case where case does not matter");
+    if (last - first > 255) return regex_fail(c, c->at, "a range that long where case does not matter");
+    for (uint32_t code = first; code <= last; code++) {
+        uint32_t kin[MAX_KIN];
+        size_t n = unicode_kin(c->unicode, code, kin);
+        for (size_t i = 0; i < n; i++) {
+            item.first = item.last = kin[i];
+            if (n > 1 && buffer_append(&c->items, &item, sizeof item, c->err)) return -1;
+        }
+    }
+    return 0;
 }
 
 // Makes a class of all items from first_item on and emits it.
 static int regex_class(RegexCompiler *c, size_t first_item, bool negate) {
-    size_t n_items = c->items.size / sizeof(ClassItem), n = c->classes.size / sizeof(CharClass);
-    CharClass class = {.first = (uint32_t)first_item, .count = (uint32_t)(n_items - first_item),
-                       .negate = negate, .fold = c->fold};
-    const ClassItem *items = (const ClassItem *)(const void *)c->items.data;
+    ClassItem *items = (ClassItem *)(void *)c->items.data;
+    size_t n_items = c->items.size / sizeof *items, n = c->classes.size / sizeof(CharClass);
+    CharClass class = {.first = (uint32_t)first_item, .negate = negate};
+    // Categories become one mask; ranges inside ASCII are needed for the table alone.
+    size_t kept = first_item;
+    for (size_t i = first_item; i < n_items; i++)
+        if (items[i].kind == ITEM_CATEGORIES)
+            class.categories |= items[i].negate ? ~items[i].first : items[i].first;
+    class.count = (uint32_t)(n_items - first_item);
     for (uint32_t code = 0; code < 128; code++)
         if (class_search(c->unicode, items, &class, code))
             class.ascii[code / 64] |= (uint64_t)1 << code % 64;
+    for (size_t i = first_item; i < n_items; i++) {
+        bool ascii = items[i].kind == ITEM_RANGE && items[i].last < 128;
+        if (!ascii && items[i].kind != ITEM_CATEGORIES) items[kept++] = items[i];
+    }
+    class.count = (uint32_t)(kept - first_item);
+    c->items.size = kept * sizeof *items;
     if (buffer_append(&c->classes, &class, sizeof class, c->err)) return -1;
     return regex_emit(c, (RegexStep){.op = OP_CLASS, .class = (uint32_t)n});
 }
@@ -3331,8 +3348,8 @@ static int regex_atom(RegexCompiler *c) {
     return regex_class(c, first_item, any);
 }
 
-// Can the steps [from, end) match without consuming anything? Also collects the characters with
-// which they can begin: first_ascii and, at large, whether others than ASCII can.
+// With which characters can the steps [from, end) begin: which of ASCII, and whether others too? And
+// can they match without consuming anything?
 typedef struct { uint64_t ascii[2]; bool other, empty; } FirstSet;
 
 static int regex_first(RegexCompiler *c, size_t from, size_t end, FirstSet *first) {
@@ -3351,9 +3368,10 @@ static int regex_first(RegexCompiler *c, size_t from, size_t end, FirstSet *firs
         size_t next = i + 1;
         if (step->op == OP_MATCH) { first->empty = true; continue; }
         if (step->op == OP_CLASS || step->op == OP_LOOP) {
-            first->ascii[0] |= classes[step->class].ascii[0];
-            first->ascii[1] |= classes[step->class].ascii[1];
-            first->other = true;
+            const CharClass *class = &classes[step->class];
+            first->ascii[0] |= class->ascii[0];
+            first->ascii[1] |= class->ascii[1];
+            first->other = first->other || class->negate || class->categories || class->count;
             if (step->op == OP_CLASS || step->min) continue;
         } else if (step->op == OP_JUMP || step->op == OP_SPLIT || step->op == OP_LOOK_AHEAD
                    || step->op == OP_LOOK_NOT) {
@@ -3820,6 +3838,7 @@ static int vocabulary_add(Vocabulary *v, const char *text, size_t n, size_t id, 
     return 0;
 }
 
+// Makes by_id; called once for the model's own tokens, and again when added ones have come.
 static int vocabulary_close(Vocabulary *v, const char *file, Region *region, qlora_error *err) {
     v->by_id = region_alloc(region, v->n_ids, sizeof *v->by_id, err);
     if (!v->by_id) return -1;
@@ -3874,8 +3893,8 @@ static int merge_add(Vocabulary *v, const char *left, size_t n_left, const char 
 
 // -------------------------------------------------------------------------------- what is read
 
-typedef enum { NORMAL_FORM, NORMAL_PREPEND, NORMAL_REPLACE, NORMAL_STRIP, NORMAL_LOWERCASE
-} NormalKind;
+typedef enum { NORMAL_FORM, NORMAL_PREPEND, NORMAL_REPLACE, NORMAL_STRIP, NORMAL_LOWERCASE }
+    NormalKind;
 
 typedef struct {
     NormalKind kind;
@@ -3884,6 +3903,7 @@ typedef struct {
     const char *text;               // prepended, or put in place of what the regex matches
     size_t length;
     bool left, right;               // NORMAL_STRIP: which sides
+    bool only_first;                // NORMAL_PREPEND: only where the whole text begins
 } NormalStep;
 
 typedef enum { PRE_SPLIT, PRE_PREFIX_SPACE, PRE_METASPACE, PRE_BYTES } PreKind;
@@ -4048,7 +4068,7 @@ static int push_id(Buffer *ids, int32_t id, qlora_error *err) {
 }
 
 // Few symbols: look for the lowest rank again and again, the leftmost among equals.
-enum { FEW_SYMBOLS = 32 };
+enum { FEW_SYMBOLS = 64 };
 
 static size_t merge_few(const Vocabulary *v, int32_t *ids, size_t n) {
     uint32_t rank[FEW_SYMBOLS];                       // of the pair that begins at i
@@ -4423,8 +4443,8 @@ static size_t space_length(const char *text, size_t n, bool at_end) {
     return length;
 }
 
-// Applies the normalizers; *text and *n become what they make of it.
-static int normalize(Encoder *e, const char **text, size_t *n) {
+// Applies the normalizers; *text and *n become what they make of it. at_start: as in pre_tokenize.
+static int normalize(Encoder *e, const char **text, size_t *n, bool at_start) {
     for (size_t i = 0; i < e->t->n_normalizers && *n; i++) {
         const NormalStep *s = &e->t->normalizers[i];
         Buffer *out = &e->normal[0];
@@ -4437,6 +4457,7 @@ static int normalize(Encoder *e, const char **text, size_t *n) {
             bad = normal_apply(s->form, *text, *n, out, &same, e->err);
             break;
         case NORMAL_PREPEND:
+            if (s->only_first && !at_start) continue;
             bad = buffer_append(out, s->text, s->length, e->err)
                || buffer_append(out, *text, *n, e->err);
             break;
@@ -4532,7 +4553,7 @@ static int encode_normalized(Encoder *e, const char *text, size_t n, bool at_sta
 }
 
 static int encode_raw(Encoder *e, const char *text, size_t n, bool at_start) {
-    if (normalize(e, &text, &n)) return -1;
+    if (normalize(e, &text, &n, at_start)) return -1;
     return split_added(e, &e->t->added_normalized, text, n, at_start, encode_normalized);
 }
 
@@ -4781,6 +4802,7 @@ typedef struct {
     const char *file;
     Region scratch;
     Encoder encoder;                // normalises added tokens
+    const Json *config, *map;       // tokenizer_config.json, special_tokens_map.json, or NULL
     qlora_error *err;
 } Loader;
 
@@ -5194,7 +5216,7 @@ static int read_vocabulary(Loader *l, const Json *vocab, size_t n_more) {
         if (vocabulary_add(&t->vocabulary, texts, entry->key_length, id, l->file, l->err)) return -1;
         texts += entry->key_length + 1;
     }
-    return 0;
+    return vocabulary_close(&t->vocabulary, l->file, &t->region, l->err);
 }
 
 // One merge, "a b" or ["a", "b"].
@@ -5282,27 +5304,29 @@ static bool can_cut_at_space(const Tokenizer *t) {
     return true;
 }
 
+// What follows from vocabulary, merges and pre-tokenizers together.
+static int finish_model(Loader *l) {
+    Tokenizer *t = l->t;
+    // The last pre-tokenizer's byte alphabet is folded into the model: its pieces stay bytes.
+    t->byte_level = t->n_pre_tokenizers
+                 && t->pre_tokenizers[t->n_pre_tokenizers - 1].kind == PRE_BYTES;
+    if (t->byte_level) t->n_pre_tokenizers--;
+    t->cut_at_space = can_cut_at_space(t);
+    return index_symbols(l);
+}
+
 static int read_model(Loader *l, const Json *model, size_t n_more) {
     Tokenizer *t = l->t;
     if (check_model(l, model) || read_vocabulary(l, json_get(model, "vocab"), n_more)
         || read_bool(l, model, "fuse_unk", false, &t->fuse_unk)
         || read_bool(l, model, "byte_fallback", false, &t->byte_fallback)
         || read_bool(l, model, "ignore_merges", false, &t->ignore_merges)) return -1;
-    // by_id is made once more when added tokens have come; the merges are checked against it now.
-    if (vocabulary_close(&t->vocabulary, l->file, &t->region, l->err)
-        || read_merges(l, json_get(model, "merges")) || index_symbols(l)) return -1;
     const Json *unk = json_get(model, "unk_token");
-    t->unk_id = -1;
     if (json_is(unk, JSON_STRING)) {
         t->unk_id = vocabulary_id(&t->vocabulary, unk->text, unk->length);
         if (t->unk_id < 0) t->unk_id = UNK_MISSING;
     }
-    // The last pre-tokenizer's byte alphabet is folded into the model: its pieces stay bytes.
-    t->byte_level = t->n_pre_tokenizers
-                 && t->pre_tokenizers[t->n_pre_tokenizers - 1].kind == PRE_BYTES;
-    if (t->byte_level) t->n_pre_tokenizers--;
-    t->cut_at_space = can_cut_at_space(t);
-    return 0;
+    return read_merges(l, json_get(model, "merges")) ? -1 : finish_model(l);
 }
 
 // ---------------------------------------------------------------------- reading added tokens
@@ -5327,25 +5351,47 @@ static int added_sort(Loader *l, AddedSet *set) {
     return 0;
 }
 
-// Enters an added token: its id is the one the vocabulary has for it, or the next free one; the file
-// must say the same.
-static Token *enter_added(Loader *l, const Json *content, size_t id, size_t *next_id) {
+static int added_open(Loader *l, size_t n) {
+    Tokenizer *t = l->t;
+    t->added_raw.tokens = region_alloc(&t->region, n, sizeof(AddedToken), l->err);
+    t->added_normalized.tokens = region_alloc(&t->region, n, sizeof(AddedToken), l->err);
+    return t->added_raw.tokens && t->added_normalized.tokens ? 0 : -1;
+}
+
+static int added_close(Loader *l) {
+    Tokenizer *t = l->t;
+    if (added_sort(l, &t->added_raw) || added_sort(l, &t->added_normalized)) return -1;
+    return vocabulary_close(&t->vocabulary, l->file, &t->region, l->err);
+}
+
+// Makes a token of the vocabulary one that is looked for in the raw text.
+static void add_special(Loader *l, Token *token) {
+    AddedSet *set = &l->t->added_raw;
+    if (token->added) return;
+    token->added = token->special = true;
+    set->tokens[set->n++] = (AddedToken){.pattern = token->text, .length = token->length,
+                                         .id = token->id};
+}
+
+// Enters an added token. In a tokenizer.json its id is the one the vocabulary has for it or the next
+// free one, and the file must say the same; elsewhere (next_id NULL) the file alone decides.
+static Token *enter_added(Loader *l, const char *text, size_t n, size_t id, size_t *next_id) {
     Vocabulary *v = &l->t->vocabulary;
-    Token *token = vocabulary_find(v, content->text, content->length);
+    Token *token = vocabulary_find(v, text, n);
     if (token && token->added) {
-        fail(l->err, "%s: added token \"%.100s\" stands there twice", l->file, content->text);
+        fail(l->err, "%s: added token \"%.100s\" stands there twice", l->file, text);
         return NULL;
     }
-    size_t expected = token ? (size_t)token->id : *next_id;
+    size_t expected = token ? (size_t)token->id : next_id ? *next_id : id;
     if (id != expected) {
         fail(l->err, "%s: added token \"%.100s\" has id %zu where %zu follows from the vocabulary",
-             l->file, content->text, id, expected);
+             l->file, text, id, expected);
         return NULL;
     }
-    *next_id = max_size(*next_id, id + 1);
+    if (next_id) *next_id = max_size(*next_id, id + 1);
     if (!token) {
-        const char *text = keep_text(l, content->text, content->length);
-        if (!text || vocabulary_add(v, text, content->length, id, l->file, l->err)) return NULL;
+        const char *kept = keep_text(l, text, n);
+        if (!kept || vocabulary_add(v, kept, n, id, l->file, l->err)) return NULL;
         token = &v->tokens[v->n_tokens - 1];
         token->outside = true;
     }
@@ -5353,28 +5399,32 @@ static Token *enter_added(Loader *l, const Json *content, size_t id, size_t *nex
     return token;
 }
 
+// An added token in any of three forms: {"id": 7, "content": "x", ...} in a list, "7": {"content":
+// "x", ...} in added_tokens_decoder, "x": 7 in added_tokens.json.
 static int read_added_token(Loader *l, const Json *entry, size_t *next_id) {
-    const Json *content = need_text(l, entry, "content");
+    bool bare = entry->kind == JSON_NUMBER, normalized, special;
+    Json key = {.kind = JSON_NUMBER, .text = entry->key, .length = entry->key_length};
+    const Json *content = bare ? &key : need_text(l, entry, "content");
+    const Json *number = bare ? entry : entry->key ? &key : json_get(entry, "id");
     AddedToken added = {0};
     size_t id;
-    bool normalized, special;
     if (!content) return -1;
     if (content->length == 0) return 0;
-    if (!json_to_size(json_get(entry, "id"), &id))
+    if (!json_to_size(number, &id))
         return fail(l->err, "%s: added token \"%.100s\" has no id", l->file, content->text);
     if (read_bool(l, entry, "special", false, &special)
         || read_bool(l, entry, "normalized", !special, &normalized)
         || read_bool(l, entry, "lstrip", false, &added.lstrip)
         || read_bool(l, entry, "rstrip", false, &added.rstrip)
         || read_bool(l, entry, "single_word", false, &added.single_word)) return -1;
-    Token *token = enter_added(l, content, id, next_id);
+    Token *token = enter_added(l, content->text, content->length, id, next_id);
     if (!token) return -1;
     token->special = special;
     added.id = token->id;
     added.pattern = token->text;
     added.length = token->length;
     if (normalized) {
-        if (normalize(&l->encoder, &added.pattern, &added.length)) return -1;
+        if (normalize(&l->encoder, &added.pattern, &added.length, true)) return -1;
         if (!added.length)
             return fail(l->err, "%s: nothing is left of added token \"%.100s\" when it is normalised",
                         l->file, token->text);
@@ -5386,16 +5436,12 @@ static int read_added_token(Loader *l, const Json *entry, size_t *next_id) {
     return 0;
 }
 
-static int read_added_tokens(Loader *l, const Json *list) {
-    Tokenizer *t = l->t;
-    size_t n = list ? list->count : 0, next_id = t->vocabulary.n_tokens;
-    t->added_raw.tokens = region_alloc(&t->region, n, sizeof(AddedToken), l->err);
-    t->added_normalized.tokens = region_alloc(&t->region, n, sizeof(AddedToken), l->err);
-    if (!t->added_raw.tokens || !t->added_normalized.tokens) return -1;
-    for (const Json *entry = list ? list->first : NULL; entry; entry = entry->next)
-        if (read_added_token(l, entry, &next_id)) return -1;
-    if (added_sort(l, &t->added_raw) || added_sort(l, &t->added_normalized)) return -1;
-    return vocabulary_close(&t->vocabulary, l->file, &t->region, l->err);
+static int read_added_tokens(Loader *l, const Json *list, size_t *next_id) {
+    int bad = encoder_open(&l->encoder, l->t, 0, NULL, l->err);
+    for (const Json *entry = list ? list->first : NULL; entry && !bad; entry = entry->next)
+        bad = read_added_token(l, entry, next_id);
+    encoder_close(&l->encoder);
+    return bad ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------------ reading the files
@@ -5440,14 +5486,18 @@ static int read_json_file(Loader *l, const char *directory, const char *name, co
     return found < 0 ? -1 : 0;
 }
 
-// A token of tokenizer_config.json: "text" or {"content": "text"}.
-static int read_config_token(Loader *l, const Json *config, const Json *other, const char *key,
-                             const char **text, int32_t *id) {
-    const Json *value = json_get(config, key);
-    if (!value) value = json_get(other, key);
+// A token that the configuration names: "text" or {"content": "text"}, else NULL.
+static const Json *config_token(const Loader *l, const char *key) {
+    const Json *value = json_get(l->config, key);
+    if (!value) value = json_get(l->map, key);
     if (json_is(value, JSON_OBJECT)) value = json_get(value, "content");
+    return json_is(value, JSON_STRING) ? value : NULL;
+}
+
+static int read_config_token(Loader *l, const char *key, const char **text, int32_t *id) {
+    const Json *value = config_token(l, key);
     *id = -1;
-    if (!json_is(value, JSON_STRING)) return 0;
+    if (!value) return 0;
     *text = keep_text(l, value->text, value->length);
     *id = tokenizer_id(l->t, value->text, value->length);
     return *text ? 0 : -1;
@@ -5470,22 +5520,20 @@ static int read_chat_template(Loader *l, const Json *value) {
 
 static int read_config(Loader *l, const char *directory) {
     Tokenizer *t = l->t;
-    const Json *config, *map, *templates;
-    if (read_json_file(l, directory, "tokenizer_config.json", &config)
-        || read_json_file(l, directory, "special_tokens_map.json", &map)
-        || read_json_file(l, directory, "chat_template.json", &templates)) return -1;
-    const Json *class_name = json_get(config, "tokenizer_class");
+    const Json *templates;
+    if (read_json_file(l, directory, "chat_template.json", &templates)) return -1;
+    const Json *class_name = json_get(l->config, "tokenizer_class");
     if (json_is(class_name, JSON_STRING)) {
         t->class_name = keep_text(l, class_name->text, class_name->length);
         if (!t->class_name) return -1;
     }
-    t->add_bos_token = json_get_bool(config, "add_bos_token", t->n_prefix > 0);
-    t->add_eos_token = json_get_bool(config, "add_eos_token", t->n_suffix > 0);
-    if (read_config_token(l, config, map, "bos_token", &t->bos_token, &t->bos_id)
-        || read_config_token(l, config, map, "eos_token", &t->eos_token, &t->eos_id)
-        || read_config_token(l, config, map, "pad_token", &t->pad_token, &t->pad_id)
-        || read_config_token(l, config, map, "unk_token", &t->unk_token, &t->config_unk_id)
-        || read_chat_template(l, json_get(config, "chat_template"))
+    t->add_bos_token = json_get_bool(l->config, "add_bos_token", t->n_prefix > 0);
+    t->add_eos_token = json_get_bool(l->config, "add_eos_token", t->n_suffix > 0);
+    if (read_config_token(l, "bos_token", &t->bos_token, &t->bos_id)
+        || read_config_token(l, "eos_token", &t->eos_token, &t->eos_id)
+        || read_config_token(l, "pad_token", &t->pad_token, &t->pad_id)
+        || read_config_token(l, "unk_token", &t->unk_token, &t->config_unk_id)
+        || read_chat_template(l, json_get(l->config, "chat_template"))
         || read_chat_template(l, json_get(templates, "chat_template"))) return -1;
     // A file of its own comes before all others.
     Buffer path = {.allocator = t->region.allocator}, text = path;
@@ -5502,31 +5550,385 @@ static int read_config(Loader *l, const char *directory) {
 static int read_tokenizer_json(Loader *l, const Json *root) {
     Tokenizer *t = l->t;
     const Json *added = json_get(root, "added_tokens");
-    t->file = l->file;
     if (root->kind != JSON_OBJECT || !json_get(root, "model"))
         return fail(l->err, "%s: no \"model\" in it", l->file);
     if (added && added->kind != JSON_ARRAY)
         return fail(l->err, "%s: \"added_tokens\" should be a list", l->file);
+    size_t n_added = added ? added->count : 0;
     if (read_normalizer(l, json_get(root, "normalizer"), 0)
         || read_pre_tokenizer(l, json_get(root, "pre_tokenizer"), 0)
         || read_decoder(l, json_get(root, "decoder"), 0) || check_decoders(l)
-        || read_model(l, json_get(root, "model"), added ? added->count : 0)) return -1;
-    int bad = encoder_open(&l->encoder, t, 0, NULL, l->err) || read_added_tokens(l, added);
-    encoder_close(&l->encoder);
-    return bad ? -1 : read_post_processor(l, json_get(root, "post_processor"), 0);
+        || read_model(l, json_get(root, "model"), n_added)) return -1;
+    size_t next_id = t->vocabulary.n_tokens;
+    if (added_open(l, n_added) || read_added_tokens(l, added, &next_id) || added_close(l)) return -1;
+    return read_post_processor(l, json_get(root, "post_processor"), 0);
+}
+
+// ----------------------------------------------------------- directories without a tokenizer.json
+
+// The added tokens of such a directory: added_tokens_decoder in its configuration, or a file.
+static int find_added_tokens(Loader *l, const char *directory, const Json **added) {
+    const char *file = l->file;
+    *added = json_get(l->config, "added_tokens_decoder");
+    if (!*added && read_json_file(l, directory, "added_tokens.json", added)) return -1;
+    l->file = file;
+    if (*added && (*added)->kind != JSON_OBJECT)
+        return fail(l->err, "%s: the added tokens should be an object", l->file);
+    return 0;
+}
+
+static const char *const config_tokens[] = {"bos_token", "eos_token", "unk_token", "pad_token"};
+
+// Makes the tokens that the configuration names special.
+static void add_config_specials(Loader *l) {
+    for (size_t i = 0; i < sizeof config_tokens / sizeof *config_tokens; i++) {
+        const Json *text = config_token(l, config_tokens[i]);
+        Token *token = text ? vocabulary_find(&l->t->vocabulary, text->text, text->length) : NULL;
+        if (token && token->length) add_special(l, token);
+    }
+}
+
+// Puts bos_token before and eos_token behind every text, where the configuration says so.
+static int add_bos_and_eos(Loader *l, bool bos_by_default, const char *bos, const char *eos) {
+    Tokenizer *t = l->t;
+    const Json *given = config_token(l, "bos_token");
+    if (given) bos = given->text;
+    given = config_token(l, "eos_token");
+    if (given) eos = given->text;
+    int32_t *ids = region_alloc(&t->region, 2, sizeof *ids, l->err);
+    if (!ids) return -1;
+    ids[0] = tokenizer_id(t, bos, strlen(bos));
+    ids[1] = tokenizer_id(t, eos, strlen(eos));
+    t->prefix = ids;
+    t->suffix = ids + 1;
+    t->n_prefix = json_get_bool(l->config, "add_bos_token", bos_by_default);
+    t->n_suffix = json_get_bool(l->config, "add_eos_token", false);
+    if (t->n_prefix && ids[0] < 0) return refuse(l, "add_bos_token without its token", bos);
+    if (t->n_suffix && ids[1] < 0) return refuse(l, "add_eos_token without its token", eos);
+    return 0;
+}
+
+// merges.txt: "a b" on each line, the first perhaps "#version".
+static int read_merges_txt(Loader *l, const char *directory) {
+    Tokenizer *t = l->t;
+    const qlora_allocator *a = t->region.allocator;
+    Buffer path = {.allocator = a}, text = path, scratch = path;
+    size_t lines = 0, rank = 0;
+    int found = read_tokenizer_file(directory, "merges.txt", &path, &text, l->err), bad = found < 0;
+    if (!found) bad = fail(l->err, "%s: vocab.json without merges.txt", directory);
+    if (!bad && utf8_valid_prefix(text.data, text.size) < text.size)
+        bad = fail(l->err, "%s: invalid UTF-8", path.data);
+    for (size_t i = 0; i < text.size && !bad; i++) lines += text.data[i] == '\n';
+    bad = bad || merges_open(&t->vocabulary, lines + 1, &t->region, l->err);
+    for (size_t at = 0; at < text.size && !bad;) {
+        const char *line = text.data + at, *end = memchr(line, '\n', text.size - at);
+        size_t n = end ? (size_t)(end - line) : text.size - at;
+        at += n + 1;
+        if (n && line[n - 1] == '\r') n--;
+        const char *space = memchr(line, ' ', n);
+        if (n == 0 || (starts_with(line, n, "#version") && rank == 0)) continue;
+        size_t left = space ? (size_t)(space - line) : 0;
+        bad = !space || memchr(space + 1, ' ', n - left - 1)
+            ? fail(l->err, "%s: merge %zu should be \"a b\"", path.data, rank)
+            : merge_add(&t->vocabulary, line, left, space + 1, n - left - 1, rank, &scratch,
+                        path.data, l->err);
+        rank++;
+    }
+    buffer_free(&path);
+    buffer_free(&text);
+    buffer_free(&scratch);
+    return bad ? -1 : 0;
+}
+
+static const char qwen2_pattern[] =
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+"
+    "[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+
+// vocab.json and merges.txt are byte-level; how the text is cut, the name of the class decides.
+static int read_vocab_and_merges(Loader *l, const Json *vocab, const char *directory) {
+    static const char *const classes[] = {"GPT2Tokenizer", "CodeGenTokenizer", "Qwen2Tokenizer"};
+    const char *name = json_get_text(l->config, "tokenizer_class");
+    Tokenizer *t = l->t;
+    size_t class = 0;
+    while (class < 3 && !(name && starts_with(name, strlen(name), classes[class]))) class++;
+    if (class == 3) return refuse(l, "vocab.json without tokenizer.json and tokenizer_class", name);
+    if (class == 2) {
+        NormalStep *s = &t->normalizers[t->n_normalizers++];
+        *s = (NormalStep){.kind = NORMAL_FORM, .form = normal_open(true, false, &t->region, l->err)};
+        if (!s->form) return -1;
+    }
+    if (json_get_bool(l->config, "add_prefix_space", false)
+        && add_pre_step(l, (PreStep){.kind = PRE_PREFIX_SPACE})) return -1;
+    if (add_pre_split(l, class == 2 ? qwen2_pattern : gpt2_pattern, SPLIT_ISOLATED, false)
+        || add_pre_step(l, (PreStep){.kind = PRE_BYTES})
+        || add_decode_step(l, (DecodeStep){.kind = DECODE_BYTE_LEVEL})) return -1;
+    const Json *added;
+    if (find_added_tokens(l, directory, &added)) return -1;
+    size_t n_added = added ? added->count : 0;
+    if (read_vocabulary(l, vocab, n_added) || read_merges_txt(l, directory) || finish_model(l)
+        || added_open(l, n_added + 4) || read_added_tokens(l, added, NULL)) return -1;
+    add_config_specials(l);
+    if (added_close(l)) return -1;
+    return add_bos_and_eos(l, false, "<|endoftext|>", "<|endoftext|>");
+}
+
+// ----------------------------------------------------------------- sentencepiece's tokenizer.model
+
+// Protocol buffers: a message is a list of (field number, wire type, value).
+typedef struct { const uint8_t *at, *end; } ProtoReader;
+typedef struct { uint64_t field, number; ProtoReader bytes; } ProtoField;
+
+static bool proto_varint(ProtoReader *r, uint64_t *value) {
+    *value = 0;
+    for (unsigned shift = 0; r->at < r->end && shift < 64; shift += 7) {
+        uint8_t byte = *r->at++;
+        *value |= (uint64_t)(byte & 0x7F) << shift;
+        if (!(byte & 0x80)) return true;
+    }
+    return false;
+}
+
+// Reads the next field. Returns 1, 0 at the end, -1 if the message is malformed.
+static int proto_next(ProtoReader *r, ProtoField *f) {
+    uint64_t key, n = 0;
+    if (r->at >= r->end) return 0;
+    if (!proto_varint(r, &key)) return -1;
+    *f = (ProtoField){.field = key >> 3};
+    switch (key & 7) {
+    case 0: return proto_varint(r, &f->number) ? 1 : -1;
+    case 1: n = 8; break;
+    case 2: if (!proto_varint(r, &n)) return -1; break;
+    case 5: n = 4; break;
+    default: return -1;
+    }
+    if (n > (uint64_t)(r->end - r->at)) return -1;
+    f->bytes = (ProtoReader){r->at, r->at + n};
+    if (n <= 8 && (key & 7) != 2) memcpy(&f->number, r->at, n);       // little-endian, as we are
+    r->at += n;
+    return 1;
+}
+
+typedef enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED,
+               PIECE_BYTE } PieceType;
+typedef struct { const char *text; size_t length; float score; PieceType type; } Piece;
+
+typedef struct {
+    Piece *pieces;
+    size_t n;
+    uint64_t model_type;            // 2: byte-pair encoding
+    bool byte_fallback, suffix_spaces;
+    bool add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces, has_charsmap;
+} PieceModel;
+
+static int read_piece(Loader *l, ProtoReader message, Piece *piece) {
+    ProtoField f;
+    int more;
+    *piece = (Piece){.text = "", .type = PIECE_NORMAL};
+    while ((more = proto_next(&message, &f)) > 0) {
+        if (f.field == 1) {
+            piece->text = (const char *)f.bytes.at;
+            piece->length = (size_t)(f.bytes.end - f.bytes.at);
+        } else if (f.field == 2) {
+            uint32_t bits = (uint32_t)f.number;
+            memcpy(&piece->score, &bits, sizeof bits);
+        } else if (f.field == 3) {
+            if (f.number < PIECE_NORMAL || f.number > PIECE_BYTE) return refuse(l, "piece of a type", "");
+            piece->type = (PieceType)f.number;
+        }
+    }
+    if (more < 0) return fail(l->err, "%s: malformed piece", l->file);
+    if (!piece->length || utf8_valid_prefix(piece->text, piece->length) < piece->length
+        || memchr(piece->text, 0, piece->length) || !isfinite(piece->score))
+        return fail(l->err, "%s: a piece is empty, no UTF-8 or has no score", l->file);
+    if (piece->type == PIECE_NORMAL && piece->length > 512)
+        return fail(l->err, "%s: a piece of %zu bytes (512 at most)", l->file, piece->length);
+    return 0;
+}
+
+// TrainerSpec (field 2 of the model) and NormalizerSpec (field 3).
+static int read_piece_spec(Loader *l, uint64_t which, ProtoReader message, PieceModel *m) {
+    ProtoField f;
+    int more;
+    while ((more = proto_next(&message, &f)) > 0) {
+        if (which == 2 && f.field == 3) m->model_type = f.number;
+        if (which == 2 && f.field == 24) m->suffix_spaces = f.number != 0;
+        if (which == 2 && f.field == 35) m->byte_fallback = f.number != 0;
+        if (which == 3 && f.field == 2) m->has_charsmap = f.bytes.at != f.bytes.end;
+        if (which == 3 && f.field == 3) m->add_dummy_prefix = f.number != 0;
+        if (which == 3 && f.field == 4) m->remove_extra_whitespaces = f.number != 0;
+        if (which == 3 && f.field == 5) m->escape_whitespaces = f.number != 0;
+    }
+    return more < 0 ? fail(l->err, "%s: malformed model", l->file) : 0;
+}
+
+static int read_piece_model(Loader *l, const Buffer *file, PieceModel *m) {
+    ProtoReader whole = {(const uint8_t *)file->data, (const uint8_t *)file->data + file->size};
+    ProtoReader r = whole;
+    ProtoField f;
+    int more;
+    *m = (PieceModel){.model_type = 1, .add_dummy_prefix = true, .remove_extra_whitespaces = true,
+                      .escape_whitespaces = true};
+    while ((more = proto_next(&r, &f)) > 0) {
+        m->n += f.field == 1;
+        if ((f.field == 2 || f.field == 3) && read_piece_spec(l, f.field, f.bytes, m)) return -1;
+    }
+    if (more < 0 || !m->n) return fail(l->err, "%s: no sentencepiece model", l->file);
+    if (m->model_type != 2) return refuse(l, "sentencepiece model", "other than byte-pair encoding");
+    if (m->has_charsmap) return refuse(l, "sentencepiece normalizer", "with a character map");
+    if (m->suffix_spaces) return refuse(l, "sentencepiece option", "treat_whitespace_as_suffix");
+    if (!m->escape_whitespaces) return refuse(l, "sentencepiece option", "escape_whitespaces false");
+    m->pieces = region_alloc(&l->scratch, m->n, sizeof *m->pieces, l->err);
+    size_t n = 0;
+    for (r = whole; m->pieces && proto_next(&r, &f) > 0;)
+        if (f.field == 1 && read_piece(l, f.bytes, &m->pieces[n++])) return -1;
+    return m->pieces ? 0 : -1;
+}
+
+static int compare_scores(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+// Sentencepiece merges any two neighbours that make a piece, the highest score first: the same as a
+// merge for every way to cut a piece in two, ranked by its score. Called to count and then to add.
+static int add_piece_merges(Loader *l, const PieceModel *m, const float *scores, Buffer *scratch,
+                            size_t *count, bool add) {
+    Vocabulary *v = &l->t->vocabulary;
+    for (size_t i = 0; i < m->n; i++) {
+        const Piece *piece = &m->pieces[i];
+        if (piece->type != PIECE_NORMAL) continue;
+        size_t rank = 0, high = m->n;                 // how many pieces have a higher score
+        while (rank < high) {
+            size_t middle = (rank + high) / 2;
+            if (scores[middle] > piece->score) rank = middle + 1;
+            else high = middle;
+        }
+        uint32_t code;
+        for (size_t k = utf8_next(piece->text, &code); k < piece->length;
+             k += utf8_next(piece->text + k, &code)) {
+            const Token *left = vocabulary_find(v, piece->text, k);
+            const Token *right = vocabulary_find(v, piece->text + k, piece->length - k);
+            if (!left || !right || m->pieces[left->id].type != PIECE_NORMAL
+                || m->pieces[right->id].type != PIECE_NORMAL) continue;
+            *count += 1;
+            if (add && merge_add(v, left->text, left->length, right->text, right->length, rank,
+                                 scratch, l->file, l->err)) return -1;
+        }
+    }
+    return 0;
+}
+
+static int build_piece_merges(Loader *l, const PieceModel *m) {
+    Buffer scratch = {.allocator = l->t->region.allocator};
+    size_t count = 0;
+    float *scores = region_alloc(&l->scratch, m->n, sizeof *scores, l->err);
+    if (!scores) return -1;
+    for (size_t i = 0; i < m->n; i++) scores[i] = m->pieces[i].score;
+    qsort(scores, m->n, sizeof *scores, compare_scores);
+    int bad = add_piece_merges(l, m, scores, &scratch, &count, false)
+           || merges_open(&l->t->vocabulary, count, &l->t->region, l->err)
+           || add_piece_merges(l, m, scores, &scratch, &count, true);
+    buffer_free(&scratch);
+    return bad ? -1 : 0;
+}
+
+static int add_replace(Loader *l, const char *pattern, const char *text) {
+    const Regex *regex = compile(l, pattern, strlen(pattern));
+    l->t->normalizers[l->t->n_normalizers++] = (NormalStep){
+        .kind = NORMAL_REPLACE, .regex = regex, .text = text, .length = strlen(text)};
+    return regex ? 0 : -1;
+}
+
+// The normalizer and the decoder as their specification in the file has them.
+static int build_piece_steps(Loader *l, const PieceModel *m) {
+    Tokenizer *t = l->t;
+    if (m->remove_extra_whitespaces && (add_replace(l, "\\A +", "") || add_replace(l, " {2,}", " ")))
+        return -1;
+    // "legacy" false: a text that follows a special token does not begin with a space.
+    if (m->add_dummy_prefix)
+        t->normalizers[t->n_normalizers++] = (NormalStep){
+            .kind = NORMAL_PREPEND, .text = space_mark, .length = 3,
+            .only_first = !json_get_bool(l->config, "legacy", true)};
+    t->normalizers[t->n_normalizers++] = (NormalStep){
+        .kind = NORMAL_REPLACE, .text = space_mark, .length = 3};
+    if (m->remove_extra_whitespaces && add_replace(l, "\xE2\x96\x81+\\z", "")) return -1;
+    DecodeStep replace = {.kind = DECODE_REPLACE, .text = " ", .length = 1,
+                          .regex = compile_literal(l, space_mark, 3)};
+    DecodeStep strip = {.kind = DECODE_STRIP, .text = " ", .length = 1,
+                        .start = m->add_dummy_prefix ? 1 : 0};
+    if (!replace.regex || add_decode_step(l, replace)) return -1;
+    return add_decode_step(l, (DecodeStep){.kind = DECODE_BYTE_FALLBACK})
+        || add_decode_step(l, (DecodeStep){.kind = DECODE_FUSE}) || add_decode_step(l, strip);
+}
+
+static int read_sentencepiece(Loader *l, const Buffer *file, const char *directory) {
+    Tokenizer *t = l->t;
+    Vocabulary *v = &t->vocabulary;
+    PieceModel m;
+    const Json *added;
+    if (read_piece_model(l, file, &m) || build_piece_steps(l, &m)
+        || find_added_tokens(l, directory, &added)) return -1;
+    size_t n_added = added ? added->count : 0;
+    if (vocabulary_open(v, m.n + n_added, &t->region, l->err)) return -1;
+    for (size_t i = 0; i < m.n; i++) {
+        const Piece *piece = &m.pieces[i];
+        const char *text = keep_text(l, piece->text, piece->length);
+        if (!text || vocabulary_add(v, text, piece->length, i, l->file, l->err)) return -1;
+        if (m.remove_extra_whitespaces && piece->type == PIECE_USER_DEFINED
+            && (strchr(text, ' ') || strstr(text, space_mark)))
+            return refuse(l, "user-defined piece with a space", text);
+        v->tokens[i].outside = piece->type != PIECE_NORMAL && piece->type != PIECE_BYTE;
+        if (piece->type == PIECE_UNKNOWN) t->unk_id = (int32_t)i;
+    }
+    t->byte_fallback = m.byte_fallback;
+    t->fuse_unk = true;
+    if (vocabulary_close(v, l->file, &t->region, l->err) || build_piece_merges(l, &m)
+        || finish_model(l) || added_open(l, m.n + n_added)
+        || read_added_tokens(l, added, NULL)) return -1;
+    for (size_t i = 0; i < m.n; i++) {
+        PieceType type = m.pieces[i].type;
+        if (type == PIECE_UNKNOWN || type == PIECE_CONTROL) add_special(l, &v->tokens[i]);
+        // Pieces that the user defined are whole, and are looked for where spaces are "▁" already.
+        if (type != PIECE_USER_DEFINED || v->tokens[i].added) continue;
+        AddedSet *set = &t->added_normalized;
+        v->tokens[i].added = true;
+        set->tokens[set->n++] = (AddedToken){.pattern = v->tokens[i].text, .id = (int32_t)i,
+                                             .length = v->tokens[i].length};
+    }
+    return added_close(l) ? -1 : add_bos_and_eos(l, true, "<s>", "</s>");
+}
+
+// ------------------------------------------------------------------------------- opening it all
+
+// Takes the first of tokenizer.json, vocab.json with merges.txt, tokenizer.model.
+static int tokenizer_load(Loader *l, const char *directory) {
+    const Json *root, *vocab = NULL;
+    if (read_json_file(l, directory, "tokenizer_config.json", &l->config)
+        || read_json_file(l, directory, "special_tokens_map.json", &l->map)
+        || read_json_file(l, directory, "tokenizer.json", &root)) return -1;
+    l->t->file = l->file;
+    if (root) return read_tokenizer_json(l, root) || read_config(l, directory) ? -1 : 0;
+    if (read_json_file(l, directory, "vocab.json", &vocab)) return -1;
+    l->t->file = l->file;
+    if (vocab) return read_vocab_and_merges(l, vocab, directory) || read_config(l, directory) ? -1 : 0;
+    Buffer path = {.allocator = l->t->region.allocator}, file = path;
+    int found = read_tokenizer_file(directory, "tokenizer.model", &path, &file, l->err);
+    int bad = found < 0;
+    if (!found)
+        bad = fail(l->err, "%s: no tokenizer.json, vocab.json or tokenizer.model in it", directory);
+    if (!bad) {
+        l->file = l->t->file = keep_text(l, path.data, path.size);
+        bad = !l->file || read_sentencepiece(l, &file, directory) || read_config(l, directory);
+    }
+    buffer_free(&path);
+    buffer_free(&file);
+    return bad ? -1 : 0;
 }
 
 static void tokenizer_close(Tokenizer *t) {
     if (!t) return;
     Region region = t->region;                        // t itself lies in it
     region_free(&region);
-}
-
-static int tokenizer_load(Loader *l, const char *directory) {
-    const Json *root;
-    if (read_json_file(l, directory, "tokenizer.json", &root)) return -1;
-    if (!root) return fail(l->err, "%s: no tokenizer.json in it", directory);
-    return read_tokenizer_json(l, root) || read_config(l, directory) ? -1 : 0;
 }
 
 // Reads the tokenizer of a Hugging Face model directory.
@@ -5536,6 +5938,7 @@ static Tokenizer *tokenizer_open(const char *directory, const qlora_allocator *a
     Tokenizer *t = region_alloc(&region, 1, sizeof *t, err);
     if (!t) return NULL;
     t->region = region;
+    t->unk_id = -1;
     t->unicode = unicode_open(&t->region, err);
     t->normalizers = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->normalizers, err);
     t->pre_tokenizers = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->pre_tokenizers, err);
@@ -8446,12 +8849,2156 @@ int qlora_chat(qlora_model *q, const qlora_message *messages, size_t n, const ql
     region_free(&region);
     return bad ? -1 : 0;
 }
+// =================================================================================================
+//  16. What a person sees
+// =================================================================================================
+#ifdef QLORA_MAIN
+
+// Text from files and models may hold control characters, which must not drive the terminal: all but
+// newline and tab are shown escaped.
+static void print_safely(FILE *out, const char *text, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        unsigned char c = (unsigned char)text[i];
+        if ((c < 0x20 && c != '\n' && c != '\t') || c == 0x7F) fprintf(out, "\\x%02X", c);
+        else fputc(c, out);
+    }
+}
+
+static void print_duration(double seconds) {
+    unsigned long s = (unsigned long)(seconds + 0.5);
+    if (s >= 3600) printf("%lu:%02lu:%02lu", s / 3600, s / 60 % 60, s % 60);
+    else printf("%lu:%02lu", s / 60, s % 60);
+}
+
+typedef struct { double start; } ProgressView;
+
+static void print_progress(void *user, const qlora_progress *p) {
+    ProgressView *view = user;
+    double elapsed = now_seconds() - view->start;
+    double left = elapsed / (double)p->step * (double)(p->steps - p->step);
+    printf("step %zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  ", p->step, p->steps,
+           p->epoch, p->loss, p->grad_norm, p->learning_rate, (double)p->tokens / p->seconds);
+    print_duration(left);
+    printf(" left\n");
+    fflush(stdout);
+}
+
+static void print_message(void *user, const char *line) {
+    (void)user;
+    print_safely(stdout, line, strlen(line));
+    printf("\n");
+    fflush(stdout);
+}
+
+static void print_banner(const qlora_model *q) {
+    qlora_model_info info = qlora_info(q);
+    const Weight *w = &q->transformer.layers[0].linear[0].weight;
+    const char *type = w->dtype == DT_NF4 ? "NF4" : w->dtype == DT_FP4 ? "FP4" : "unquantised";
+    printf("model: %s, %zu layers, %.1f M parameters, %s%s, %zu MB; compute %s, %d thread%s\n",
+           info.architecture, info.layers, (double)info.parameters * 1e-6, type,
+           w->absmax8 ? " with double quantisation" : "", info.weight_bytes >> 20,
+           info.compute == QLORA_COMPUTE_BF16 ? "bf16" : "f32", info.threads,
+           info.threads == 1 ? "" : "s");
+    fflush(stdout);
+}
+
+// =================================================================================================
+//  17. Command line and chat
+//
+//  One table of options makes the parser and --help; names are those of transformers, peft and trl,
+//  with - or _. Exit status: 0 done, 1 failed, 2 usage, 128 + n after signal n.
+// =================================================================================================
+
+typedef struct {
+    const char *path, *data, *out;          // the positional arguments, by command
+    const char *adapter, *prompt, *ids, *output, *system;
+    qlora_options options;
+    const char *quant, *compute;
+    qlora_train_options train;
+    qlora_sampling sampling;
+    bool json, ids_only, decode, double_quant;
+    bool given[64];                         // options that were set, by row of the table
+} Arguments;
+
+enum { CMD_TRAIN = 1, CMD_GENERATE = 2, CMD_CHAT = 4, CMD_LOGITS = 8, CMD_TOKENIZE = 16,
+       CMD_QUANTIZE = 32, CMD_INIT = 64, CMD_INFO = 128, CMD_RUN = CMD_GENERATE | CMD_CHAT | CMD_LOGITS,
+       CMD_COMPUTE = CMD_TRAIN | CMD_RUN | CMD_QUANTIZE | CMD_INIT };
+
+typedef enum { OPT_TEXT, OPT_SIZE, OPT_INT, OPT_FLOAT, OPT_DOUBLE, OPT_BYTES, OPT_SEED, OPT_SWITCH }
+    OptionKind;
+
+typedef struct {
+    const char *name, *alias;
+    OptionKind kind;
+    size_t offset;                          // of the value in Arguments
+    int commands;
+    const char *help;
+} Option;
+
+#define AT(field) offsetof(Arguments, field)
+static const Option option_table[] = {
+    {"adapter", NULL, OPT_TEXT, AT(adapter), CMD_RUN, "PEFT adapter directory on top of the model"},
+    {"quant", NULL, OPT_TEXT, AT(quant), CMD_COMPUTE, "nf4, fp4 or none: the layers' frozen weights"},
+    {"double-quant", NULL, OPT_SWITCH, AT(double_quant), CMD_COMPUTE,
+     "true or false: quantise the scales too"},
+    {"compute", NULL, OPT_TEXT, AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
+    {"threads", NULL, OPT_INT, AT(options.threads), CMD_COMPUTE, "0: one for each physical core"},
+    {"memory", NULL, OPT_BYTES, AT(options.memory), CMD_TRAIN | CMD_RUN,
+     "most bytes to take, e.g. 8G; less memory only means more time"},
+    {"output", "output-dir", OPT_TEXT, AT(output), CMD_TRAIN | CMD_LOGITS,
+     "where results go: a directory (train), a file (logits)"},
+    {"lora-r", NULL, OPT_SIZE, AT(train.lora_r), CMD_TRAIN, "rank of the adapter"},
+    {"lora-alpha", NULL, OPT_FLOAT, AT(train.lora_alpha), CMD_TRAIN, "scale: alpha / r"},
+    {"lora-dropout", NULL, OPT_FLOAT, AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
+    {"target-modules", NULL, OPT_TEXT, AT(train.target_modules), CMD_TRAIN,
+     "all-linear, or names such as q_proj,v_proj,lm_head"},
+    {"mask", NULL, OPT_TEXT, AT(train.mask), CMD_TRAIN, "content, turn or all: what is learnt"},
+    {"learning-rate", "lr", OPT_FLOAT, AT(train.learning_rate), CMD_TRAIN, "its peak"},
+    {"lr-scheduler-type", NULL, OPT_TEXT, AT(train.lr_scheduler_type), CMD_TRAIN,
+     "constant, constant_with_warmup, linear or cosine"},
+    {"warmup-ratio", NULL, OPT_FLOAT, AT(train.warmup_ratio), CMD_TRAIN, "share of the steps"},
+    {"weight-decay", NULL, OPT_FLOAT, AT(train.weight_decay), CMD_TRAIN, "AdamW's"},
+    {"max-grad-norm", NULL, OPT_FLOAT, AT(train.max_grad_norm), CMD_TRAIN, "gradients are clipped to it"},
+    {"num-train-epochs", "epochs", OPT_DOUBLE, AT(train.num_train_epochs), CMD_TRAIN,
+     "passes over the data"},
+    {"max-steps", NULL, OPT_SIZE, AT(train.max_steps), CMD_TRAIN, "0: as many as the epochs need"},
+    {"per-device-train-batch-size", "batch", OPT_SIZE, AT(train.per_device_train_batch_size), CMD_TRAIN,
+     "samples at a time"},
+    {"gradient-accumulation-steps", "accum", OPT_SIZE, AT(train.gradient_accumulation_steps), CMD_TRAIN,
+     "batches in a step"},
+    {"max-length", NULL, OPT_SIZE, AT(train.max_length), CMD_TRAIN,
+     "tokens of a sample; longer ones are left out and counted"},
+    {"logging-steps", NULL, OPT_SIZE, AT(train.logging_steps), CMD_TRAIN, "steps between lines"},
+    {"seed", NULL, OPT_SEED, AT(train.seed), CMD_TRAIN | CMD_INIT | CMD_GENERATE | CMD_CHAT,
+     "of all random numbers"},
+    {"prompt", NULL, OPT_TEXT, AT(prompt), CMD_GENERATE, "the text to continue"},
+    {"system", NULL, OPT_TEXT, AT(system), CMD_CHAT, "system message"},
+    {"max-new-tokens", NULL, OPT_SIZE, AT(sampling.max_new_tokens), CMD_GENERATE | CMD_CHAT,
+     "most tokens of an answer"},
+    {"temperature", NULL, OPT_FLOAT, AT(sampling.temperature), CMD_GENERATE | CMD_CHAT, "0: greedy"},
+    {"top-k", NULL, OPT_INT, AT(sampling.top_k), CMD_GENERATE | CMD_CHAT, "0: off"},
+    {"top-p", NULL, OPT_FLOAT, AT(sampling.top_p), CMD_GENERATE | CMD_CHAT, "1: off"},
+    {"min-p", NULL, OPT_FLOAT, AT(sampling.min_p), CMD_GENERATE | CMD_CHAT, "0: off"},
+    {"repetition-penalty", NULL, OPT_FLOAT, AT(sampling.repetition_penalty), CMD_GENERATE | CMD_CHAT,
+     "1: off"},
+    {"ids", NULL, OPT_TEXT, AT(ids), CMD_LOGITS, "token ids, e.g. 1,2,3"},
+    {"ids-only", "ids", OPT_SWITCH, AT(ids_only), CMD_TOKENIZE, "one line of ids for each line of text"},
+    {"decode", NULL, OPT_SWITCH, AT(decode), CMD_TOKENIZE, "ids on standard input to text"},
+    {"json", NULL, OPT_SWITCH, AT(json), CMD_GENERATE, "one JSON object for each answer"},
+};
+enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
+
+// ---------------------------------------------------------------------------------------- signals
+
+static volatile sig_atomic_t caught_signal;
+
+static void on_signal(int number) {
+    if (caught_signal) _exit(128 + number);           // the second one leaves at once
+    caught_signal = number;
+}
+
+static int stop_on_signal(void *user) { (void)user; return caught_signal != 0; }
+
+// ---------------------------------------------------------------------------------------- parsing
+
+static bool same_name(const char *given, size_t n, const char *name) {
+    if (!name || strlen(name) != n) return false;
+    for (size_t i = 0; i < n; i++)
+        if ((given[i] == '_' ? '-' : given[i]) != name[i]) return false;
+    return true;
+}
+
+// Edits that turn one word into the other (Levenshtein), for "did you mean".
+static size_t edit_distance(const char *a, size_t n, const char *b) {
+    size_t row[64], m = min_size(strlen(b), 63);
+    for (size_t j = 0; j <= m; j++) row[j] = j;
+    for (size_t i = 1; i <= n; i++) {
+        size_t diagonal = row[0];
+        row[0] = i;
+        for (size_t j = 1; j <= m; j++) {
+            size_t change = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            row[j] = min_size(change, min_size(row[j], row[j - 1]) + 1);
+        }
+    }
+    return row[m];
+}
+
+static int unknown_option(const char *given, size_t n, int command, qlora_error *err) {
+    const char *nearest = "help";
+    size_t best = SIZE_MAX;
+    for (size_t i = 0; i < N_OPTIONS; i++) {
+        size_t distance = edit_distance(given, n, option_table[i].name);
+        if (!(option_table[i].commands & command) || distance >= best) continue;
+        best = distance;
+        nearest = option_table[i].name;
+    }
+    return fail(err, "unknown option --%.*s; did you mean --%s?", (int)n, given, nearest);
+}
+
+// Bytes with an optional K, M, G or T (powers of 1024).
+static bool parse_bytes(const char *text, size_t *out) {
+    static const char units[] = "KMGT";
+    char *end;
+    double value = strtod(text, &end);
+    const char *unit = *end ? strchr(units, toupper((unsigned char)*end)) : NULL;
+    if (end == text || !(value >= 0) || (*end && (!unit || end[1]))) return false;
+    for (const char *u = units; unit && u <= unit; u++) value *= 1024;
+    if (!(value < 1e18)) return false;
+    *out = (size_t)value;
+    return true;
+}
+
+static int set_option(Arguments *a, const Option *option, const char *text, qlora_error *err) {
+    void *to = (char *)a + option->offset;
+    char *end = NULL;
+    bool ok = true;
+    errno = 0;
+    if (option->kind == OPT_TEXT) *(const char **)to = text;
+    else if (option->kind == OPT_BYTES) ok = parse_bytes(text, to);
+    else if (option->kind == OPT_SWITCH) {
+        bool on = strcmp(text, "true") == 0 || strcmp(text, "1") == 0;
+        ok = on || strcmp(text, "false") == 0 || strcmp(text, "0") == 0;
+        *(bool *)to = on;
+    } else if (option->kind == OPT_FLOAT || option->kind == OPT_DOUBLE) {
+        double value = strtod(text, &end);
+        ok = end != text && !*end && isfinite(value);
+        if (option->kind == OPT_FLOAT) *(float *)to = (float)value;
+        else *(double *)to = value;
+    } else {
+        unsigned long long value = strtoull(text, &end, 10);
+        ok = isdigit((unsigned char)*text) && !*end && !errno;
+        if (option->kind == OPT_INT) *(int *)to = value <= INT_MAX ? (int)value : -1;
+        else if (option->kind == OPT_SIZE) *(size_t *)to = (size_t)value;
+        else *(uint64_t *)to = value;
+        ok &= option->kind != OPT_INT || value <= INT_MAX;
+    }
+    static const char *const expected[] = {"a text", "a whole number", "a whole number", "a number",
+                                           "a number", "bytes such as 800M or 16G", "a whole number",
+                                           "true or false"};
+    if (!ok) return fail(err, "--%s: expected %s, found \"%s\"", option->name, expected[option->kind],
+                         text);
+    a->given[option - option_table] = true;
+    return 0;
+}
+
+static int parse_option(Arguments *a, int command, char **argv, int argc, int *at, qlora_error *err) {
+    const char *name = argv[*at] + 2, *equals = strchr(name, '=');
+    size_t n = equals ? (size_t)(equals - name) : strlen(name);
+    for (size_t i = 0; i < N_OPTIONS; i++) {
+        const Option *option = &option_table[i];
+        if (!(option->commands & command) ||
+            (!same_name(name, n, option->name) && !same_name(name, n, option->alias))) continue;
+        if (equals) return set_option(a, option, equals + 1, err);
+        bool has_value = *at + 1 < argc && strncmp(argv[*at + 1], "--", 2) != 0;
+        if (option->kind == OPT_SWITCH) {
+            // A switch alone means true; it takes a word only if that is one of its own.
+            bool word = has_value && (strcmp(argv[*at + 1], "true") == 0 ||
+                                      strcmp(argv[*at + 1], "false") == 0);
+            return set_option(a, option, word ? argv[++*at] : "true", err);
+        }
+        if (!has_value) return fail(err, "--%s: expected a value", option->name);
+        return set_option(a, option, argv[++*at], err);
+    }
+    return unknown_option(name, n, command, err);
+}
+
+static int choose(const char *const *names, int n, const char *name, const char *option, int *out,
+                  qlora_error *err) {
+    if (!name) return 0;
+    *out = find_name(names, (size_t)n, name, option, err);
+    return *out < 0 ? -1 : 0;
+}
+
+// Quantisation a command uses when none is given: that of the run that made the adapter, else none;
+// for what makes something new, NF4.
+static int recorded_quant(const Arguments *a, bool *double_quant, qlora_quant *quant,
+                          qlora_error *err) {
+    const qlora_allocator heap_allocator = {default_allocate, default_release, NULL};
+    Region region = {.allocator = &heap_allocator};
+    bool found;
+    const Json *run = read_json(a->adapter ? a->adapter : a->path, "run.json", 1 << 24, &region, &found,
+                                err);
+    const char *name = json_get_text(run, "quant");
+    *quant = name && strcmp(name, "nf4") == 0 ? QLORA_QUANT_NF4
+           : name && strcmp(name, "fp4") == 0 ? QLORA_QUANT_FP4 : QLORA_QUANT_NONE;
+    *double_quant = json_get_bool(run, "double_quant", true);
+    region_free(&region);
+    return found && !run ? -1 : 0;
+}
+
+static bool was_given(const Arguments *a, const char *name) {
+    for (size_t i = 0; i < N_OPTIONS; i++)
+        if (strcmp(option_table[i].name, name) == 0) return a->given[i];
+    return false;
+}
+
+static int finish_arguments(Arguments *a, int command, qlora_error *err) {
+    static const char *const quants[] = {"none", "nf4", "fp4"}, *const computes[] = {"auto", "f32",
+                                                                                     "bf16"};
+    int quant = QLORA_QUANT_NF4, compute = QLORA_COMPUTE_AUTO;
+    if (choose(quants, 3, a->quant, "--quant", &quant, err) ||
+        choose(computes, 3, a->compute, "--compute", &compute, err)) return -1;
+    a->options.quant = (qlora_quant)quant;
+    a->options.compute = (qlora_compute)compute;
+    if (command & CMD_INIT && !a->quant) a->options.quant = QLORA_QUANT_NONE;
+    if (command & CMD_RUN && !a->quant) {
+        bool double_quant;
+        if (recorded_quant(a, &double_quant, &a->options.quant, err)) return -1;
+        if (!was_given(a, "double-quant")) a->double_quant = double_quant;
+    }
+    a->options.double_quant = a->double_quant;
+    a->options.stop = stop_on_signal;
+    a->sampling.seed = a->train.seed;
+    return 0;
+}
+
+// --------------------------------------------------------------------------------------- commands
+
+static qlora_model *open_model(Arguments *a, qlora_error *err) {
+    qlora_model *q = qlora_open(a->path, &a->options, err);
+    if (q && a->adapter && qlora_load_adapter(q, a->adapter, err)) {
+        qlora_close(q);
+        q = NULL;
+    }
+    return q;
+}
+
+static int run_train(Arguments *a, qlora_error *err) {
+    qlora_model *q = open_model(a, err);
+    if (!q) return -1;
+    ProgressView view = {now_seconds()};
+    print_banner(q);
+    if (a->output) a->train.output_dir = a->output;
+    a->train.progress = print_progress;
+    a->train.message = print_message;
+    a->train.user = &view;
+    int bad = qlora_train(q, a->data, &a->train, err);
+    if (!bad)
+        printf("the adapter is in %s. Next:\n  ./qlora chat %s\n", a->train.output_dir,
+               a->train.output_dir);
+    qlora_close(q);
+    return bad;
+}
+
+static int print_text(void *user, const char *utf8, size_t n) {
+    (void)user;
+    print_safely(stdout, utf8, n);
+    fflush(stdout);
+    return caught_signal != 0;
+}
+
+static int collect_text(void *user, const char *utf8, size_t n) {
+    return buffer_append(user, utf8, n, NULL) ? 1 : caught_signal != 0;
+}
+
+// The sampling a command uses: the model's own defaults, overridden by what was given.
+static qlora_sampling chosen_sampling(const Arguments *a, const qlora_model *q) {
+    qlora_sampling how = qlora_default_sampling(q);
+    if (was_given(a, "max-new-tokens")) how.max_new_tokens = a->sampling.max_new_tokens;
+    if (was_given(a, "temperature")) how.temperature = a->sampling.temperature;
+    if (was_given(a, "top-k")) how.top_k = a->sampling.top_k;
+    if (was_given(a, "top-p")) how.top_p = a->sampling.top_p;
+    if (was_given(a, "min-p")) how.min_p = a->sampling.min_p;
+    if (was_given(a, "repetition-penalty")) how.repetition_penalty = a->sampling.repetition_penalty;
+    how.seed = a->sampling.seed;
+    return how;
+}
+
+static int generate_one(const Arguments *a, qlora_model *q, const char *prompt, size_t n,
+                        qlora_error *err) {
+    qlora_sampling how = chosen_sampling(a, q);
+    Buffer text = {.allocator = &q->allocator}, line = {.allocator = &q->allocator};
+    int32_t *ids = NULL;
+    size_t n_ids = 0;
+    int bad = qlora_tokenize(q, prompt, n, 1, &ids, &n_ids, err);
+    if (!bad && !a->json) {
+        print_safely(stdout, prompt, n);
+        bad = qlora_generate(q, ids, n_ids, &how, print_text, NULL, NULL, NULL, err);
+        printf("\n");
+    } else if (!bad) {
+        bad = qlora_generate(q, ids, n_ids, &how, collect_text, &text, NULL, NULL, err) ||
+              buffer_printf(&line, err, "{\"prompt\": ") ||
+              json_write_string(&line, prompt, n, err) ||
+              buffer_printf(&line, err, ", \"completion\": ") ||
+              json_write_string(&line, text.data ? text.data : "", text.size, err);
+        if (!bad) printf("%.*s}\n", (int)line.size, line.data);
+    }
+    qlora_free(q, ids);
+    buffer_free(&text);
+    buffer_free(&line);
+    return bad ? -1 : 0;
+}
+
+static int run_generate(Arguments *a, qlora_error *err) {
+    if (!a->prompt == !a->data)
+        return fail(err, "generate: expected --prompt TEXT or a file with one prompt a line");
+    qlora_model *q = open_model(a, err);
+    Buffer file = {.allocator = q ? &q->allocator : NULL};
+    if (!q) return -1;
+    int bad = 0;
+    if (a->prompt) bad = generate_one(a, q, a->prompt, strlen(a->prompt), err);
+    else bad = read_whole_file(a->data, SIZE_MAX / 4, &file, err);
+    for (size_t at = 0; !bad && !a->prompt && at < file.size && !caught_signal;) {
+        const char *end = memchr(file.data + at, '\n', file.size - at);
+        size_t n = end ? (size_t)(end - file.data) - at : file.size - at;
+        if (n) bad = generate_one(a, q, file.data + at, n, err);
+        at += n + 1;
+    }
+    buffer_free(&file);
+    qlora_close(q);
+    return bad;
+}
+
+// Ids separated by commas or space.
+static int parse_ids(const char *text, Buffer *ids, qlora_error *err) {
+    for (const char *at = text; *at;) {
+        char *end;
+        errno = 0;
+        long value = isdigit((unsigned char)*at) ? strtol(at, &end, 10) : -1;
+        if (value < 0 || value > INT32_MAX || errno)
+            return fail(err, "ids: expected whole numbers, found \"%.20s\"", at);
+        int32_t id = (int32_t)value;
+        if (buffer_append(ids, &id, sizeof id, err)) return -1;
+        at = end + strspn(end, ", \t\r\n");
+    }
+    return 0;
+}
+
+static int fill_logits(void *user, const TensorInfo *tensor, Writer *w) {
+    return writer_write(w, user, tensor->bytes);
+}
+
+static int run_logits(Arguments *a, qlora_error *err) {
+    if (!a->ids || !a->output) return fail(err, "logits: expected --ids 1,2,3 and --output FILE");
+    qlora_model *q = open_model(a, err);
+    if (!q) return -1;
+    Buffer ids = {.allocator = &q->allocator};
+    size_t V = q->transformer.config.V, n;
+    float *logits = NULL;
+    TensorInfo tensor;
+    int bad = parse_ids(a->ids, &ids, err);
+    n = ids.size / sizeof(int32_t);
+    if (!bad) logits = mem_reserve(&q->allocator, n * V, sizeof *logits, err);
+    describe_tensor(&tensor, "logits", ST_F32, 2, n, V);
+    bad = !logits || qlora_logits(q, (const int32_t *)(const void *)ids.data, n, logits, err) ||
+          write_tensors(a->output, &tensor, 1, fill_logits, logits, &q->allocator, err);
+    mem_free(&q->allocator, logits, n * V, sizeof *logits);
+    buffer_free(&ids);
+    qlora_close(q);
+    return bad ? -1 : 0;
+}
+
+static int read_standard_input(Buffer *text, qlora_error *err) {
+    for (;;) {
+        if (buffer_reserve(text, 65536, err)) return -1;
+        size_t got = fread(text->data + text->size, 1, 65536, stdin);
+        text->size += got;
+        if (got == 0) return ferror(stdin) ? fail(err, "standard input: read error") : 0;
+    }
+}
+
+static int tokenize_piece(const Arguments *a, const Tokenizer *t, const char *text, size_t n,
+                          Buffer *ids, qlora_error *err) {
+    ids->size = 0;
+    if (tokenizer_encode(t, text, n, true, ids, err)) return -1;
+    const int32_t *id = (const int32_t *)(const void *)ids->data;
+    for (size_t i = 0; i < ids->size / sizeof *id; i++) {
+        if (a->ids_only) { printf("%s%d", i ? " " : "", id[i]); continue; }
+        size_t length;
+        const char *token = tokenizer_token(t, id[i], &length);
+        printf("%7d  ", id[i]);
+        print_safely(stdout, token ? token : "", token ? length : 0);
+        printf("\n");
+    }
+    if (a->ids_only) printf("\n");
+    return 0;
+}
+
+static int run_tokenize(Arguments *a, qlora_error *err) {
+    const qlora_allocator allocator = {default_allocate, default_release, NULL};
+    Tokenizer *t = tokenizer_open(a->path, &allocator, err);
+    if (!t) return -1;
+    Buffer text = {.allocator = &allocator}, ids = {.allocator = &allocator};
+    Buffer out = {.allocator = &allocator};
+    int bad = read_standard_input(&text, err);
+    if (!bad && a->decode) {
+        bad = buffer_append(&text, "", 1, err) || parse_ids(text.data, &ids, err) ||
+              tokenizer_decode(t, (const int32_t *)(const void *)ids.data,
+                               ids.size / sizeof(int32_t), false, &out, err);
+        if (!bad && fwrite(out.data ? out.data : "", 1, out.size, stdout) != out.size)
+            bad = fail(err, "standard output: write error");
+    } else if (!bad && !a->ids_only) bad = tokenize_piece(a, t, text.data, text.size, &ids, err);
+    else for (size_t at = 0; !bad && at < text.size;) {
+        const char *end = memchr(text.data + at, '\n', text.size - at);
+        size_t n = end ? (size_t)(end - text.data) - at : text.size - at;
+        bad = tokenize_piece(a, t, text.data + at, n, &ids, err);
+        at += n + 1;
+    }
+    buffer_free(&text);
+    buffer_free(&ids);
+    buffer_free(&out);
+    tokenizer_close(t);
+    return bad ? -1 : 0;
+}
+
+static int run_quantize(Arguments *a, qlora_error *err) {
+    return qlora_quantize(a->path, a->out, &a->options, err);
+}
+
+static int run_init(Arguments *a, qlora_error *err) {
+    return qlora_init(a->path, a->out, a->train.seed, &a->options, err);
+}
+
+// ------------------------------------------------------------------------------------------- info
+
+// |B A| in the Frobenius norm, from two r x r products: |BA|^2 = trace((B^T B)(A A^T)).
+static double product_norm(const float *A, const float *B, size_t r, size_t K, size_t N) {
+    double sum = 0;
+    for (size_t i = 0; i < r; i++)
+        for (size_t j = 0; j < r; j++) {
+            double aa = 0, bb = 0;
+            for (size_t k = 0; k < K; k++) aa += (double)A[i * K + k] * (double)A[j * K + k];
+            for (size_t n = 0; n < N; n++) bb += (double)B[n * r + i] * (double)B[n * r + j];
+            sum += aa * bb;
+        }
+    return sqrt(fmax(sum, 0));
+}
+
+static float *read_floats(const TensorFiles *files, const TensorInfo *t, Region *region,
+                          qlora_error *err) {
+    DType type = safetensors_types[t->type].dtype;
+    void *raw = type == DT_OTHER ? NULL : region_alloc(region, t->bytes, 1, err);
+    float *values = raw ? region_alloc(region, t->elements, sizeof *values, err) : NULL;
+    if (type == DT_OTHER) fail(err, "%s: expected F32, F16 or BF16", t->name);
+    if (!values || tensor_read(files, t, raw, 0, t->bytes, err)) return NULL;
+    widen_values(values, raw, type, t->elements);
+    return values;
+}
+
+static int info_adapter(const Arguments *a, Region *region, qlora_error *err) {
+    TensorFiles *files = tensors_open(a->path, "adapter_model.safetensors", region->allocator, err);
+    bool found;
+    const Json *json = files ? read_json(a->path, "adapter_config.json", 1 << 24, region, &found, err)
+                             : NULL;
+    double alpha = 8;
+    size_t parameters = 0;
+    int bad = json ? 0 : -1;
+    if (json && config_get(json, "lora_alpha")) json_to_double(json_get(json, "lora_alpha"), &alpha);
+    for (size_t i = 0; !bad && i < files->n_tensors; i++) {
+        const TensorInfo *A = &files->tensors[i], *B = A + 1;         // sorted by name: B follows A
+        const char *tail = strstr(A->name, ".lora_A.weight");
+        parameters += A->elements;
+        if (!tail || i + 1 == files->n_tensors || A->rank != 2 || B->rank != 2 ||
+            A->shape[0] != B->shape[1] || strncmp(A->name, B->name, (size_t)(tail - A->name))) continue;
+        Region values = {.allocator = region->allocator};
+        const float *a_values = read_floats(files, A, &values, err);
+        const float *b_values = a_values ? read_floats(files, B, &values, err) : NULL;
+        if (b_values) {
+            size_t r = A->shape[0];
+            double norm = product_norm(a_values, b_values, r, A->shape[1], B->shape[0]);
+            print_safely(stdout, A->name, (size_t)(tail - A->name));
+            printf(": r %zu, |s B A| %.4g\n", r, alpha / (double)r * norm);
+        } else bad = -1;
+        region_free(&values);
+    }
+    if (!bad) printf("adapter: %zu tensors, %zu parameters\n", files->n_tensors, parameters);
+    tensors_close(files);
+    return bad;
+}
+
+static int info_model(Arguments *a, Region *region, qlora_error *err) {
+    qlora_model *q = open_handle(a->path, &a->options, err);
+    if (!q) return -1;
+    TensorFiles *files = tensors_open(a->path, "model.safetensors", region->allocator, err);
+    const Config *c = &q->transformer.config;
+    qlora_model_info info = qlora_info(q);
+    printf("%s: %zu layers, hidden %zu, feed-forward %zu, %zu heads of %zu (%zu for keys), vocabulary "
+           "%zu%s, context %zu\n%.1f M parameters\n", info.architecture, c->L, c->D, c->F, c->H, c->hd,
+           c->G, c->V, c->tied ? " (tied)" : "", c->context, (double)info.parameters * 1e-6);
+    for (int type = 0; files && type < N_SAFETENSORS_TYPES; type++) {
+        size_t n = 0, bytes = 0;
+        for (size_t i = 0; i < files->n_tensors; i++)
+            if (files->tensors[i].type == type) { n++; bytes += files->tensors[i].bytes; }
+        if (n) printf("%zu tensors of type %s, %.1f MB\n", n, safetensors_types[type].name,
+                      (double)bytes * 1e-6);
+    }
+    int bad = files ? 0 : -1;
+    tensors_close(files);
+    qlora_close(q);
+    return bad;
+}
+
+static int run_info(Arguments *a, qlora_error *err) {
+    const qlora_allocator allocator = {default_allocate, default_release, NULL};
+    Region region = {.allocator = &allocator};
+    const char *adapter = path_join(&region, a->path, "adapter_config.json", err);
+    int bad = !adapter ? -1 : file_exists(adapter) ? info_adapter(a, &region, err)
+                                                   : info_model(a, &region, err);
+    region_free(&region);
+    return bad;
+}
+
+// ------------------------------------------------------------------------------------------- chat
+
+typedef struct {
+    qlora_model *q;
+    Region region;
+    qlora_message messages[1024];
+    size_t n;                               // of messages
+    Buffer answer;
+} Chat;
+
+static int show_answer(void *user, const char *utf8, size_t n) {
+    Chat *chat = user;
+    if (buffer_append(&chat->answer, utf8, n, NULL)) return 1;
+    return print_text(NULL, utf8, n);
+}
+
+static int chat_push(Chat *chat, const char *role, const char *text, size_t n, qlora_error *err) {
+    const char *copy = region_text(&chat->region, text, n, err);
+    if (!copy) return -1;
+    if (chat->n + 2 > sizeof chat->messages / sizeof *chat->messages)
+        return fail(err, "the conversation has too many turns; /reset starts a new one");
+    chat->messages[chat->n++] = (qlora_message){role, copy};
+    return 0;
+}
+
+// Generates the answer to the conversation so far and makes it part of it. Ctrl-C ends the answer.
+static int chat_answer(Chat *chat, const qlora_sampling *how, qlora_error *err) {
+    chat->answer.size = 0;
+    int bad = qlora_chat(chat->q, chat->messages, chat->n, how, show_answer, chat, err);
+    printf("\n");
+    if (caught_signal == SIGINT) caught_signal = 0;
+    return bad ? -1 : chat_push(chat, "assistant", chat->answer.data ? chat->answer.data : "",
+                                chat->answer.size, err);
+}
+
+// Commands of the conversation; 1 when the line was one, 2 to leave.
+static int chat_command(Chat *chat, char *line, const qlora_sampling *how, qlora_error *err) {
+    bool has_system = chat->n && strcmp(chat->messages[0].role, "system") == 0;
+    if (strcmp(line, "/exit") == 0 || strcmp(line, "/quit") == 0) return 2;
+    if (strcmp(line, "/help") == 0)
+        printf("/reset      start again\n/system X  start again with system message X\n"
+               "/regen      another answer to the last message\n/exit       leave (so does Ctrl-D)\n");
+    else if (strcmp(line, "/reset") == 0) chat->n = has_system ? 1 : 0;
+    else if (strncmp(line, "/system ", 8) == 0) {
+        chat->n = 0;
+        if (chat_push(chat, "system", line + 8, strlen(line + 8), err)) return -1;
+    } else if (strcmp(line, "/regen") == 0) {
+        if (!chat->n || strcmp(chat->messages[chat->n - 1].role, "assistant")) {
+            printf("there is no answer yet\n");
+            return 1;
+        }
+        qlora_sampling again = *how;
+        again.seed = how->seed + chat->n + (uint64_t)time(NULL);
+        chat->n--;
+        if (chat_answer(chat, &again, err)) return -1;
+    } else return 0;
+    return 1;
+}
+
+static int run_chat(Arguments *a, qlora_error *err) {
+    qlora_model *q = open_model(a, err);
+    if (!q) return -1;
+    Chat *chat = mem_alloc(&q->allocator, 1, sizeof *chat, err);
+    char *line = NULL;
+    size_t capacity = 0;
+    int bad = !chat || need_chat(q, err) ? -1 : 0;
+    if (!bad) {
+        print_banner(q);
+        if (*q->note) print_message(NULL, q->note);
+        *chat = (Chat){.q = q, .region.allocator = &q->allocator, .answer.allocator = &q->allocator};
+        if (a->system) bad = chat_push(chat, "system", a->system, strlen(a->system), err);
+    }
+    qlora_sampling how = chosen_sampling(a, q);
+    bool terminal = isatty(STDIN_FILENO);
+    while (!bad && caught_signal != SIGTERM) {
+        if (terminal) { printf("> "); fflush(stdout); }
+        caught_signal = 0;
+        ssize_t n = getline(&line, &capacity, stdin);
+        if (n < 0) break;
+        while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) line[--n] = 0;
+        if (!n) continue;
+        int command = *line == '/' ? chat_command(chat, line, &how, err) : 0;
+        if (command == 2) break;
+        if (command == 0) bad = chat_push(chat, "user", line, (size_t)n, err) ||
+                                chat_answer(chat, &how, err);
+        if (command < 0) bad = -1;
+        how.seed++;
+    }
+    free(line);
+    if (chat) {
+        region_free(&chat->region);
+        buffer_free(&chat->answer);
+        mem_free(&q->allocator, chat, 1, sizeof *chat);
+    }
+    qlora_close(q);
+    return bad ? -1 : 0;
+}
+
+// ------------------------------------------------------------------------------------------- main
+
+typedef struct {
+    const char *name, *positional, *help;
+    int least, most;                        // positional arguments
+    int (*run)(Arguments *a, qlora_error *err);
+} Command;
+
+// In the order of the CMD_ bits.
+static const Command command_table[] = {
+    {"train", "MODEL DATA", "fine-tune: learn an adapter from a dataset", 2, 2, run_train},
+    {"generate", "PATH [FILE]", "continue --prompt TEXT, or each line of a file", 1, 2, run_generate},
+    {"chat", "[PATH]", "talk with a model or adapter; out/ if none is named", 0, 1, run_chat},
+    {"logits", "PATH", "logits of --ids to a safetensors file", 1, 1, run_logits},
+    {"tokenize", "MODEL", "text on standard input to token ids, and back", 1, 1, run_tokenize},
+    {"quantize", "MODEL OUT", "write a 4-bit directory, as bitsandbytes does", 2, 2, run_quantize},
+    {"init", "CONFIG OUT", "make a random model of the shape of a config.json", 2, 2, run_init},
+    {"info", "PATH", "what a model or adapter directory holds", 1, 1, run_info}};
+enum { N_COMMANDS = sizeof command_table / sizeof *command_table };
+
+// The value an option has when it is not given, as text; empty when there is none.
+static void default_text(char out[64], const Arguments *a, const Option *option) {
+    const void *from = (const char *)a + option->offset;
+    out[0] = 0;
+    if (option->kind == OPT_TEXT && *(const char *const *)from)
+        snprintf(out, 64, "%s", *(const char *const *)from);
+    else if (option->kind == OPT_SIZE) snprintf(out, 64, "%zu", *(const size_t *)from);
+    else if (option->kind == OPT_INT) snprintf(out, 64, "%d", *(const int *)from);
+    else if (option->kind == OPT_FLOAT) snprintf(out, 64, "%g", (double)*(const float *)from);
+    else if (option->kind == OPT_DOUBLE) snprintf(out, 64, "%g", *(const double *)from);
+    else if (option->kind == OPT_SEED)
+        snprintf(out, 64, "%llu", (unsigned long long)*(const uint64_t *)from);
+}
+
+static void print_usage(FILE *out, const Command *command, const Arguments *a) {
+    if (!command) {
+        fprintf(out, "qlora %s: QLoRA fine-tuning in one file of C\n\n"
+                "usage: qlora COMMAND PATH [...] [--option value]\n\n", QLORA_VERSION);
+        for (size_t i = 0; i < N_COMMANDS; i++)
+            fprintf(out, "  %-9s %-12s %s\n", command_table[i].name, command_table[i].positional,
+                    command_table[i].help);
+        fprintf(out, "\nqlora COMMAND --help lists the options of a command.\n");
+        return;
+    }
+    fprintf(out, "usage: qlora %s %s [--option value]\n%s\n\n", command->name, command->positional,
+            command->help);
+    int bit = 1 << (command - command_table);
+    for (size_t i = 0; i < N_OPTIONS; i++) {
+        char value[64];
+        if (!(option_table[i].commands & bit)) continue;
+        default_text(value, a, &option_table[i]);
+        fprintf(out, "  --%-28s %s%s%s%s\n", option_table[i].name, option_table[i].help,
+                *value ? " [" : "", value, *value ? "]" : "");
+    }
+}
+
+static int usage_error(const qlora_error *err) {
+    fprintf(stderr, "qlora: %s\n", err->text);
+    return 2;
+}
+
+int main(int argc, char **argv) {
+    qlora_error err = {{0}};
+    Arguments a = {.options = qlora_default_options(), .train = qlora_default_train_options(),
+                   .sampling = {.max_new_tokens = 256, .top_p = 1, .repetition_penalty = 1},
+                   .double_quant = true};
+    const Command *command = NULL;
+    const char *positional[2] = {NULL, NULL};
+    int n = 0;
+    if (argc > 1 && strcmp(argv[1], "--version") == 0) {
+        printf("qlora %s, bf16 %s\n", QLORA_VERSION, has_bf16_units() ? "in hardware" : "emulated");
+        return 0;
+    }
+    for (size_t i = 0; argc > 1 && i < N_COMMANDS; i++)
+        if (strcmp(argv[1], command_table[i].name) == 0) command = &command_table[i];
+    bool help = argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0);
+    if (!command) {
+        if (argc > 1 && !help) fprintf(stderr, "qlora: unknown command %s\n", argv[1]);
+        print_usage(help ? stdout : stderr, NULL, &a);
+        return help ? 0 : 2;
+    }
+    int bit = 1 << (command - command_table);
+    for (int i = 2; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
+            print_usage(stdout, command, &a);
+            return 0;
+        }
+        if (strncmp(argv[i], "--", 2) == 0) {
+            if (parse_option(&a, bit, argv, argc, &i, &err)) return usage_error(&err);
+        } else if (n < command->most) positional[n++] = argv[i];
+        else {
+            fail(&err, "%s: expected %s, found also %s", command->name, command->positional, argv[i]);
+            return usage_error(&err);
+        }
+    }
+    if (n < command->least) {
+        fail(&err, "%s: expected %s; see qlora %s --help", command->name, command->positional,
+             command->name);
+        return usage_error(&err);
+    }
+    a.path = positional[0];
+    a.data = a.out = positional[1];
+    if (bit == CMD_CHAT && !a.path) a.path = "out";
+    struct sigaction action = {.sa_handler = on_signal};
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    if (finish_arguments(&a, bit, &err) || command->run(&a, &err)) {
+        fprintf(stderr, "qlora: %s\n", err.text);
+        return caught_signal ? 128 + caught_signal : 1;
+    }
+    return caught_signal ? 128 + caught_signal : 0;
+}
+#endif // QLORA_MAIN
+// =================================================================================================
+//  18. Fast kernels
+//
+//  The operations of chapter 3 that cost time, once more: the LoRA linears, the head and attention.
+//  All of them are sums of matrix products, and all products run through one small kernel that keeps
+//  a tile of the result, 12 rows x 32 columns, in registers while it walks along the sum:
+//
+//      left operand    rows: a row's 128 words are contiguous, the rows follow each other
+//      right operand   panels: 32 columns side by side, one line of 32 words for each step
+//      a word          32 bits: one float32, or two bf16 that are neighbours along the sum
+//
+//  With float32 words a step is one multiply-add, with bf16 words two (vdpbf16ps). A step of the full
+//  tile is 24 instructions and 14 loads. Frozen weights become panels a block at a time, in
+//  the cache, and are used for up to 512 rows there; unpacking NF4 is 2 % of the work then.
+//
+//  A sum runs over k in ascending order whatever the tile's height, so a token's result has the same
+//  bits in any batch and with any number of threads.
+// =================================================================================================
+#if !REAL_IS_DOUBLE
+
+// ---------------------------------------------------------------------------------------- vectors
+
+// As wide as the machine's registers. A tile is two vectors wide, and as high as they suffice for.
+#if defined(__AVX512F__)
+#include <immintrin.h>
+enum { LANES = 16, TILE_ROWS = 12 };
+#elif defined(__AVX__)
+#include <immintrin.h>
+enum { LANES = 8, TILE_ROWS = 6 };
+#elif defined(__aarch64__)
+enum { LANES = 4, TILE_ROWS = 12 };
+#else
+enum { LANES = 4, TILE_ROWS = 6 };
+#endif
+
+#if defined(__AVX512BF16__)
+enum { HAS_BF16_DOT = 1 };
+#else
+enum { HAS_BF16_DOT = 0 };
+#endif
+
+enum {
+    TILE_COLUMNS = 2 * LANES,
+    PANEL = 32,                     // columns of a panel
+    ROW_WORDS = 128,                // words of a packed row
+    BLOCK_STEPS = 256,              // steps of a panel in the cache: 32 KB
+    TASK_COLUMNS = 64,              // columns of a task: one NF4 block in every row of the weight
+    TASK_ROWS = 516,                // and rows, at most: 43 tiles
+    PANEL_WORDS = (BLOCK_STEPS + 16) * PANEL,     // transposing in 16s may write past the end
+    MAX_PIECES = 16
+};
+
+typedef float Word __attribute__((may_alias));
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t VecInt __attribute__((vector_size(LANES * 4)));
+typedef float VecUnaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+static inline Vec vec_load(const Word *from) { return *(const VecUnaligned *)from; }
+static inline void vec_store(Word *to, Vec v) { *(VecUnaligned *)to = v; }
+static inline Vec vec_all(float x) { return x - (Vec){0}; }
+static inline Vec vec_select(VecInt mask, Vec yes, Vec no) {
+    return (Vec)((mask & (VecInt)yes) | (~mask & (VecInt)no));
+}
+
+// sum + a b, with one rounding where the machine has it.
+static inline Vec vec_fma(Vec sum, Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+// sum + a b over two bf16 in each lane.
+static inline Vec vec_dot_bf16(Vec sum, Vec a, Vec b) {
+#if defined(__AVX512BF16__)
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    (void)a; (void)b;
+    return sum;                                               // never reached
+#endif
+}
+
+static inline float vec_largest(Vec v) {
+    float largest = v[0];
+    for (int i = 1; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
+    return largest;
+}
+
+static inline float vec_sum(Vec v) {
+    float x[LANES];
+    memcpy(x, &v, sizeof x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+}
+
+// exp_float of chapter 3 in every lane, except that what is below e^-87 becomes 0: masked scores are
+// -inf and must vanish.
+static inline Vec vec_exp(Vec x) {
+    const Vec shift = vec_all(12582912.0f);
+    VecInt vanishes = x < vec_all(-87.0f);
+    x = vec_select(x > vec_all(88.0f), vec_all(88.0f), x);
+    Vec shifted = vec_fma(shift, x, vec_all(1.44269504f)), n = shifted - shift;
+    Vec r = vec_fma(vec_fma(x, n, vec_all(-0.693145752f)), n, vec_all(-1.42860677e-6f));
+    Vec p = vec_all(1.0f / 720);
+    p = vec_fma(vec_all(1.0f / 120), p, r);
+    p = vec_fma(vec_all(1.0f / 24), p, r);
+    p = vec_fma(vec_all(1.0f / 6), p, r);
+    p = vec_fma(vec_all(0.5f), p, r);
+    p = vec_fma(vec_all(1.0f), p, r);
+    p = vec_fma(vec_all(1.0f), p, r);
+    Vec power = (Vec)(((VecInt)shifted - (VecInt)shift + 127) << 23);
+    return (Vec)(~vanishes & (VecInt)(p * power));
+}
+
+// --------------------------------------------------------------------------------- the tile kernel
+
+// A stretch of the sum whose left operand is contiguous. The panel runs on through all pieces.
+typedef struct { const Word *rows; size_t steps; } RowPiece;
+
+#define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define LOAD_ROW(i) \
+    Vec left##i = {0}, right##i = {0}; \
+    if (i < n_rows && add) { \
+        left##i = vec_load(c + i * stride); \
+        right##i = vec_load(c + i * stride + LANES); \
+    }
+#define STEP_ROW(i) \
+    if (i < n_rows) { \
+        Vec x = vec_all(row[i * ROW_WORDS]); \
+        left##i = bf16 ? vec_dot_bf16(left##i, x, b0) : vec_fma(left##i, x, b0); \
+        right##i = bf16 ? vec_dot_bf16(right##i, x, b1) : vec_fma(right##i, x, b1); \
+    }
+#define STORE_ROW(i) \
+    if (i < n_rows) { \
+        vec_store(c + i * stride, left##i); \
+        vec_store(c + i * stride + LANES, right##i); \
+    }
+
+// c (n_rows, 2 vectors) = or += the pieces times the panel. n_rows and bf16 are constants where this
+// is inlined, so that every accumulator is a register.
+__attribute__((always_inline))
+static inline void tile(size_t n_rows, bool bf16, Word *c, size_t stride, bool add,
+                        const RowPiece *pieces, size_t n_pieces, const Word *panel) {
+    EACH_ROW(LOAD_ROW)
+    for (; n_pieces--; pieces++) {
+        const Word *row = pieces->rows;
+        for (size_t steps = pieces->steps; steps--; row++, panel += PANEL) {
+            Vec b0 = vec_load(panel), b1 = vec_load(panel + LANES);
+            EACH_ROW(STEP_ROW)
+        }
+    }
+    EACH_ROW(STORE_ROW)
+}
+
+// noinline: within a larger function gcc 12 spills accumulators, which halves the speed.
+typedef void TileFunction(Word *c, size_t stride, bool add, const RowPiece *pieces, size_t n_pieces,
+                          const Word *panel);
+#define TILE(name, n_rows, bf16) \
+    __attribute__((noinline)) \
+    static void name(Word *c, size_t stride, bool add, const RowPiece *pieces, size_t n_pieces, \
+                     const Word *panel) { \
+        tile(n_rows, bf16, c, stride, add, pieces, n_pieces, panel); \
+    }
+TILE(tile_full, TILE_ROWS, false)
+TILE(tile_8, 8, false)
+TILE(tile_4, 4, false)
+TILE(tile_2, 2, false)
+TILE(tile_1, 1, false)
+#if defined(__AVX512BF16__)
+TILE(tile_full_bf16, TILE_ROWS, true)
+TILE(tile_8_bf16, 8, true)
+TILE(tile_4_bf16, 4, true)
+TILE(tile_2_bf16, 2, true)
+TILE(tile_1_bf16, 1, true)
+#define KERNEL(rows, name) {rows, {name, name##_bf16}}
+#else
+#define KERNEL(rows, name) {rows, {name, name}}
+#endif
+
+// By height; a tile takes the first that fits, which never is one higher than TILE_ROWS.
+static const struct { size_t rows; TileFunction *run[2]; } tile_kernels[] = {
+    KERNEL(TILE_ROWS, tile_full), KERNEL(8, tile_8), KERNEL(4, tile_4), KERNEL(2, tile_2),
+    KERNEL(1, tile_1)};
+
+// c (n_rows, columns of one panel) = or += the pieces, whose row 0 belongs to c's, times the panel.
+static void multiply(bool bf16, Word *c, size_t stride, size_t n_rows, size_t columns, bool add,
+                     const RowPiece *pieces, size_t n_pieces, const Word *panel) {
+    RowPiece at[MAX_PIECES];
+    for (size_t row = 0, kernel = 0; row < n_rows;) {
+        size_t height = tile_kernels[kernel].rows;
+        if (height > n_rows - row) { kernel++; continue; }
+        for (size_t i = 0; i < n_pieces; i++)
+            at[i] = (RowPiece){pieces[i].rows + row * ROW_WORDS, pieces[i].steps};
+        for (size_t column = 0; column < columns; column += TILE_COLUMNS)
+            tile_kernels[kernel].run[bf16](c + row * stride + column, stride, add, at, n_pieces,
+                                           panel + column);
+        row += height;
+    }
+}
+
+// ------------------------------------------------------------------------- packing left operands
+
+// A left operand: element i of a row lies in word block i / ROW_WORDS, whose rows follow each other.
+typedef struct { Word *words; size_t rows, n; bool bf16; } Packed;
+
+static size_t steps_of(bool bf16, size_t n) { return bf16 ? (n + 1) / 2 : n; }
+
+static size_t packed_bytes(size_t rows, size_t words) {
+    return round_up(words, ROW_WORDS) * rows * sizeof(Word);
+}
+
+static Packed packed_alloc(Arena *arena, size_t rows, size_t n, bool bf16) {
+    Packed p = {NULL, rows, n, bf16};
+    p.words = arena_alloc(arena, 1, packed_bytes(rows, steps_of(bf16, n)));
+    return p;
+}
+
+static Word *packed_at(const Packed *p, size_t row, size_t step) {
+    return p->words + (step / ROW_WORDS * p->rows + row) * ROW_WORDS + step % ROW_WORDS;
+}
+
+// One row: n activations from x[index] on.
+static void pack_row(const Packed *p, size_t row, DType act, const void *x, size_t index) {
+    size_t per_block = p->bf16 ? 2 * ROW_WORDS : ROW_WORDS;
+    for (size_t i = 0; i < p->n; i += per_block) {
+        size_t count = min_size(per_block, p->n - i);
+        Word *to = packed_at(p, row, p->bf16 ? i / 2 : i);
+        if (!p->bf16) load_row((real *)to, act, x, index + i, count);
+        else {
+            memcpy(to, (const uint16_t *)x + index + i, count * 2);
+            if (count % 2) memset((char *)to + count * 2, 0, 2);
+        }
+    }
+}
+
+// 64 features of a token are 16 counters of Philox, which is computed for all of them at once.
+enum { MASK_LANES = 16 };
+
+// Multiplies features first .. first+n-1 of a token with its dropout mask, as dropout_row does.
+static void dropout_slice(real *x, size_t first, size_t n, const Lora *lora, const Batch *batch,
+                          const Span *span, size_t t) {
+    real keep = 1 / (1 - (real)lora->dropout);
+    for (size_t begin = first / 4 * 4; begin < first + n; begin += 4 * MASK_LANES) {
+        uint32_t c[4][MASK_LANES];
+        uint32_t k0 = (uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u;
+        uint32_t k1 = batch->step;
+        for (uint32_t i = 0; i < MASK_LANES; i++) {
+            c[0][i] = (uint32_t)(begin / 4) + i;
+            c[1][i] = (uint32_t)(t - span->q0);
+            c[2][i] = span->ordinal;
+            c[3][i] = lora->module;
+        }
+        for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+            for (int i = 0; i < MASK_LANES; i++) {
+                uint64_t a = (uint64_t)0xD2511F53u * c[0][i], b = (uint64_t)0xCD9E8D57u * c[2][i];
+                c[0][i] = (uint32_t)(b >> 32) ^ c[1][i] ^ k0;
+                c[2][i] = (uint32_t)(a >> 32) ^ c[3][i] ^ k1;
+                c[1][i] = (uint32_t)b;
+                c[3][i] = (uint32_t)a;
+            }
+        size_t end = min_size(first + n, begin + 4 * MASK_LANES);
+        for (size_t k = max_size(begin, first); k < end; k++)
+            x[k - first] *= unit_float(c[k % 4][(k - begin) / 4]) < lora->dropout ? 0 : keep;
+    }
+}
+
+typedef struct {
+    const Device *dev;
+    Packed to;
+    const void *x;                  // (T, n) act
+    size_t first;                   // the token that becomes row 0
+    const Lora *dropout;            // NULL: none
+    const Batch *batch;
+} PackTask;
+
+enum { PACK_ROWS = 32 };
+
+static const Span *span_of(const Batch *batch, size_t t) {
+    const Span *span = batch->spans;
+    while (t >= span->q0 + span->nq) span++;
+    return span;
+}
+
+static void pack_task(void *arguments, size_t task, int thread) {
+    PackTask *a = arguments;
+    DType act = a->dev->act;
+    size_t n = a->to.n, end = min_size(a->to.rows, (task + 1) * PACK_ROWS);
+    real *row = thread_rows(a->dev, thread), *rounded = row + n;
+    for (size_t i = task * PACK_ROWS; i < end; i++) {
+        size_t t = a->first + i;
+        if (!a->dropout) { pack_row(&a->to, i, act, a->x, t * n); continue; }
+        load_row(row, act, a->x, t * n, n);
+        dropout_slice(row, 0, n, a->dropout, a->batch, span_of(a->batch, t), t);
+        store_row(act, rounded, 0, row, n);
+        pack_row(&a->to, i, act, rounded, 0);
+    }
+}
+
+// Rows first .. first+to.rows-1 of x (T, n), masked by dropout unless that is NULL.
+static void pack_rows(Device *dev, Packed to, const void *x, size_t first, const Lora *dropout,
+                      const Batch *batch) {
+    PackTask a = {dev, to, x, first, dropout, batch};
+    parallel_for(dev->pool, ceil_div(to.rows, PACK_ROWS), pack_task, &a);
+}
+
+// The transpose of x (tokens, r): row j holds feature j of to.n tokens from `first` on.
+static void pack_transposed(Packed to, DType act, const void *x, size_t first) {
+    for (size_t t = 0; t < to.n; t++)
+        for (size_t j = 0; j < to.rows; j++) {
+            Word *word = packed_at(&to, j, to.bf16 ? t / 2 : t);
+            size_t from = (first + t) * to.rows + j;
+            if (!to.bf16) load_row((real *)word, act, x, from, 1);
+            else {
+                memcpy((uint16_t *)(void *)word + t % 2, (const uint16_t *)x + from, 2);
+                if (t + 1 == to.n && t % 2 == 0) memset((uint16_t *)(void *)word + 1, 0, 2);
+            }
+        }
+}
+
+// ------------------------------------------------------------------------ packing right operands
+
+// The right operand of one piece of a sum. Straight: its columns are the rows of `matrix`, the sum
+// runs along them (x W^T). Transposed: its columns are those of `matrix`, the sum runs down (dy W).
+typedef struct {
+    Weight matrix;
+    bool transposed;
+    const Lora *dropout;            // NULL, or the matrix is x of one sequence, masked row by row
+    const Batch *batch;
+    const Span *span;
+} Right;
+
+#if defined(__AVX512BF16__)
+// n 4-bit weights from element `index` on. A block's 16 levels are scaled and rounded once, then a
+// word permutation looks 32 weights up: byte b widened to 32 bits and spread to b << 16 | b >> 4 is
+// two indices, whose bits beyond the fourth either vanish or repeat the table.
+static void dequantize_bf16(uint16_t *out, const Weight *w, size_t index, size_t n) {
+    const uint8_t *codes = w->data;
+    __m512 levels = _mm512_loadu_ps(w->code);
+    while (n) {
+        size_t count = min_size(n, QUANT_BLOCK - index % QUANT_BLOCK);
+        float scale = block_scale(w, index / QUANT_BLOCK);
+        __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(levels, _mm512_set1_ps(scale)));
+        __m512i table = _mm512_broadcast_i64x4(rounded);
+        size_t i = 0;
+        for (; index % 2 == 0 && i + 32 <= count; i += 32) {
+            const uint8_t *from = codes + (index + i) / 2;
+            __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)from));
+            __m512i pairs = _mm512_or_si512(_mm512_slli_epi32(bytes, 16), _mm512_srli_epi32(bytes, 4));
+            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(pairs, table));
+        }
+        uint16_t values[16];
+        _mm256_storeu_si256((__m256i *)(void *)values, rounded);
+        for (; i < count; i++) {
+            uint8_t byte = codes[(index + i) / 2];
+            out[i] = values[(index + i) % 2 ? byte & 15 : byte >> 4];
+        }
+        out += count;
+        index += count;
+        n -= count;
+    }
+}
+#endif
+
+// n elements of a row of the right operand's matrix from column k on, as they enter the product.
+static void right_row(Word *out, const Right *right, size_t row, size_t k, size_t n, DType act,
+                      bool bf16) {
+    const Weight *w = &right->matrix;
+    size_t index = row * w->K + k;
+    if (right->dropout) {
+        real slice[2 * ROW_WORDS];
+        load_row(slice, act, w->data, index, n);
+        dropout_slice(slice, k, n, right->dropout, right->batch, right->span, right->span->q0 + row);
+        if (bf16) store_row(DT_BF16, out, 0, slice, n);
+        else for (size_t i = 0; i < n; i++) out[i] = as_act(act, slice[i]);
+        return;
+    }
+#if defined(__AVX512BF16__)
+    if (bf16 && is_4bit(w->dtype)) {
+        dequantize_bf16((uint16_t *)(void *)out, w, index, n);
+        return;
+    }
+#endif
+    if (bf16 && w->dtype == DT_BF16) memcpy(out, (const uint16_t *)w->data + index, n * 2);
+    else if (bf16 && w->dtype == DT_F32) store_row(DT_BF16, out, 0, (const float *)w->data + index, n);
+    else if (bf16) {
+        real slice[2 * ROW_WORDS];
+        weight_row(slice, w, row, k, n, act);
+        store_row(DT_BF16, out, 0, slice, n);
+    } else if (w->dtype == DT_BF16) load_row((real *)out, DT_BF16, w->data, index, n);
+    else if (w->dtype == DT_F32 && act != DT_BF16) memcpy(out, (const float *)w->data + index, n * 4);
+    else weight_row((real *)out, w, row, k, n, act);
+}
+
+#if defined(__AVX512F__)
+// Transposes 16 x 16 words in registers: pairs, quads, then whole 128-bit quarters change places.
+static inline void transpose_registers(__m512i a[16]) {
+    __m512i b[16];
+    for (size_t i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (size_t i = 0; i < 16; i += 4)
+        for (size_t j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+    // Quarter q of a[4 g + c] is now column 4 q + c of rows 4 g .. 4 g + 3.
+    for (size_t c = 0; c < 4; c++) {
+        __m512i even0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+        __m512i even1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+        __m512i odd0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xDD);
+        __m512i odd1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xDD);
+        a[c] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+        a[4 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+        a[8 + c] = _mm512_shuffle_i32x4(even0, even1, 0xDD);
+        a[12 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0xDD);
+    }
+}
+#endif
+
+// Row j of `to` is column j of `from`, for 16 x 16 words.
+static void transpose_16(Word *to, size_t to_stride, const Word *from, size_t from_stride) {
+#if defined(__AVX512F__)
+    __m512i a[16];
+    for (size_t i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * from_stride);
+    transpose_registers(a);
+    for (size_t i = 0; i < 16; i++) _mm512_storeu_si512(to + i * to_stride, a[i]);
+#else
+    for (size_t i = 0; i < 16; i++)
+        for (size_t j = 0; j < 16; j++) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
+}
+
+#if defined(__AVX512BF16__)
+// Straight packing of 4-bit rows that begin with a block: 16 columns, weights k .. k+n-1 of each, k
+// and n multiples of 64. The codes are transposed while they are small: a word then holds 8
+// neighbouring weights of a column and gives 4 steps. A byte is one step, its high nibble first.
+static void pack_straight_4bit(Word *panel, const Weight *w, size_t column, size_t width, size_t k,
+                               size_t n) {
+    const __m512 levels = _mm512_loadu_ps(w->code);
+    const __m512i pair_up = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
+                                             24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
+                                             16, 0);
+    for (size_t at = k; at < k + n; at += QUANT_BLOCK) {
+        __m512i codes[16];
+        float scale[16] = {0};
+        for (size_t i = 0; i < width; i++) {
+            size_t index = (column + i) * w->K + at;
+            const uint8_t *from = (const uint8_t *)w->data + index / 2;
+            codes[i] = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)from));
+            scale[i] = block_scale(w, index / QUANT_BLOCK);
+        }
+        for (size_t i = width; i < 16; i++) codes[i] = _mm512_setzero_si512();
+        transpose_registers(codes);
+        __m512 scales = _mm512_loadu_ps(scale);
+        for (size_t i = 0; i < 8; i++)
+            for (unsigned step = 0; step < 4; step++, panel += PANEL) {
+                __m512i even = _mm512_srli_epi32(codes[i], 8 * step + 4);
+                __m512i odd = _mm512_srli_epi32(codes[i], 8 * step);
+                __m512 x = _mm512_mul_ps(_mm512_permutexvar_ps(even, levels), scales);
+                __m512 y = _mm512_mul_ps(_mm512_permutexvar_ps(odd, levels), scales);
+                __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(y, x);
+                _mm512_storeu_si512(panel, _mm512_permutexvar_epi16(pair_up, rounded));
+            }
+    }
+}
+#endif
+
+enum { STAGE_WORDS = 16 * ROW_WORDS };
+
+// Straight: `width` columns (at most 32) starting with row `column` of the matrix, elements k ..
+// k+n-1 (at most 128 words) of each. Columns up to the panel's 32 are zero.
+static void pack_straight(Word *panel, Word *stage, const Right *right, size_t column, size_t width,
+                          size_t k, size_t n, DType act, bool bf16) {
+    size_t steps = steps_of(bf16, n), padded = round_up(steps, 16);
+#if defined(__AVX512BF16__)
+    const Weight *w = &right->matrix;
+    if (bf16 && is_4bit(w->dtype) && w->K % QUANT_BLOCK == 0 && k % QUANT_BLOCK == 0 &&
+        n % QUANT_BLOCK == 0) {
+        for (size_t half = 0; half < PANEL; half += 16)
+            pack_straight_4bit(panel + half, w, column + half,
+                               width > half ? min_size(width - half, 16) : 0, k, n);
+        return;
+    }
+#endif
+    for (size_t half = 0; half < PANEL; half += 16) {
+        for (size_t i = 0; i < 16; i++) {
+            Word *row = stage + i * ROW_WORDS;
+            size_t filled = half + i < width ? n * (bf16 ? 2 : 4) : 0;
+            if (filled) right_row(row, right, column + half + i, k, n, act, bf16);
+            memset((char *)row + filled, 0, padded * sizeof(Word) - filled);
+        }
+        for (size_t step = 0; step < steps; step += 16)
+            transpose_16(panel + step * PANEL + half, PANEL, stage + step, ROW_WORDS);
+    }
+}
+
+#if defined(__AVX512BF16__)
+// One step from two rows of 32 bf16: neighbours along the sum become neighbours in a word.
+static inline void interleave(Word *step, const Word *even, const Word *odd) {
+    __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    _mm512_storeu_si512(step, _mm512_permutex2var_epi64(low, first, high));
+    _mm512_storeu_si512(step + 16, _mm512_permutex2var_epi64(low, second, high));
+}
+#endif
+
+// Transposed: `width` columns (at most 64, two panels) starting with `column` of the matrix, rows
+// k .. k+n-1.
+static void pack_transposed_panels(Word *panel, Word *stage, const Right *right, size_t column,
+                                   size_t width, size_t k, size_t n, DType act, bool bf16) {
+    size_t panels = ceil_div(width, PANEL);
+#if defined(__AVX512BF16__)
+    if (bf16) {
+        Word *even = stage, *odd = stage + PANEL;             // 64 bf16 each
+        memset(stage, 0, 2 * PANEL * sizeof *stage);
+        for (size_t i = 0; i < n; i += 2) {
+            right_row(even, right, k + i, column, width, act, true);
+            if (i + 1 < n) right_row(odd, right, k + i + 1, column, width, act, true);
+            else memset(odd, 0, PANEL * sizeof *odd);
+            for (size_t p = 0; p < panels; p++)
+                interleave(panel + p * PANEL_WORDS + i / 2 * PANEL, even + p * 16, odd + p * 16);
+        }
+        return;
+    }
+#endif
+    memset(stage, 0, 2 * PANEL * sizeof *stage);
+    for (size_t i = 0; i < n; i++) {
+        right_row(stage, right, k + i, column, width, act, bf16);
+        for (size_t p = 0; p < panels; p++)
+            memcpy(panel + p * PANEL_WORDS + i * PANEL, stage + p * PANEL, PANEL * sizeof *panel);
+    }
+}
+
+// ----------------------------------------------------------------------------------------- matmul
+//
+// out (rows, columns) = scale * (sum over segments of left times right) + bias, rounded once.
+
+enum { MAX_SEGMENTS = 6 };          // three products and their adapters
+
+typedef struct { Packed left; Right right; } Segment;
+
+typedef struct {
+    Segment segments[MAX_SEGMENTS];
+    size_t n_segments, columns;
+    real scale;
+    const float *bias;              // (columns) or NULL
+    void *out;                      // element (i, j) is out[i * row_stride + j * column_stride]
+    DType type;                     // of out
+    size_t row_stride, column_stride;
+    bool add;                       // += instead of =, for float32
+} Matmul;
+
+typedef struct {
+    const Device *dev;
+    const Matmul *list;
+    size_t n, rows;
+    bool bf16;
+    size_t task_columns, task_rows, row_tasks;
+} MatmulTask;
+
+// Where a task stands in its sum.
+typedef struct { size_t segment, step; } Cursor;
+
+// Packs the next block of the right operand, up to BLOCK_STEPS steps of it, and lists its pieces.
+static size_t next_block(const MatmulTask *a, const Matmul *m, Cursor *at, Word *panels, Word *stage,
+                         size_t column, size_t width, size_t row, RowPiece *pieces) {
+    size_t n_pieces = 0, filled = 0;
+    while (at->segment < m->n_segments && filled < BLOCK_STEPS && n_pieces < MAX_PIECES) {
+        const Segment *s = &m->segments[at->segment];
+        size_t per_step = a->bf16 ? 2 : 1, k = at->step * per_step;
+        size_t steps = steps_of(a->bf16, s->left.n) - at->step;
+        steps = min_size(steps, min_size(BLOCK_STEPS - filled, ROW_WORDS - at->step % ROW_WORDS));
+        size_t n = min_size(steps * per_step, s->left.n - k);
+        Word *to = panels + filled * PANEL;
+        if (s->right.transposed)
+            pack_transposed_panels(to, stage, &s->right, column, width, k, n, a->dev->act, a->bf16);
+        else for (size_t c = 0; c < width; c += PANEL, to += PANEL_WORDS)
+            pack_straight(to, stage, &s->right, column + c, min_size(PANEL, width - c), k, n,
+                          a->dev->act, a->bf16);
+        pieces[n_pieces++] = (RowPiece){packed_at(&s->left, row, at->step), steps};
+        filled += steps;
+        at->step += steps;
+        if (at->step == steps_of(a->bf16, s->left.n)) *at = (Cursor){at->segment + 1, 0};
+    }
+    return n_pieces;
+}
+
+// Scales, biases and rounds sums (rows, width) into the place of row, column in out.
+static void finish(const Matmul *m, Word *sums, size_t row, size_t rows, size_t column,
+                   size_t width) {
+    for (size_t i = 0; i < rows; i++, sums += TASK_COLUMNS) {
+        size_t at = (row + i) * m->row_stride + column * m->column_stride;
+        if (m->scale != 1) for (size_t j = 0; j < width; j++) sums[j] *= m->scale;
+        if (m->bias) for (size_t j = 0; j < width; j++) sums[j] += m->bias[column + j];
+        if (!m->add) store_row(m->type, m->out, at, (const real *)sums, width);
+        else for (size_t j = 0; j < width; j++) ((real *)m->out)[at + j * m->column_stride] += sums[j];
+    }
+}
+
+// A task is up to 512 rows x 64 columns of one of the products: its sums stay in the second-level
+// cache (128 KB), as do its panels (64 KB), of which one at a time is in the first. For each block of
+// the panels the left operand's rows stream past: 12 bytes a column and step.
+static void matmul_task(void *arguments, size_t task, int thread) {
+    MatmulTask *a = arguments;
+    const Matmul *m = a->list;
+    size_t part = task / a->row_tasks, row = task % a->row_tasks * a->task_rows;
+    for (; part >= ceil_div(m->columns, a->task_columns); m++)
+        part -= ceil_div(m->columns, a->task_columns);
+    size_t column = part * a->task_columns, width = min_size(a->task_columns, m->columns - column);
+    size_t rows = min_size(a->task_rows, a->rows - row), panels_used = ceil_div(width, PANEL);
+    Arena scratch = {(char *)thread_rows(a->dev, thread), 0};
+    Word *panels = arena_alloc(&scratch, 2 * PANEL_WORDS, sizeof *panels);
+    Word *stage = arena_alloc(&scratch, STAGE_WORDS, sizeof *stage);
+    Word *sums = arena_alloc(&scratch, TASK_ROWS * TASK_COLUMNS, sizeof *sums);
+    RowPiece pieces[MAX_PIECES];
+    Cursor at = {0, 0};
+    for (bool add = false; at.segment < m->n_segments; add = true) {
+        size_t n = next_block(a, m, &at, panels, stage, column, width, row, pieces);
+        for (size_t p = 0; p < panels_used; p++)
+            multiply(a->bf16, sums + p * PANEL, TASK_COLUMNS, rows,
+                     min_size(PANEL, width - p * PANEL), add, pieces, n, panels + p * PANEL_WORDS);
+    }
+    finish(m, sums, row, rows, column, width);
+}
+
+static size_t matmul_tasks(const MatmulTask *a) {
+    size_t groups = 0;
+    for (size_t i = 0; i < a->n; i++) groups += ceil_div(a->list[i].columns, a->task_columns);
+    return groups * a->row_tasks;
+}
+
+// Computes several products of equal row counts. Tasks shrink until every thread has a few of them.
+static void matmul(Device *dev, const Matmul *list, size_t n, size_t rows, bool bf16) {
+    MatmulTask a = {dev, list, n, rows, bf16, TASK_COLUMNS, TASK_ROWS, ceil_div(rows, TASK_ROWS)};
+    size_t threads = (size_t)dev->pool->threads, wanted = threads == 1 ? 1 : 4 * threads;
+    if (matmul_tasks(&a) < wanted) a.task_columns = PANEL;
+    size_t groups = matmul_tasks(&a) / a.row_tasks;
+    a.row_tasks = max_size(a.row_tasks, min_size(ceil_div(wanted, groups), ceil_div(rows, 96)));
+    a.task_rows = round_up(ceil_div(rows, a.row_tasks), TILE_ROWS);
+    a.row_tasks = ceil_div(rows, a.task_rows);
+    parallel_for(dev->pool, matmul_tasks(&a), matmul_task, &a);
+}
+
+// ------------------------------------------------------------------------------------ LoRA linears
+//
+// With u and du packed like activations, the low-rank half costs no pass of its own:
+//     y  = [x | u] [W | B]^T          dx = [dy | du] [W ; A]       du = s dy B       u = s x~ A^T
+// and with their transposes packed, the gradients are products with few rows:
+//     dB^T += u^T dy                  dA += du^T x~
+
+// Tokens that are packed at a time. It bounds scratch, and no result depends on it.
+static size_t chunk_rows(size_t threads) { return min_size(max_size(512, 128 * threads), 4096); }
+
+static bool uses_bf16(const Device *dev) { return HAS_BF16_DOT && dev->act == DT_BF16; }
+
+// A trainable matrix, or activations, as the right operand of a product.
+static Weight plain_matrix(DType act, const void *data, size_t N, size_t K) {
+    return (Weight){.dtype = act == DT_REAL ? DT_F32 : act, .N = N, .K = K, .data = data};
+}
+
+static Segment down_segment(Packed x, const Lora *lora, size_t K) {
+    return (Segment){x, {.matrix = plain_matrix(DT_REAL, lora->A, lora->r, K)}};
+}
+
+// One chunk of forward, rows first .. first+rows-1. u of all products is computed before, in `u`.
+static void forward_chunk(Device *dev, real *logits, const Product *products, size_t n, const void *x,
+                          const Batch *batch, size_t first, size_t rows) {
+    size_t K = products[0].linear->weight.K, n_down = 0, rank = 0;
+    bool bf16 = uses_bf16(dev), masked = false;
+    Arena scratch = {dev->scratch, 0};
+    Packed px = packed_alloc(&scratch, rows, K, bf16);
+    Matmul down[3], up[3];
+    pack_rows(dev, px, x, first, NULL, batch);
+    for (size_t i = 0; i < n; i++) {
+        const Lora *lora = &products[i].linear->lora;
+        rank = max_size(rank, lora->r);
+        masked |= lora->r && has_dropout(lora, batch);
+    }
+    Packed px_masked = px;
+    if (masked) px_masked = packed_alloc(&scratch, rows, K, bf16);
+    for (size_t i = 0; i < n; i++) {
+        const Lora *lora = &products[i].linear->lora;
+        if (!lora->r) continue;
+        bool mask = has_dropout(lora, batch);
+        if (mask) pack_rows(dev, px_masked, x, first, lora, batch);
+        down[n_down] = (Matmul){{down_segment(mask ? px_masked : px, lora, K)}, 1, lora->r,
+            lora->scale, NULL, act_at(dev->act, products[i].u, first * lora->r), dev->act, lora->r, 1,
+            false};
+        if (mask) matmul(dev, &down[n_down], 1, rows, bf16);
+        else n_down++;
+    }
+    if (n_down) matmul(dev, down, n_down, rows, bf16);
+    for (size_t i = 0; i < n; i++) {
+        const Linear *linear = products[i].linear;
+        const Lora *lora = &linear->lora;
+        size_t N = linear->weight.N;
+        void *y = logits ? (void *)(logits + first * N) : act_at(dev->act, products[i].y, first * N);
+        up[i] = (Matmul){{{px, {.matrix = linear->weight}}}, 1, N, 1, linear->bias, y,
+            logits ? DT_REAL : dev->act, N, 1, false};
+        if (!lora->r) continue;
+        Packed u = packed_alloc(&scratch, rows, lora->r, bf16);
+        pack_rows(dev, u, products[i].u, first, NULL, batch);
+        up[i].segments[up[i].n_segments++] =
+            (Segment){u, {.matrix = plain_matrix(DT_REAL, lora->B, N, lora->r)}};
+    }
+    matmul(dev, up, n, rows, bf16);
+}
+
+static void forward_fast(Device *dev, real *logits, const Product *products, size_t n, const void *x,
+                         const Batch *batch) {
+    size_t step = chunk_rows((size_t)dev->pool->threads);
+    for (size_t first = 0; first < batch->T; first += step)
+        forward_chunk(dev, logits, products, n, x, batch, first, min_size(step, batch->T - first));
+}
+
+static void linears_forward_fast(Device *dev, Product *products, size_t n, const void *x,
+                                 const Batch *batch) {
+    forward_fast(dev, NULL, products, n, x, batch);
+}
+
+static void head_logits_fast(Device *dev, real *logits, const Product *slice, const void *x,
+                             const Batch *rows) {
+    forward_fast(dev, logits, slice, 1, x, rows);
+}
+
+// dx of one chunk with dropout: each adapter's share is masked on its own before the sum is rounded.
+typedef struct {
+    Device *dev;
+    real *sum, *share;              // (rows, K)
+    const Lora *lora;               // NULL: round the sum to out
+    const Batch *batch;
+    void *out;                      // dx, or NULL when sum is dx itself
+    size_t first, K;
+} MaskTask;
+
+static void mask_share_task(void *arguments, size_t i, int thread) {
+    MaskTask *a = arguments;
+    real *sum = a->sum + i * a->K, *share = a->share + i * a->K;
+    size_t t = a->first + i;
+    (void)thread;
+    if (!a->lora) { store_row(a->dev->act, a->out, t * a->K, sum, a->K); return; }
+    if (has_dropout(a->lora, a->batch))
+        dropout_slice(share, 0, a->K, a->lora, a->batch, span_of(a->batch, t), t);
+    for (size_t k = 0; k < a->K; k++) sum[k] += share[k];
+}
+
+typedef struct {
+    Device *dev;
+    const Product *products;
+    size_t n;
+    const void *x;
+    const Batch *batch;
+    void *du[3];                    // (T, r) act each
+    void *dx;                       // (T, K) act, or real to be added to
+    bool add;
+    size_t K;
+    bool bf16;
+} Backward;
+
+// dx of rows first .. first+rows-1 from the packed dy and du of the products.
+static void backward_dx(const Backward *b, Arena scratch, const Packed *dy, const Packed *du,
+                        size_t first, size_t rows) {
+    size_t K = b->K;
+    bool masked = false;
+    DType type = b->add ? DT_REAL : b->dev->act;
+    Matmul all = {.columns = K, .scale = 1, .type = type, .row_stride = K, .column_stride = 1,
+                  .out = act_at(type, b->dx, first * K), .add = b->add};
+    Matmul shares[3];
+    for (size_t i = 0; i < b->n; i++) {
+        const Lora *lora = &b->products[i].linear->lora;
+        masked |= lora->r && has_dropout(lora, b->batch);
+        all.segments[all.n_segments++] =
+            (Segment){dy[i], {.matrix = b->products[i].linear->weight, .transposed = true}};
+    }
+    for (size_t i = 0; i < b->n; i++) {
+        const Lora *lora = &b->products[i].linear->lora;
+        if (!lora->r) continue;
+        Weight A = plain_matrix(DT_REAL, lora->A, lora->r, K);
+        Segment share = {du[i], {.matrix = A, .transposed = true}};
+        if (!masked) all.segments[all.n_segments++] = share;
+        else shares[i] = (Matmul){{share}, 1, K, 1, NULL, NULL, DT_REAL, K, 1, false};
+    }
+    MaskTask mask = {b->dev, NULL, NULL, NULL, b->batch, b->dx, first, K};
+    if (masked) {
+        mask.sum = b->add ? (real *)b->dx + first * K : arena_alloc(&scratch, rows * K, sizeof(real));
+        mask.share = arena_alloc(&scratch, rows * K, sizeof(real));
+        all.type = DT_REAL;
+        all.out = mask.sum;
+    }
+    matmul(b->dev, &all, 1, rows, b->bf16);
+    if (!masked) return;
+    for (size_t i = 0; i < b->n; i++) {
+        mask.lora = &b->products[i].linear->lora;
+        if (!mask.lora->r) continue;
+        shares[i].out = mask.share;
+        matmul(b->dev, &shares[i], 1, rows, b->bf16);
+        parallel_for(b->dev->pool, rows, mask_share_task, &mask);
+    }
+    mask.lora = NULL;
+    if (!b->add) parallel_for(b->dev->pool, rows, mask_share_task, &mask);
+}
+
+// du and dx of one chunk.
+static void backward_chunk(const Backward *b, Arena scratch, size_t first, size_t rows) {
+    Packed dy[3], du[3];
+    Matmul down[3];
+    size_t n_down = 0;
+    Device *dev = b->dev;
+    for (size_t i = 0; i < b->n; i++) {
+        const Lora *lora = &b->products[i].linear->lora;
+        size_t N = b->products[i].linear->weight.N, r = lora->r;
+        if (!r && !b->dx) continue;
+        dy[i] = packed_alloc(&scratch, rows, N, b->bf16);
+        pack_rows(dev, dy[i], b->products[i].y, first, NULL, b->batch);
+        if (!r) continue;
+        Weight B = plain_matrix(DT_REAL, lora->B, N, r);
+        down[n_down++] = (Matmul){{{dy[i], {.matrix = B, .transposed = true}}}, 1, r, lora->scale,
+            NULL, act_at(dev->act, b->du[i], first * r), dev->act, r, 1, false};
+    }
+    if (n_down) matmul(dev, down, n_down, rows, b->bf16);
+    if (!b->dx) return;
+    for (size_t i = 0; i < b->n; i++) {
+        size_t r = b->products[i].linear->lora.r;
+        if (!r) continue;
+        du[i] = packed_alloc(&scratch, rows, r, b->bf16);
+        pack_rows(dev, du[i], b->du[i], first, NULL, b->batch);
+    }
+    backward_dx(b, scratch, dy, du, first, rows);
+}
+
+// dA and dB of all products from one sequence; both in one list of tasks.
+static void backward_span(const Backward *b, Arena scratch, const Span *span) {
+    DType act = b->dev->act;
+    size_t n_rows = span->nq, largest = 0;
+    for (size_t i = 0; i < b->n; i++) largest = max_size(largest, b->products[i].linear->lora.r);
+    for (size_t i = 0; i < b->n; i++) {
+        const Product *p = &b->products[i];
+        const Lora *lora = &p->linear->lora;
+        size_t N = p->linear->weight.N, r = lora->r;
+        if (!r) continue;
+        Packed u = packed_alloc(&scratch, r, n_rows, b->bf16);
+        Packed du = packed_alloc(&scratch, r, n_rows, b->bf16);
+        pack_transposed(u, act, p->u, span->q0);
+        pack_transposed(du, act, b->du[i], span->q0);
+        Weight dy = plain_matrix(act, act_at(act, p->y, span->q0 * N), n_rows, N);
+        Weight x = plain_matrix(act, act_at(act, b->x, span->q0 * b->K), n_rows, b->K);
+        Right masked = {x, true, has_dropout(lora, b->batch) ? lora : NULL, b->batch, span};
+        Matmul list[2] = {
+            {{{u, {.matrix = dy, .transposed = true}}}, 1, N, 1, NULL, lora->dB, DT_REAL, 1, r, true},
+            {{{du, masked}}, 1, b->K, 1, NULL, lora->dA, DT_REAL, b->K, 1, true}};
+        matmul(b->dev, list, 2, r, b->bf16);
+    }
+}
+
+static void backward_fast(Device *dev, void *dx, bool add, const Product *products, size_t n,
+                          const void *x, const Batch *batch) {
+    Backward b = {dev, products, n, x, batch, {NULL}, dx, add, products[0].linear->weight.K,
+                  uses_bf16(dev)};
+    Arena scratch = {dev->scratch, 0};
+    size_t step = chunk_rows((size_t)dev->pool->threads);
+    for (size_t i = 0; i < n; i++)
+        b.du[i] = arena_alloc(&scratch, batch->T * products[i].linear->lora.r, act_size(dev->act));
+    for (size_t first = 0; first < batch->T; first += step)
+        backward_chunk(&b, scratch, first, min_size(step, batch->T - first));
+    for (size_t s = 0; s < batch->n_spans; s++) backward_span(&b, scratch, &batch->spans[s]);
+}
+
+static void linears_backward_fast(Device *dev, void *dx, const Product *products, size_t n,
+                                  const void *x, const Batch *batch) {
+    backward_fast(dev, dx, false, products, n, x, batch);
+}
+
+static void head_backward_fast(Device *dev, real *dx, const Product *slice, const void *x,
+                               const Batch *rows) {
+    backward_fast(dev, dx, true, slice, 1, x, rows);
+}
+
+// -------------------------------------------------------------------------------------- attention
+//
+// After Dao 2022 and 2023 (FlashAttention): scores exist only as tiles in the cache, the softmax is
+// kept as a running maximum and sum. All arithmetic is float32. The rows of a task are (query, head)
+// pairs of one key/value group, query by query, so that the heads share the packed keys and values.
+
+enum {
+    ATTENTION_ROWS = 128,
+    ATTENTION_KEYS = 128,
+    BACKWARD_KEYS = 120,            // ten tiles of keys; transposed in 16s they stay below 128
+    KEY_TILE = 12,
+    MAX_HEAD = 256
+};
+
+// One group of one sequence as rows; which rows and keys a task covers, and what for.
+typedef struct {
+    const AttentionTask *a;
+    const Span *span;
+    size_t group, shared;           // shared: query heads of the group, H / G
+    size_t rows;                    // nq * shared
+    size_t hd, wide;                // wide: hd rounded up to whole panels
+} Group;
+
+static Group attention_group(const AttentionTask *a, const Span *span, size_t group) {
+    size_t shared = a->shape.H / a->shape.G;
+    return (Group){a, span, group, shared, span->nq * shared, a->shape.hd,
+                   round_up(a->shape.hd, PANEL)};
+}
+
+// Index of a row in tensors (T, H), and times hd in (T, H * hd).
+static size_t row_index(const Group *g, size_t row) {
+    return (g->span->q0 + row / g->shared) * g->a->shape.H + g->group * g->shared + row % g->shared;
+}
+
+static size_t row_first_key(const Group *g, size_t row) {
+    return first_key(g->span, row / g->shared, g->a->shape.window);
+}
+static size_t row_end_key(const Group *g, size_t row) { return end_key(g->span, row / g->shared); }
+
+// Keys or values first .. first+n-1 of the group as right operand, straight (the sum runs over hd) or
+// transposed (over keys), in panels that follow each other.
+static void pack_keys(Word *panels, Word *stage, const Group *g, const void *x, size_t first, size_t n,
+                      bool transposed) {
+    DType act = g->a->dev->act;
+    size_t width = g->a->shape.G * g->hd, token = g->span->k0 + first, column = g->group * g->hd;
+    Right right = {.matrix = plain_matrix(act, x, token + n, width)};
+    if (transposed) {
+        for (size_t d = 0; d < g->hd; d += PANEL)
+            pack_transposed_panels(panels + d * ATTENTION_KEYS, stage, &right, column + d,
+                                   min_size(PANEL, g->hd - d), token, n, act, false);
+        return;
+    }
+    for (size_t j = 0; j < n; j += PANEL)
+        for (size_t d = 0; d < g->hd; d += ROW_WORDS)
+            pack_straight(panels + (j * g->hd + d * PANEL), stage, &right, token + j,
+                          min_size(PANEL, n - j), column + d, min_size(ROW_WORDS, g->hd - d), act,
+                          false);
+}
+
+// Left operands of hd columns in blocks of ROW_WORDS.
+static size_t head_pieces(RowPiece *pieces, const Word *rows, size_t n_rows, size_t hd) {
+    size_t n = 0;
+    for (size_t d = 0; d < hd; d += ROW_WORDS)
+        pieces[n++] = (RowPiece){rows + d * n_rows, min_size(ROW_WORDS, hd - d)};
+    return n;
+}
+
+// One row meets keys j0 .. j0+n-1: its scores become exp(scale score - max), those of keys outside
+// first .. end-1 become 0, and when the maximum grows its earlier sums shrink.
+static void softmax_row(Word *scores, size_t j0, size_t n, size_t first, size_t end, float scale,
+                        float *max, Vec *sum, Word *out, size_t wide) {
+    size_t low = first > j0 ? min_size(first - j0, n) : 0;
+    size_t high = end > j0 ? min_size(end - j0, n) : 0;
+    for (size_t j = 0; j < low; j++) scores[j] = -INFINITY;
+    for (size_t j = high; j < round_up(n, LANES); j++) scores[j] = -INFINITY;
+    Vec largest = vec_all(-INFINITY), total = {0};
+    for (size_t j = 0; j < n; j += LANES) {
+        Vec s = vec_load(scores + j) * scale;
+        vec_store(scores + j, s);
+        largest = vec_select(s > largest, s, largest);
+    }
+    float before = *max, now = vec_largest(largest);
+    if (now > before) {
+        Vec shrink = vec_exp(vec_all(before - now));
+        for (size_t d = 0; d < wide; d += LANES) vec_store(out + d, vec_load(out + d) * shrink);
+        *sum *= shrink;
+        *max = now;
+    }
+    for (size_t j = 0; j < n; j += LANES) {
+        Vec p = vec_exp(vec_load(scores + j) - *max);
+        vec_store(scores + j, p);
+        total += p;
+    }
+    *sum += total;
+}
+
+// Memory of a forward task.
+typedef struct {
+    Word *keys, *values, *stage;    // panels of a block of keys, straight and transposed
+    Word *q, *scores, *out;         // (ROWS, hd) packed; (TILE_ROWS, KEYS); (ROWS, wide)
+    float *max;                     // (ROWS)
+    Vec *sum;                       // (ROWS) partial sums
+} ForwardMemory;
+
+static void carve_forward(ForwardMemory *m, size_t hd, Arena *arena) {
+    size_t wide = round_up(hd, PANEL);
+    m->keys = arena_alloc(arena, ATTENTION_KEYS * wide + 16 * PANEL, sizeof(Word));
+    m->values = arena_alloc(arena, ATTENTION_KEYS * wide, sizeof(Word));
+    m->stage = arena_alloc(arena, STAGE_WORDS, sizeof(Word));
+    m->q = arena_alloc(arena, ATTENTION_ROWS * round_up(hd, ROW_WORDS), sizeof(Word));
+    m->scores = arena_alloc(arena, TILE_ROWS * ROW_WORDS, sizeof(Word));
+    m->out = arena_alloc(arena, ATTENTION_ROWS * wide, sizeof(Word));
+    m->max = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->max);
+    m->sum = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->sum);
+}
+
+// Rows of one tile against the keys j0 .. j0+n-1 that are packed.
+static void forward_tile(const Group *g, const ForwardMemory *m, size_t begin, size_t row, size_t rows,
+                         size_t j0, size_t n) {
+    size_t last = begin + row + rows - 1, end = row_end_key(g, last);
+    if (end <= j0 || row_first_key(g, begin + row) >= j0 + n) return;
+    n = min_size(n, end - j0);
+    RowPiece pieces[MAX_HEAD / ROW_WORDS];
+    size_t n_pieces = head_pieces(pieces, m->q + row * ROW_WORDS, ATTENTION_ROWS, g->hd);
+    for (size_t j = 0; j < n; j += PANEL)
+        multiply(false, m->scores + j, ROW_WORDS, rows, PANEL, false, pieces, n_pieces,
+                 m->keys + j * g->hd);
+    for (size_t i = 0; i < rows; i++) {
+        size_t at = begin + row + i;
+        softmax_row(m->scores + i * ROW_WORDS, j0, n, row_first_key(g, at), row_end_key(g, at),
+                    g->a->shape.scale, &m->max[row + i], &m->sum[row + i],
+                    m->out + (row + i) * g->wide, g->wide);
+    }
+    RowPiece p = {m->scores, n};
+    for (size_t d = 0; d < g->hd; d += PANEL)
+        multiply(false, m->out + row * g->wide + d, g->wide, rows, PANEL, true, &p, 1,
+                 m->values + d * ATTENTION_KEYS);
+}
+
+// Attention of rows begin .. begin+rows-1 (at most 128) of a group.
+static void forward_rows(const Group *g, const ForwardMemory *m, size_t begin, size_t rows) {
+    const AttentionTask *a = g->a;
+    DType act = a->dev->act;
+    Packed q = {m->q, ATTENTION_ROWS, g->hd, false};
+    memset(m->out, 0, rows * g->wide * sizeof *m->out);
+    for (size_t i = 0; i < rows; i++) {
+        pack_row(&q, i, act, a->q, row_index(g, begin + i) * g->hd);
+        m->max[i] = -1e30f;                                   // finite: -inf - max must not be NaN
+        m->sum[i] = vec_all(0);
+    }
+    size_t j0 = row_first_key(g, begin) / ATTENTION_KEYS * ATTENTION_KEYS;
+    for (size_t end = row_end_key(g, begin + rows - 1); j0 < end; j0 += ATTENTION_KEYS) {
+        size_t n = min_size(ATTENTION_KEYS, end - j0);
+        pack_keys(m->keys, m->stage, g, a->k, j0, n, false);
+        pack_keys(m->values, m->stage, g, a->v, j0, n, true);
+        for (size_t row = 0; row < rows; row += TILE_ROWS)
+            forward_tile(g, m, begin, row, min_size(TILE_ROWS, rows - row), j0, n);
+    }
+    for (size_t i = 0; i < rows; i++) {
+        float sum = vec_sum(m->sum[i]), *out = m->out + i * g->wide;
+        size_t at = row_index(g, begin + i);
+        for (size_t d = 0; d < g->hd; d++) out[d] /= sum;
+        store_row(act, a->out, at * g->hd, (const real *)out, g->hd);
+        a->lse[at] = m->max[i] + (real)log((double)sum);
+    }
+}
+
+// Which block of which group a task is: blocks of `size` items, of which a sequence has count(span).
+// The last blocks of a sequence, which see the most keys, come first.
+typedef struct { const AttentionTask *a; size_t block; bool by_keys; } BlockTask;
+
+static size_t span_blocks(const BlockTask *t, const Span *span) {
+    const AttentionShape *shape = &t->a->shape;
+    size_t items = t->by_keys ? span->nk : span->nq * (shape->H / shape->G);
+    return ceil_div(items, t->block);
+}
+
+static size_t block_tasks(const BlockTask *t) {
+    size_t tasks = 0;
+    for (size_t s = 0; s < t->a->batch->n_spans; s++)
+        tasks += span_blocks(t, &t->a->batch->spans[s]) * t->a->shape.G;
+    return tasks;
+}
+
+static Group find_block(const BlockTask *t, size_t task, size_t *begin) {
+    const Span *span = t->a->batch->spans;
+    size_t G = t->a->shape.G, blocks = span_blocks(t, span);
+    for (; task >= blocks * G; blocks = span_blocks(t, span)) {
+        task -= blocks * G;
+        span++;
+    }
+    *begin = (t->by_keys ? task / G : blocks - 1 - task / G) * t->block;
+    return attention_group(t->a, span, task % G);
+}
+
+static void attention_forward_block(void *arguments, size_t task, int thread) {
+    BlockTask *t = arguments;
+    size_t begin;
+    Group g = find_block(t, task, &begin);
+    Arena scratch = {(char *)thread_rows(t->a->dev, thread), 0};
+    ForwardMemory m;
+    carve_forward(&m, g.hd, &scratch);
+    forward_rows(&g, &m, begin, min_size(t->block, g.rows - begin));
+}
+
+static void attention_forward_fast(Device *dev, void *out, real *lse, const void *q, const void *k,
+                                   const void *v, AttentionShape shape, const Batch *batch) {
+    AttentionTask a = {.dev = dev, .out = out, .lse = lse, .q = q, .k = k, .v = v, .shape = shape,
+                       .batch = batch};
+    BlockTask t = {&a, ATTENTION_ROWS, false};
+    parallel_for(dev->pool, block_tasks(&t), attention_forward_block, &t);
+}
+
+// Backward, in the notation of chapter 3. Scores are formed transposed, a tile being 12 keys x 128
+// rows, so that p and ds are at once left operands of dv = p^T dout and dk = ds^T q; ds is transposed
+// once more for dq = ds k.
+typedef struct {
+    Word *qt, *doutt, *q, *dout;    // panels of the rows: straight (sum over hd), transposed (over rows)
+    Word *keys, *values, *key_panels;   // left operands (KEYS, hd), right operand for dq
+    Word *rows, *stage;             // (ROWS, hd)
+    Word *p, *ds, *ds_rows;         // (TILE_ROWS, ROWS) twice, (ROWS, KEYS)
+    Word *dq, *dk, *dv;             // (ROWS, wide), (keys, wide) twice
+    float *lse, *expected;          // (ROWS)
+    int32_t *first, *end;           // (ROWS) keys that a row sees
+} BackwardMemory;
+
+static void carve_backward(BackwardMemory *m, size_t hd, size_t keys, Arena *arena) {
+    size_t wide = round_up(hd, PANEL), packed = round_up(hd, ROW_WORDS);
+    Word **panels[] = {&m->qt, &m->doutt, &m->q, &m->dout, &m->key_panels, &m->rows, &m->dq};
+    for (size_t i = 0; i < sizeof panels / sizeof *panels; i++)
+        *panels[i] = arena_alloc(arena, ATTENTION_ROWS * wide + 16 * PANEL, sizeof(Word));
+    m->keys = arena_alloc(arena, ATTENTION_KEYS * packed, sizeof(Word));
+    m->values = arena_alloc(arena, ATTENTION_KEYS * packed, sizeof(Word));
+    m->stage = arena_alloc(arena, STAGE_WORDS, sizeof(Word));
+    m->p = arena_alloc(arena, 16 * ROW_WORDS, sizeof(Word));
+    m->ds = arena_alloc(arena, 16 * ROW_WORDS, sizeof(Word));
+    m->ds_rows = arena_alloc(arena, ATTENTION_ROWS * ROW_WORDS + 16, sizeof(Word));
+    m->dk = arena_alloc(arena, keys * wide, sizeof(Word));
+    m->dv = arena_alloc(arena, keys * wide, sizeof(Word));
+    m->lse = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->lse);
+    m->expected = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->expected);
+    m->first = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->first);
+    m->end = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->end);
+}
+
+// Packs rows begin .. begin+rows-1 of x (T, H * hd) as straight and as transposed panels.
+static void pack_both(Word *straight, Word *transposed, const Group *g, const BackwardMemory *m,
+                      const void *x, size_t begin, size_t rows) {
+    for (size_t i = 0; i < rows; i++)
+        load_row((real *)m->rows + i * g->hd, g->a->dev->act, x, row_index(g, begin + i) * g->hd,
+                 g->hd);
+    Right right = {.matrix = plain_matrix(DT_REAL, m->rows, rows, g->hd)};
+    for (size_t i = 0; i < rows; i += PANEL)
+        for (size_t d = 0; d < g->hd; d += ROW_WORDS)
+            pack_straight(straight + i * g->hd + d * PANEL, m->stage, &right, i,
+                          min_size(PANEL, rows - i), d, min_size(ROW_WORDS, g->hd - d), DT_REAL,
+                          false);
+    for (size_t d = 0; d < g->hd; d += PANEL)
+        pack_transposed_panels(transposed + d * ATTENTION_ROWS, m->stage, &right, d,
+                               min_size(PANEL, g->hd - d), 0, rows, DT_REAL, false);
+}
+
+// All that a block of rows needs in backward, whichever keys it meets.
+static void backward_prepare_rows(const Group *g, const BackwardMemory *m, size_t begin, size_t rows) {
+    const AttentionTask *a = g->a;
+    real out[MAX_HEAD], dout[MAX_HEAD];
+    pack_both(m->qt, m->q, g, m, a->q, begin, rows);
+    pack_both(m->doutt, m->dout, g, m, a->dout, begin, rows);
+    for (size_t i = 0; i < rows; i++) {
+        size_t at = row_index(g, begin + i);
+        load_row(out, a->dev->act, a->out, at * g->hd, g->hd);
+        load_row(dout, a->dev->act, a->dout, at * g->hd, g->hd);
+        m->expected[i] = dot_rows(dout, out, g->hd);
+        m->lse[i] = a->lse[at];
+        m->first[i] = (int32_t)row_first_key(g, begin + i);
+        m->end[i] = (int32_t)row_end_key(g, begin + i);
+    }
+    for (size_t i = rows; i < round_up(rows, PANEL); i++) {
+        m->expected[i] = m->lse[i] = 0;
+        m->first[i] = m->end[i] = 0;                          // sees nothing
+    }
+    memset(m->dq, 0, rows * g->wide * sizeof *m->dq);
+}
+
+// p and ds of one key and the rows from `start` on, from scores and dp in their places.
+static void backward_key(const Group *g, const BackwardMemory *m, Word *p, Word *ds, size_t key,
+                         size_t start, size_t rows) {
+    float scale = g->a->shape.scale;
+    VecInt at = (int32_t)key - (VecInt){0}, first, end;
+    for (size_t i = start; i < rows; i += LANES) {
+        memcpy(&first, m->first + i, sizeof first);
+        memcpy(&end, m->end + i, sizeof end);
+        Vec e = vec_exp(vec_load(p + i) * scale - vec_load(m->lse + i));
+        e = (Vec)((VecInt)e & (at >= first) & (at < end));
+        vec_store(p + i, e);
+        vec_store(ds + i, e * scale * (vec_load(ds + i) - vec_load(m->expected + i)));
+    }
+}
+
+// A tile of up to 12 keys, the block's number j on, against all rows of the block: adds to dk and dv
+// (which may be NULL) and leaves ds in m->ds_rows.
+static void backward_tile(const Group *g, const BackwardMemory *m, Word *dk, Word *dv, size_t key,
+                          size_t j, size_t n, size_t rows) {
+    RowPiece pieces[MAX_HEAD / ROW_WORDS];
+    size_t start = 0, n_pieces;
+    while (start < rows && m->end[min_size(start + PANEL, rows) - 1] <= (int32_t)key) start += PANEL;
+    for (size_t i = 0; i < min_size(start, rows); i++)
+        memset(m->ds_rows + i * ROW_WORDS + j, 0, n * sizeof *m->ds_rows);
+    for (size_t i = start; i < rows; i += PANEL) {
+        n_pieces = head_pieces(pieces, m->keys + j * ROW_WORDS, ATTENTION_KEYS, g->hd);
+        multiply(false, m->p + i, ROW_WORDS, n, PANEL, false, pieces, n_pieces, m->qt + i * g->hd);
+        n_pieces = head_pieces(pieces, m->values + j * ROW_WORDS, ATTENTION_KEYS, g->hd);
+        multiply(false, m->ds + i, ROW_WORDS, n, PANEL, false, pieces, n_pieces,
+                 m->doutt + i * g->hd);
+    }
+    for (size_t i = 0; i < n; i++)
+        backward_key(g, m, m->p + i * ROW_WORDS, m->ds + i * ROW_WORDS, key + i, start, rows);
+    for (size_t i = start; i < rows; i += 16)
+        transpose_16(m->ds_rows + i * ROW_WORDS + j, ROW_WORDS, m->ds + i, ROW_WORDS);
+    if (!dk || start >= rows) return;
+    for (size_t d = 0; d < g->hd; d += PANEL) {
+        size_t skip = d * ATTENTION_ROWS + start * PANEL;
+        RowPiece p = {m->p + start, rows - start}, ds = {m->ds + start, rows - start};
+        multiply(false, dv + d, g->wide, n, PANEL, true, &p, 1, m->dout + skip);
+        multiply(false, dk + d, g->wide, n, PANEL, true, &ds, 1, m->q + skip);
+    }
+}
+
+// The part of the gradients that rows row0 .. row1-1 and keys key0 .. key1-1 have in common: dq of
+// these rows, dk and dv of these keys. Each sum runs upwards over all there is.
+static void backward_range(const Group *g, const BackwardMemory *m, size_t row0, size_t row1,
+                           size_t key0, size_t key1, bool want_dq, bool want_dk) {
+    const AttentionTask *a = g->a;
+    DType act = a->dev->act;
+    size_t hd = g->hd, width = a->shape.G * hd;
+    Packed keys = {m->keys, ATTENTION_KEYS, hd, false}, values = {m->values, ATTENTION_KEYS, hd, false};
+    if (want_dk) memset(m->dk, 0, (key1 - key0) * g->wide * sizeof *m->dk);
+    if (want_dk) memset(m->dv, 0, (key1 - key0) * g->wide * sizeof *m->dv);
+    for (size_t begin = row0; begin < row1; begin += ATTENTION_ROWS) {
+        size_t rows = min_size(ATTENTION_ROWS, row1 - begin);
+        size_t end = min_size(key1, row_end_key(g, begin + rows - 1));
+        if (end <= key0 || row_first_key(g, begin) >= key1) continue;
+        backward_prepare_rows(g, m, begin, rows);
+        for (size_t j0 = key0; j0 < end; j0 += BACKWARD_KEYS) {
+            size_t n = min_size(BACKWARD_KEYS, end - j0);
+            if (j0 + n <= row_first_key(g, begin)) continue;
+            for (size_t j = 0; j < n; j++) {
+                size_t index = (g->span->k0 + j0 + j) * width + g->group * hd;
+                pack_row(&keys, j, act, a->k, index);
+                pack_row(&values, j, act, a->v, index);
+            }
+            for (size_t j = 0; j < n; j += KEY_TILE)
+                backward_tile(g, m, want_dk ? m->dk + (j0 + j - key0) * g->wide : NULL,
+                              m->dv + (j0 + j - key0) * g->wide, j0 + j, j, min_size(KEY_TILE, n - j),
+                              rows);
+            if (!want_dq) continue;
+            pack_keys(m->key_panels, m->stage, g, a->k, j0, n, true);
+            RowPiece ds = {m->ds_rows, n};
+            for (size_t d = 0; d < hd; d += PANEL)
+                multiply(false, m->dq + d, g->wide, rows, PANEL, true, &ds, 1,
+                         m->key_panels + d * ATTENTION_KEYS);
+        }
+        for (size_t i = 0; want_dq && i < rows; i++)
+            store_row(act, a->dq, row_index(g, begin + i) * hd, (real *)m->dq + i * g->wide, hd);
+    }
+    for (size_t j = key0; want_dk && j < key1; j++) {
+        size_t index = (g->span->k0 + j) * width + g->group * hd;
+        store_row(act, a->dk, index, (real *)m->dk + (j - key0) * g->wide, hd);
+        store_row(act, a->dv, index, (real *)m->dv + (j - key0) * g->wide, hd);
+    }
+}
+
+// A task is a whole group of a sequence.
+static void attention_backward_group(void *arguments, size_t task, int thread) {
+    AttentionTask *a = arguments;
+    const Span *span = &a->batch->spans[task / a->shape.G];
+    Group g = attention_group(a, span, task % a->shape.G);
+    Arena scratch = {(char *)thread_rows(a->dev, thread), 0};
+    BackwardMemory m;
+    carve_backward(&m, g.hd, span->nk, &scratch);
+    backward_range(&g, &m, 0, g.rows, 0, span->nk, true, true);
+}
+
+// A task is a block of rows, for dq, or of keys, for dk and dv.
+static void attention_backward_block(void *arguments, size_t task, int thread) {
+    BlockTask *t = arguments;
+    size_t begin;
+    Group g = find_block(t, task, &begin);
+    Arena scratch = {(char *)thread_rows(t->a->dev, thread), 0};
+    BackwardMemory m;
+    carve_backward(&m, g.hd, BACKWARD_KEYS, &scratch);
+    size_t nk = g.span->nk;
+    if (t->by_keys)
+        backward_range(&g, &m, 0, g.rows, begin, min_size(nk, begin + t->block), false, true);
+    else backward_range(&g, &m, begin, min_size(g.rows, begin + t->block), 0, nk, true, false);
+}
+
+// With fewer groups than threads, dq and dk, dv are computed apart: 7 products instead of 5, but as
+// many tasks as there are blocks. Both ways give the same bits.
+static void attention_backward_fast(Device *dev, void *dq, void *dk, void *dv, const void *dout,
+                                    const void *q, const void *k, const void *v, const void *out,
+                                    const real *lse, AttentionShape shape, const Batch *batch) {
+    AttentionTask a = {dev, (void *)(uintptr_t)out, dq, dk, dv, q, k, v, dout,
+                       (real *)(uintptr_t)lse, shape, batch};
+    size_t groups = batch->n_spans * shape.G;
+    if (groups >= (size_t)dev->pool->threads) {
+        parallel_for(dev->pool, groups, attention_backward_group, &a);
+        return;
+    }
+    BlockTask by_rows = {&a, ATTENTION_ROWS, false}, by_keys = {&a, BACKWARD_KEYS, true};
+    parallel_for(dev->pool, block_tasks(&by_rows), attention_backward_block, &by_rows);
+    parallel_for(dev->pool, block_tasks(&by_keys), attention_backward_block, &by_keys);
+}
+
+// ------------------------------------------------------------------------------- the fast op table
+
+static const Ops fast_ops = {
+    embed, residual_norm_forward, residual_norm_backward, linears_forward_fast,
+    linears_backward_fast, rope, attention_forward_fast, attention_backward_fast, swiglu_forward,
+    swiglu_backward, gather, scatter, head_logits_fast, head_backward_fast, cross_entropy_forward,
+    cross_entropy_backward, round_rows, sum_of_squares, adamw};
+
+static size_t largest_of(size_t a, size_t b, size_t c) { return max_size(a, max_size(b, c)); }
+
+// Bytes for the largest call. Words are counted as float32, though bf16 takes half of them.
+static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
+    size_t chunk = chunk_rows(s->threads), rows = min_size(chunk, s->T), pad = ROW_WORDS;
+    size_t head_rows = min_size(chunk, s->S), width = max_size(s->D, s->F), all = max_size(s->T, s->S);
+    size_t r = 3 * round_up(s->max_r, pad), any_rows = max_size(rows, head_rows);
+    // Forward: x, x masked, u of three products.
+    size_t forward = any_rows * (2 * round_up(width, pad) + r);
+    // Backward: du of all tokens, and of one chunk dy, du and with dropout two products (rows, K); or
+    // of one sequence the transposes of u and du.
+    size_t dy = max_size(rows * (max_size(3 * s->D, 2 * s->F) + 3 * pad),
+                         head_rows * round_up(s->V_chunk, pad));
+    size_t backward = 3 * all * s->max_r + max_size(dy + any_rows * (r + 2 * width),
+                                                    6 * s->max_r * round_up(all, pad));
+    *shared = max_size(forward, backward) * sizeof(Word) + 64 * 32;
+    Arena matmuls = {NULL, 0}, attention = {NULL, 0};
+    BackwardMemory memory;
+    ForwardMemory unused;
+    carve_backward(&memory, s->hd, max_size(s->max_span, BACKWARD_KEYS), &attention);
+    Arena forward_attention = {NULL, 0};
+    carve_forward(&unused, s->hd, &forward_attention);
+    (void)memory; (void)unused;
+    arena_alloc(&matmuls, 2 * PANEL_WORDS + STAGE_WORDS + TASK_ROWS * TASK_COLUMNS, sizeof(Word));
+    size_t rows_of_plain = largest_of(3 * width, s->V_chunk, s->D + 2 * s->hd) * sizeof(real);
+    *per_thread = round_up(max_size(largest_of(matmuls.used, attention.used, forward_attention.used),
+                                    rows_of_plain), 64);
+}
+
+#else
+
 static const Ops fast_ops = {
     embed, residual_norm_forward, residual_norm_backward, linears_forward_plain,
     linears_backward_plain, rope, attention_forward_plain, attention_backward_plain, swiglu_forward,
     swiglu_backward, gather, scatter, head_logits_plain, head_backward_plain, cross_entropy_forward,
     cross_entropy_backward, round_rows, sum_of_squares, adamw};
-static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {plain_scratch(s,shared,per_thread);}
+
+static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
+    plain_scratch(s, shared, per_thread);
+}
+
+#endif // REAL_IS_DOUBLE
 // =================================================================================================
 //  Generated tables: Unicode 16.0.0 (case mappings: 14.0.0)
 //

@@ -129,6 +129,145 @@ static void test_bitsandbytes(Test *t) {
     pool_close(pool);
 }
 
+// Every float16, and for every upper half of a float32 the lower halves around a tie, against the
+// definitions: value = fraction * 2^exponent, and the nearer neighbour, or of two the even one.
+static void test_conversions(Test *t) {
+    for (uint32_t h = 0; h < 65536; h++) {
+        int exponent = h >> 10 & 31;
+        double fraction = (h & 1023) + (exponent ? 1024 : 0);
+        double value = ldexp(fraction, (exponent ? exponent : 1) - 25) * (h & 0x8000 ? -1 : 1);
+        float own = f16_to_float((uint16_t)h);
+        if (exponent == 31) check(t, h & 1023 ? isnan(own) : isinf(own), "f16 %04X", h);
+        else check(t, (double)own == value, "f16 %04X: %g, expected %g", h, (double)own, value);
+    }
+    static const uint32_t lows[] = {0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF};
+    for (uint32_t high = 0; high < 65536; high++)
+        for (int i = 0; i < 6; i++) {
+            float x = bits_float(high << 16 | lows[i]);
+            uint16_t own = float_to_bf16(x);
+            if (isnan(x)) { check(t, isnan(bf16_to_float(own)), "bf16 of a NaN"); continue; }
+            uint32_t up = lows[i] > 0x8000 || (lows[i] == 0x8000 && high & 1);
+            check(t, own == (uint16_t)(high + up), "bf16 of %08X: %04X", high << 16 | lows[i], own);
+        }
+}
+
+// ------------------------------------------------------------------------------------- tokenizers
+
+// Ids and text of a small tokenizer of each kind equal those of Hugging Face tokenizers; streaming
+// gives the same text piece by piece, never half a character.
+static void check_tokenizer(Test *t, const char *name) {
+    char directory[256];
+    qlora_error err = {{0}};
+    Region region = {.allocator = &heap};
+    bool found;
+    snprintf(directory, sizeof directory, "test/fixtures/tokenizers/%s", name);
+    Tokenizer *tokenizer = tokenizer_open(directory, &heap, &err);
+    const Json *texts = read_json(directory, "ids.json", 1 << 26, &region, &found, &err);
+    if (!check(t, tokenizer && texts, "%s: %s", name, err.text)) return;
+    Buffer ids = {.allocator = &heap}, text = {.allocator = &heap}, pieces = {.allocator = &heap};
+    size_t n = 0;
+    for (const Json *e = texts->first; e; e = e->next, n++) {
+        const Json *input = json_get(e, "text"), *decoded = json_get(e, "decoded");
+        for (int special = 0; special < 2; special++) {
+            const Json *expected = json_get(e, special ? "ids" : "ids_plain");
+            ids.size = 0;
+            bool ok = !tokenizer_encode(tokenizer, input->text, input->length, special, &ids, &err);
+            const int32_t *id = (const int32_t *)(const void *)ids.data;
+            ok = ok && ids.size / sizeof *id == expected->count;
+            size_t k = 0;
+            for (const Json *x = expected->first; x && ok; x = x->next)
+                ok = id[k++] == (int32_t)strtol(x->text, NULL, 10);
+            check(t, ok, "%s: text %zu \"%.40s\": other ids %s", name, n, input->text, err.text);
+        }
+        // ids are now those with special tokens; take the plain ones for decoding.
+        ids.size = text.size = pieces.size = 0;
+        tokenizer_encode(tokenizer, input->text, input->length, false, &ids, &err);
+        const int32_t *id = (const int32_t *)(const void *)ids.data;
+        size_t count = ids.size / sizeof *id;
+        check(t, !tokenizer_decode(tokenizer, id, count, false, &text, &err) &&
+              text.size == decoded->length && memcmp(text.data ? text.data : "", decoded->text,
+                                                     text.size) == 0,
+              "%s: text %zu \"%.40s\" decodes to \"%.*s\"", name, n, decoded->text,
+              (int)min_size(text.size, 40), text.data ? text.data : "");
+        TokenStream stream = {0};
+        for (size_t i = 0; i < count; i++) {
+            size_t before = pieces.size;
+            token_stream_push(tokenizer, &stream, id[i], false, &pieces, &err);
+            for (size_t at = before; at < pieces.size;) {
+                uint32_t code;
+                size_t bytes = utf8_decode(pieces.data + at, pieces.size - at, &code);
+                if (!check(t, bytes > 0, "%s: text %zu streams half a character", name, n)) break;
+                at += bytes;
+            }
+        }
+        token_stream_end(tokenizer, &stream, &pieces, &err);
+        check(t, pieces.size == text.size && memcmp(pieces.data ? pieces.data : "",
+              text.data ? text.data : "", text.size) == 0, "%s: text %zu streams other text", name, n);
+    }
+    check(t, n > 100, "%s: only %zu texts", name, n);
+    buffer_free(&ids);
+    buffer_free(&text);
+    buffer_free(&pieces);
+    tokenizer_close(tokenizer);
+    region_free(&region);
+}
+
+static void test_tokenizers(Test *t) {
+    static const char *const names[] = {"byte", "llama3style", "spm", "gpt2style"};
+    for (size_t i = 0; i < 4; i++) check_tokenizer(t, names[i]);
+}
+
+// The real tokenizers, with the vectors that llama.cpp recorded for them.
+static void test_real_tokenizers(Test *t) {
+    static const struct { const char *name, *vectors; } cases[] = {
+        {"qwen2.5-0.5b-instruct", "qwen2"}, {"llama-2", "llama-spm"}, {"gpt2", "gpt-2"}};
+    if (!file_exists("../shared/real/tokenizer_vectors")) { skip(t, "no ../shared/real here"); return; }
+    for (size_t i = 0; i < 3; i++) {
+        char path[256];
+        qlora_error err = {{0}};
+        Buffer in = {.allocator = &heap}, out = {.allocator = &heap}, ids = {.allocator = &heap};
+        snprintf(path, sizeof path, "../shared/real/tokenizers/%s", cases[i].name);
+        Tokenizer *tokenizer = tokenizer_open(path, &heap, &err);
+        snprintf(path, sizeof path, "../shared/real/tokenizer_vectors/llama.cpp/ggml-vocab-%s.gguf.inp",
+                 cases[i].vectors);
+        check(t, !read_whole_file(path, 1 << 24, &in, &err), "%s", err.text);
+        memcpy(strstr(path, ".inp"), ".out", 4);
+        check(t, !read_whole_file(path, 1 << 24, &out, &err), "%s", err.text);
+        if (!check(t, tokenizer && in.size && out.size, "%s", err.text)) return;
+        const char *text = in.data, *line = out.data, *separator = "\n__ggml_vocab_test__\n";
+        size_t n = 0;
+        while (text && *line) {
+            const char *end = strstr(text, separator);
+            size_t length = end ? (size_t)(end - text) : strlen(text);
+            bool ok = true;
+            ids.size = 0;
+            check(t, !tokenizer_encode(tokenizer, text, length, false, &ids, &err), "%s", err.text);
+            const int32_t *id = (const int32_t *)(const void *)ids.data;
+            size_t count = ids.size / sizeof *id, k = 0;
+            for (; *line && *line != '\n'; k++) {
+                char *after;
+                long expected = strtol(line, &after, 10);
+                if (after == line) break;
+                ok = ok && k < count && id[k] == expected;
+                line = after;
+            }
+            check(t, ok && k == count, "%s: text %zu \"%.40s\": other ids", cases[i].name, n, text);
+            line += strcspn(line, "\n");
+            line += *line == '\n';
+            text = end ? end + strlen(separator) : NULL;
+            n++;
+        }
+        check(t, n >= 40, "%s: only %zu texts", cases[i].name, n);
+        tokenizer_close(tokenizer);
+        buffer_free(&in);
+        buffer_free(&out);
+        buffer_free(&ids);
+    }
+}
+
 #define FORMAT_TESTS                                                                                \
     {"bitsandbytes", "NF4, FP4, double quantisation equal bitsandbytes byte for byte",              \
-     test_bitsandbytes},
+     test_bitsandbytes},                                                                            \
+    {"conversions", "bf16 and f16 are exact, ties to even", test_conversions},                      \
+    {"tokenizers", "ids, text and streams equal Hugging Face tokenizers", test_tokenizers},         \
+    {"real_tokenizers", "Qwen2.5, Llama-2, GPT-2 give llama.cpp's vectors", test_real_tokenizers},

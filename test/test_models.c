@@ -610,6 +610,74 @@ static void test_quantized_directory(Test *t) {
     }
 }
 
+// A really trained model that nobody here wrote: logits in float64, per-token losses, and the 200
+// greedy tokens whose text llama2.c prints, byte for byte.
+static int collect_text_piece(void *user, const char *utf8, size_t n) {
+    return buffer_append(user, utf8, n, NULL);
+}
+
+static void test_stories260K(Test *t) {
+    const char *directory = "../shared/real/checkpoints/stories260K";
+    qlora_error err = {{0}};
+    Region region = {.allocator = &heap};
+    bool found;
+    if (!file_exists("../shared/real/checkpoints/stories260K/golden.json")) {
+        skip(t, "no ../shared/real here");
+        return;
+    }
+    const Json *golden = read_json(directory, "golden.json", 1 << 26, &region, &found, &err);
+    qlora_model *q = open_test_model(t, directory, QLORA_QUANT_NONE, 0, QLORA_COMPUTE_F32, 2);
+    if (!q || !check(t, golden != NULL, "%s", err.text)) return;
+    size_t V = q->transformer.config.V, cases = 0;
+    double worst = 0;
+    for (const Json *c = json_get(golden, "cases")->first; c; c = c->next, cases++) {
+        const Json *ids_json = json_get(c, "ids"), *last = json_get(c, "last_logits");
+        const Json *text = json_get(c, "text");
+        size_t n = ids_json->count, k = 0, n_own;
+        int32_t *ids = grab(n, sizeof *ids), *own;
+        for (const Json *e = ids_json->first; e; e = e->next) ids[k++] = (int32_t)strtol(e->text, 0, 10);
+        check(t, !qlora_tokenize(q, text->text, text->length, 1, &own, &n_own, &err), "%s", err.text);
+        check(t, n_own == n && memcmp(own, ids, n * sizeof *ids) == 0, "other ids for \"%.40s\"",
+              text->text);
+        float *logits = grab(n * V, sizeof *logits), *expected = grab(V, sizeof *expected);
+        check(t, !qlora_logits(q, ids, n, logits, &err), "%s", err.text);
+        k = 0;
+        for (const Json *e = last->first; e && k < V; e = e->next) expected[k++] = strtof(e->text, NULL);
+        double error = max_err(logits + (n - 1) * V, expected, V);
+        if (!(error <= worst)) worst = error;
+        check(t, error <= 1e-5, "logits after \"%.40s\" differ by %.2e", text->text, error);
+        k = 0;
+        for (const Json *e = json_get(c, "nll")->first; e; e = e->next, k++) {
+            double sum = 0, value = strtod(e->text, NULL);
+            for (size_t v = 0; v < V; v++)
+                sum += exp((double)logits[k * V + v] - (double)logits[k * V + (size_t)ids[k + 1]]);
+            check(t, fabs(log(sum) - value) <= 1e-4, "loss of token %zu: %.6f, expected %.6f", k,
+                  log(sum), value);
+        }
+        qlora_free(q, own);
+        free(ids);
+        free(logits);
+        free(expected);
+    }
+    check(t, cases >= 3, "only %zu cases", cases);
+    Buffer text = {.allocator = &heap}, expected = {.allocator = &heap};
+    int32_t *ids;
+    size_t n;
+    qlora_sampling how = {.max_new_tokens = 200, .top_p = 1, .repetition_penalty = 1, .ignore_eos = 1};
+    check(t, !qlora_tokenize(q, "", 0, 1, &ids, &n, &err) &&
+          !qlora_generate(q, ids, n, &how, collect_text_piece, &text, NULL, NULL, &err), "%s", err.text);
+    check(t, !read_whole_file("../shared/real/checkpoints/stories260K/original/expected_stdout.txt",
+                              1 << 20, &expected, &err), "%s", err.text);
+    check(t, text.size == expected.size && memcmp(text.data, expected.data, text.size) == 0,
+          "the greedy text differs");
+    printf("    stories260K  %zu cases, logits %.1e, %zu bytes of text\n", cases, worst, text.size);
+    qlora_free(q, ids);
+    buffer_free(&text);
+    buffer_free(&expected);
+    region_free(&region);
+    qlora_close(q);
+}
+
 #define MODEL_TESTS                                                                                 \
     {"reference_plain", "logits, loss, gradients equal transformers + peft (plain kernels)",        \
      test_reference_plain},                                                                         \
@@ -618,6 +686,7 @@ static void test_quantized_directory(Test *t) {
     {"adamw_steps", "10 AdamW steps equal PyTorch's: losses, norms, parameters", test_adamw_steps}, \
     {"bf16_bounds", "bf16 is as near to float32 as torch's bf16", test_bf16_bounds},                \
     {"greedy", "20 greedy tokens equal transformers'", test_greedy},                                \
+    {"stories260K", "a real trained model: golden logits, losses, greedy text", test_stories260K},  \
     {"threads", "1, 2, 3, 4, 7 threads give the same bits", test_threads},                          \
     {"batch_shape", "packed = apart, recomputed = stored, bit for bit", test_batch_shape},          \
     {"cache", "token by token through the cache = all at once, bit for bit", test_cache},           \

@@ -1,0 +1,106 @@
+#!/bin/sh
+# The command line, as a person uses it, on the tiny fixture models. Prints a line for each check and
+# at the end "N passed, N failed, N skipped".
+cd "$(dirname "$0")/.." || exit 1
+Q=./qlora
+W=build/cli-$$
+M=test/fixtures/models/qwen2
+rm -rf "$W"
+mkdir -p "$W"
+passed=0
+failed=0
+skipped=0
+
+# check NAME STATUS PATTERN COMMAND...: the command exits with STATUS and prints PATTERN somewhere.
+check() {
+    name=$1 status=$2 pattern=$3
+    shift 3
+    "$@" >"$W/out" 2>&1 </dev/null
+    got=$?
+    if [ "$got" = "$status" ] && { [ -z "$pattern" ] || grep -q -e "$pattern" "$W/out"; }; then
+        passed=$((passed + 1))
+    else
+        failed=$((failed + 1))
+        echo "  FAILED cli: $name: exit $got, expected $status and '$pattern':"
+        head -n 5 "$W/out"
+    fi
+}
+
+same() {
+    if cmp -s "$2" "$3"; then passed=$((passed + 1)); else
+        failed=$((failed + 1))
+        echo "  FAILED cli: $1: $2 and $3 differ"
+    fi
+}
+
+i=0
+while [ $i -lt 12 ]; do
+    echo "{\"messages\": [{\"role\": \"user\", \"content\": \"Question $i, what is it?\"}, {\"role\": \"assistant\", \"content\": \"It is the answer number $i.\"}]}"
+    i=$((i + 1))
+done >"$W/data.jsonl"
+echo '[{"instruction": "Say it.", "input": "now", "output": "It is said."}]' >"$W/alpaca.json"
+
+check "help" 0 "usage: qlora COMMAND" $Q --help
+for command in train generate chat logits tokenize quantize init info; do
+    check "help of $command" 0 "usage: qlora $command" $Q $command --help
+done
+check "version" 0 "qlora 0" $Q --version
+check "no command" 2 "usage" $Q
+check "unknown command" 2 "unknown command" $Q fly
+check "unknown option" 2 "did you mean --lora-alpha" $Q train $M "$W/data.jsonl" --lora-alhpa 3
+check "bad value" 2 "expected a whole number" $Q train $M "$W/data.jsonl" --lora-r eight
+check "missing value" 2 "expected a value" $Q train $M "$W/data.jsonl" --lora-r
+check "bad choice" 1 "none, nf4, fp4" $Q train $M "$W/data.jsonl" --quant int3
+check "missing argument" 2 "expected MODEL DATA" $Q train $M
+check "no model" 1 "config.json: not found" $Q train "$W" "$W/data.jsonl"
+check "no data" 1 "nothing.jsonl: cannot open" $Q train $M "$W/nothing.jsonl" --output "$W/none"
+
+train="$Q train $M $W/data.jsonl --epochs 2 --lr 1e-3 --lora-dropout 0.1 --mask turn"
+check "train" 0 "the adapter is in" $train --output "$W/a" --batch 4 --accum 1 --threads 1
+check "train again into the same place" 1 "there is an adapter" $train --output "$W/a"
+check "underscores and =" 0 "the adapter is in" $train --output="$W/b" \
+    --per_device_train_batch_size=1 --gradient_accumulation_steps=4 --threads 2
+same "batch 4 x 1 = 1 x 4, threads 1 = 2" "$W/a/adapter_model.safetensors" "$W/b/adapter_model.safetensors"
+check "little memory" 0 "recomputed" $train --output "$W/c" --batch 4 --accum 1 --threads 7 --memory 71M
+same "memory small = large, threads 7" "$W/a/adapter_model.safetensors" "$W/c/adapter_model.safetensors"
+check "too little memory" 1 "are not enough" $train --output "$W/d" --memory 1M
+check "Alpaca records" 0 "the adapter is in" $Q train $M "$W/alpaca.json" --output "$W/e" --max-steps 2
+check "unwritable output" 1 "cannot make the directory" $train --output /proc/none
+check "generate from the adapter" 0 "Question" $Q generate "$W/a" --prompt "Question" --max-new-tokens 4
+check "generate with --adapter" 0 "Question" $Q generate $M --adapter "$W/a" --prompt "Question" \
+    --max-new-tokens 4 --temperature 0.8 --top-k 5 --top-p 0.9 --seed 3
+printf 'one\ntwo\n' >"$W/prompts.txt"
+check "prompts from a file, as JSON" 0 '"prompt": "two", "completion": "' $Q generate $M "$W/prompts.txt" \
+    --json --max-new-tokens 3
+check "logits" 0 "" $Q logits "$W/a" --ids 1,2,3 --output "$W/logits.safetensors"
+check "an id outside the vocabulary" 1 "outside the vocabulary" $Q logits "$W/a" --ids 1,99999 \
+    --output "$W/x.safetensors"
+check "info of a model" 0 "qwen2: 2 layers" $Q info $M
+check "info of an adapter" 0 "28 tensors" $Q info "$W/a"
+check "quantize" 0 "" $Q quantize $M "$W/q4"
+check "quantize onto a model" 1 "there is a model in this directory" $Q quantize $M "$W/q4"
+check "train on a 4-bit directory" 0 "the adapter is in" $Q train "$W/q4" "$W/data.jsonl" \
+    --output "$W/f" --epochs 2 --lr 1e-3 --lora-dropout 0.1 --mask turn --batch 4 --accum 1
+same "quantised ahead = on the fly" "$W/a/adapter_model.safetensors" "$W/f/adapter_model.safetensors"
+check "init" 0 "" $Q init $M "$W/random" --seed 5 --quant nf4
+check "a random model computes" 0 "Hello" $Q generate "$W/random" --prompt "Hello" --max-new-tokens 2
+
+printf 'Hello there,\n  two  lines: \303\251\344\275\240\n' >"$W/text"
+$Q tokenize $M <"$W/text" | sed -n 's/^ *\([0-9][0-9]*\) .*/\1/p' | $Q tokenize $M --decode >"$W/back"
+same "tokenize and back" "$W/text" "$W/back"
+printf 'Hello\n/system Be brief.\nHi\n/regen\n/help\n/exit\n' | $Q chat "$W/a" --max-new-tokens 3 >"$W/chat" 2>&1
+if [ $? = 0 ] && grep -q "/regen" "$W/chat"; then passed=$((passed + 1)); else
+    failed=$((failed + 1))
+    echo "  FAILED cli: chat"
+    cat "$W/chat"
+fi
+
+check "vendored in C" 0 "" build/vendor_c $M "$W/data.jsonl"
+if [ -x build/vendor_cpp ]; then check "vendored in C++" 0 "" build/vendor_cpp $M; else
+    skipped=$((skipped + 1))
+    echo "  skipped cli: the C++ example (no C++ compiler here)"
+fi
+
+rm -rf "$W"
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed = 0 ]
