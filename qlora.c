@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #endif
 #include <ctype.h>
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -16,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -2482,10 +2484,11 @@ static int write_tensors(const char *path, TensorInfo *tensors, size_t n, Tensor
 // =================================================================================================
 //  8. Unicode and regular expressions
 //
-//  Tokenizers cut text by regular expressions over Unicode classes and may want it normalised first.
-//  Both need tables; they stand packed at the end of this file and are unpacked once per tokenizer.
-//  The regular expressions are Oniguruma's as far as tokenizer.json files use them; what is not
-//  known here is refused by name when the pattern is compiled.
+//  Tokenizers cut text by regular expressions over Unicode classes, and may want it normalised
+//  first. Both need tables, which stand packed at the end of this file; each tokenizer unpacks them.
+//  The regular expressions are those of Oniguruma, the library inside `tokenizers`, as far as
+//  tokenizer.json files use them; the rest is refused by name when the pattern is compiled. (Where
+//  case does not matter, one character stands for one: ss does not match a sharp s.)
 // =================================================================================================
 
 enum { UNICODE_LIMIT = 0x110000, REPLACEMENT_CHARACTER = 0xFFFD };
@@ -2788,7 +2791,8 @@ static int normal_decompose(const NormalForm *form, uint32_t code, Buffer *out, 
 }
 
 // Sorts marks by class, stably. Few: by insertion; a hostile crowd of them: by counting.
-static int normal_sort_marks(uint32_t *items, size_t n, const qlora_allocator *a, qlora_error *err) {
+static int normal_sort_marks(uint32_t *items, size_t n, const qlora_allocator *a,
+                             qlora_error *err) {
     if (n <= 32) {
         for (size_t i = 1; i < n; i++) {
             uint32_t item = items[i];
@@ -2842,8 +2846,8 @@ static size_t normal_compose(const NormalForm *form, uint32_t *items, size_t n) 
 }
 
 // Normalises text[0..n) as a whole; `items` is scratch.
-static int normal_run(const NormalForm *form, const char *text, size_t n, Buffer *items, Buffer *out,
-                      qlora_error *err) {
+static int normal_run(const NormalForm *form, const char *text, size_t n, Buffer *items,
+                      Buffer *out, qlora_error *err) {
     items->size = 0;
     for (size_t i = 0; i < n;) {
         uint32_t code;
@@ -2868,8 +2872,8 @@ static int normal_run(const NormalForm *form, const char *text, size_t n, Buffer
     return 0;
 }
 
-// Appends the normal form of valid text. Sets *same and appends nothing if the text is in it already
-// as far as the care bits tell.
+// Appends the normal form of valid text. If the care bits tell that the text is in it already, sets
+// *same and appends nothing.
 static int normal_apply(const NormalForm *form, const char *text, size_t n, Buffer *out, bool *same,
                         qlora_error *err) {
     Buffer items = {.allocator = out->allocator};
@@ -3118,7 +3122,8 @@ static RegexStep *regex_step(const RegexCompiler *c, size_t i) {
 
 // Puts n steps (or, with NULL, room for them) before step `at`.
 static int regex_insert(RegexCompiler *c, size_t at, const RegexStep *steps, size_t n) {
-    if (regex_size(c) + n > REGEX_MAX_STEPS) return regex_fail(c, c->at, "the program grows too large");
+    if (regex_size(c) + n > REGEX_MAX_STEPS)
+        return regex_fail(c, c->at, "the program grows too large");
     if (buffer_reserve(&c->steps, n * sizeof *steps, c->err)) return -1;
     RegexStep *place = regex_step(c, at);
     memmove(place + n, place, (regex_size(c) - at) * sizeof *steps);
@@ -3139,7 +3144,8 @@ static int regex_item(RegexCompiler *c, ItemKind kind, uint32_t first, uint32_t 
     if (kind == ITEM_CATEGORIES)
         return (first & cases) == 0 || (first & cases) == cases ? 0
              : regex_fail(c, c->at, "a property of case where case does not matter");
-    if (last - first > 255) return regex_fail(c, c->at, "a range that long where case does not matter");
+    if (last - first > 255)
+        return regex_fail(c, c->at, "a range that long where case does not matter");
     for (uint32_t code = first; code <= last; code++) {
         uint32_t kin[MAX_KIN];
         size_t n = unicode_kin(c->unicode, code, kin);
@@ -3206,8 +3212,8 @@ static int regex_hex(RegexCompiler *c, size_t min, size_t max, uint32_t *code) {
     return 0;
 }
 
-// Reads what follows a backslash. A shorthand such as \s becomes an item and sets *is_item; else the
-// character is stored in *code.
+// Reads what follows a backslash. A shorthand such as \s becomes an item and sets *is_item;
+// otherwise *code is the character.
 static int regex_escape(RegexCompiler *c, uint32_t *code, bool *is_item) {
     static const char from[] = "tnrfvae", to[] = "\t\n\r\f\v\a\x1B";
     const char *start = c->at - 1;
@@ -3275,7 +3281,7 @@ static int regex_brackets(RegexCompiler *c) {
 
 static int regex_alternatives(RegexCompiler *c);
 
-// Wraps steps [from, end) between an opening and a closing step; +x of the opening one leads behind.
+// Wraps steps [from, end) in an opening and a closing step; +x of the opening one leads behind.
 static int regex_wrap(RegexCompiler *c, size_t from, RegexOp open, RegexOp close) {
     int32_t length = (int32_t)(regex_size(c) - from) + 2;
     if (regex_insert(c, from, &(RegexStep){.op = (uint8_t)open, .x = length}, 1)) return -1;
@@ -3348,8 +3354,8 @@ static int regex_atom(RegexCompiler *c) {
     return regex_class(c, first_item, any);
 }
 
-// With which characters can the steps [from, end) begin: which of ASCII, and whether others too? And
-// can they match without consuming anything?
+// With which characters can the steps [from, end) begin: with which of ASCII, and with others, too?
+// And can they match without consuming anything?
 typedef struct { uint64_t ascii[2]; bool other, empty; } FirstSet;
 
 static int regex_first(RegexCompiler *c, size_t from, size_t end, FirstSet *first) {
@@ -3785,6 +3791,7 @@ static size_t hash_slots(size_t n) {
     return slots;
 }
 
+// Room for a known number of tokens. Their texts are looked up by a hash table with open addressing.
 static int vocabulary_open(Vocabulary *v, size_t max_tokens, Region *region, qlora_error *err) {
     v->max_tokens = max_tokens;
     v->n_text_slots = hash_slots(max_tokens);
@@ -3826,8 +3833,9 @@ static int vocabulary_add(Vocabulary *v, const char *text, size_t n, size_t id, 
                           qlora_error *err) {
     if (n > MAX_TOKEN_BYTES) return fail(err, "%s: the token with id %zu has %zu bytes (65536 at "
                                          "most)", file, id, n);
-    if (id >= MAX_TOKENS) return fail(err, "%s: token \"%.100s\" has id %zu (below 16777216 expected)",
-                                      file, text, id);
+    if (id >= MAX_TOKENS)
+        return fail(err, "%s: token \"%.100s\" has id %zu, expected less than 16777216", file, text,
+                    id);
     if (v->n_tokens == v->max_tokens) return fail(err, "%s: more tokens than were counted", file);
     uint32_t *slot = vocabulary_slot(v, text, n);
     if (*slot) return fail(err, "%s: token \"%.100s\" stands there twice", file, text);
@@ -3844,8 +3852,9 @@ static int vocabulary_close(Vocabulary *v, const char *file, Region *region, qlo
     if (!v->by_id) return -1;
     for (size_t i = 0; i < v->n_tokens; i++) {
         uint32_t *slot = &v->by_id[v->tokens[i].id];
-        if (*slot) return fail(err, "%s: tokens \"%.100s\" and \"%.100s\" have the same id %d", file,
-                               v->tokens[*slot - 1].text, v->tokens[i].text, v->tokens[i].id);
+        if (*slot)
+            return fail(err, "%s: tokens \"%.100s\" and \"%.100s\" have the same id %d", file,
+                        v->tokens[*slot - 1].text, v->tokens[i].text, v->tokens[i].id);
         *slot = (uint32_t)i + 1;
     }
     return 0;
@@ -3856,6 +3865,7 @@ static const Token *vocabulary_token(const Vocabulary *v, int32_t id) {
     return slot ? &v->tokens[slot - 1] : NULL;
 }
 
+// Merges are looked up by the pair of ids, the innermost operation of encoding.
 static int merges_open(Vocabulary *v, size_t n, Region *region, qlora_error *err) {
     v->n_merge_slots = hash_slots(n);
     v->merges = region_alloc(region, v->n_merge_slots, sizeof *v->merges, err);
@@ -4099,6 +4109,7 @@ static size_t merge_few(const Vocabulary *v, int32_t *ids, size_t n) {
     return n;
 }
 
+// Lower rank first; of equal ones the leftmost. The heap below is the usual binary one.
 static bool candidate_before(const Candidate *a, const Candidate *b) {
     return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
 }
@@ -4127,6 +4138,7 @@ static Candidate heap_pop(Buffer *heap) {
     return top;
 }
 
+// Enters the pair that begins at symbol `at`, if it exists and merges.
 static int push_candidate(Encoder *e, const Symbol *symbols, int32_t at) {
     int32_t next = at < 0 ? -1 : symbols[at].next;
     if (next < 0) return 0;
@@ -4312,6 +4324,8 @@ static int pre_tokenize(Encoder *e, size_t step, const char *text, size_t n, boo
 // A split under way: the piece that may still grow, and whether what it ends with was a match.
 typedef struct { size_t start, end; bool any, match; } OpenPiece;
 
+// The next part of the text, a match or what lies between two: hands on what is complete. Whether a
+// part joins the piece before it is all that the behaviours differ in.
 static int split_part(Encoder *e, size_t step, const char *text, bool at_start, OpenPiece *open,
                       size_t start, size_t end, bool match) {
     const PreStep *s = &e->t->pre_tokenizers[step];
@@ -4340,7 +4354,8 @@ static int pre_split(Encoder *e, size_t step, const char *text, size_t n, bool a
     size_t done = 0, start, end;
     int found;
     while ((found = next_match(&matches, &e->regex, &start, &end, e->err)) > 0) {
-        if (start > done && split_part(e, step, text, at_start, &open, done, start, false)) return -1;
+        if (start > done && split_part(e, step, text, at_start, &open, done, start, false))
+            return -1;
         if (split_part(e, step, text, at_start, &open, start, end, true)) return -1;
         done = end;
     }
@@ -4488,7 +4503,7 @@ static int normalize(Encoder *e, const char **text, size_t *n, bool at_start) {
 
 // -------------------------------------------------------------------------------- added tokens
 
-// The longest added token that text begins with, or NULL. The tokens are sorted: the ones that agree
+// The longest added token that text begins with, or NULL. The tokens are sorted: those that agree
 // with the text up to some depth are a range, which each byte narrows.
 static const AddedToken *longest_added(const AddedSet *set, const char *text, size_t n) {
     size_t low = set->first[(unsigned char)text[0]], high = set->first[(unsigned char)text[0] + 1];
@@ -4497,7 +4512,7 @@ static const AddedToken *longest_added(const AddedSet *set, const char *text, si
         if (set->tokens[low].length == depth) longest = &set->tokens[low++];
         if (depth == n) break;
         unsigned char byte = (unsigned char)text[depth];
-        size_t limits[2] = {low, high};               // first token not below byte, not below byte+1
+        size_t limits[2] = {low, high};               // the first tokens >= byte, > byte
         for (unsigned k = 0; k < 2; k++) {
             size_t from = limits[0], to = high;
             while (from < to) {
@@ -4513,6 +4528,7 @@ static const AddedToken *longest_added(const AddedSet *set, const char *text, si
     return longest;
 }
 
+// Do no word characters stand on either side?
 static bool is_single_word(const Unicode *u, const char *text, size_t n, size_t start, size_t end) {
     uint32_t code;
     bool word = false;
@@ -4526,7 +4542,7 @@ static bool is_single_word(const Unicode *u, const char *text, size_t n, size_t 
 
 typedef int (*SegmentFunction)(Encoder *e, const char *text, size_t n, bool at_start);
 
-// Cuts text at the added tokens of the set: their ids are appended, what lies between goes to `rest`.
+// Cuts text at the added tokens of the set: their ids are appended, what is between goes to `rest`.
 static int split_added(Encoder *e, const AddedSet *set, const char *text, size_t n, bool at_start,
                        SegmentFunction rest) {
     size_t done = 0;
@@ -4594,6 +4610,7 @@ typedef struct {
     bool open;
 } TokenStream;
 
+// Releases a stream that is not ended.
 static void token_stream_free(TokenStream *s) {
     if (!s->open) return;
     buffer_free(&s->held);
@@ -4615,9 +4632,11 @@ static int flush_byte_run(const Tokenizer *t, TokenStream *s, size_t step, Buffe
     Buffer run = s->held;
     s->held = (Buffer){.allocator = run.allocator};
     int bad = 0;
-    if (utf8_valid_prefix(run.data, n) == n) bad = decode_token(t, s, step + 1, run.data, n, out, err);
-    else for (size_t i = 0; i < n && !bad; i++)
-        bad = decode_token(t, s, step + 1, "\xEF\xBF\xBD", 3, out, err);
+    if (utf8_valid_prefix(run.data, n) == n)
+        bad = decode_token(t, s, step + 1, run.data, n, out, err);
+    else
+        for (size_t i = 0; i < n && !bad; i++)
+            bad = decode_token(t, s, step + 1, "\xEF\xBF\xBD", 3, out, err);
     buffer_free(&run);
     return bad;
 }
@@ -4667,8 +4686,9 @@ static void decode_strip(const DecodeStep *d, size_t *count, const char **text, 
     }
 }
 
-static int decode_metaspace(const DecodeStep *d, bool first, const char *text, size_t n, Buffer *out,
-                            qlora_error *err) {
+// Every "▁" is a space, but those of the first token are only the mark of its beginning.
+static int decode_metaspace(const DecodeStep *d, bool first, const char *text, size_t n,
+                            Buffer *out, qlora_error *err) {
     bool drop = first && d->scheme != PREPEND_NEVER;
     for (size_t i = 0; i < n; i++) {
         bool mark = starts_with(text + i, n - i, d->text);
@@ -4737,7 +4757,7 @@ static int token_stream_push(const Tokenizer *t, TokenStream *s, int32_t id, boo
                              Buffer *out, qlora_error *err) {
     const qlora_allocator *a = t->region.allocator;
     if (!s->open) {
-        *s = (TokenStream){.held = {.allocator = a}, .open = true, .regex = {.stack = {.allocator = a}}};
+        *s = (TokenStream){.held = {.allocator = a}, .regex = regex_run(0, a), .open = true};
         s->token[0].allocator = s->token[1].allocator = a;
     }
     const Token *token = vocabulary_token(&t->vocabulary, id);
@@ -4799,7 +4819,8 @@ static bool tokenizer_is_special(const Tokenizer *t, int32_t id) {
 // is kept is copied to the tokenizer's own region.
 typedef struct {
     Tokenizer *t;
-    const char *file;
+    const char *directory;
+    const char *file;               // that is being read
     Region scratch;
     Encoder encoder;                // normalises added tokens
     const Json *config, *map;       // tokenizer_config.json, special_tokens_map.json, or NULL
@@ -4807,7 +4828,8 @@ typedef struct {
 } Loader;
 
 static int refuse(Loader *l, const char *what, const char *type) {
-    return fail(l->err, "%s: %s \"%.100s\" is not supported", l->file, what, type ? type : "(none)");
+    if (!type) type = "(none)";
+    return fail(l->err, "%s: %s \"%.100s\" is not supported", l->file, what, type);
 }
 
 static const char *keep_text(Loader *l, const char *text, size_t n) {
@@ -4888,17 +4910,19 @@ static int read_sequence(Loader *l, const Json *sequence, const char *key, int d
 
 static int too_many(Loader *l, size_t n, int depth) {
     if (n < MAX_TOKENIZER_STEPS && depth < 8) return 0;
-    return fail(l->err, "%s: more than %d steps, or nested too deeply", l->file, MAX_TOKENIZER_STEPS);
+    return fail(l->err, "%s: more than %d steps, or nested too deeply", l->file,
+                MAX_TOKENIZER_STEPS);
 }
 
 static int read_replace(Loader *l, const Json *step, NormalStep *s) {
     const Json *content = need_text(l, step, "content");
-    const char *literal = json_get_text(json_get(step, "pattern"), "String");
+    const Json *literal = json_get(json_get(step, "pattern"), "String");
     if (!content) return -1;
     s->kind = NORMAL_REPLACE;
     s->length = content->length;
     s->text = keep_text(l, content->text, content->length);
-    bool space = literal && strcmp(literal, " ") == 0 && strlen(s->text ? s->text : "") == s->length;
+    bool space = json_is(literal, JSON_STRING) && literal->length == 1 && literal->text[0] == ' '
+              && !memchr(content->text, 0, content->length);
     if (!space) s->regex = compile_pattern(l, step);
     if (s->regex && s->regex->by_end) return refuse(l, "pattern", "that matches nothing, replaced");
     return s->text && (space || s->regex) ? 0 : -1;
@@ -5011,12 +5035,13 @@ static bool moves_beginning(const Tokenizer *t) {
     return found;
 }
 
+// Metaspace and ByteLevel are several steps in one: change the text, then split it.
 static int read_pre_metaspace(Loader *l, const Json *step) {
     PreStep s = {.kind = PRE_METASPACE, .replacement = read_replacement(l, step)};
     bool split;
     if (!s.replacement || read_scheme(l, step, &s.scheme)) return -1;
     if (s.scheme == PREPEND_FIRST && moves_beginning(l->t))
-        return refuse(l, "pre_tokenizer", "Metaspace (first) behind a step that moves the beginning");
+        return refuse(l, "pre_tokenizer", "Metaspace (first) where the beginning has moved");
     if (read_bool(l, step, "split", true, &split) || add_pre_step(l, s)) return -1;
     return !split ? 0 : add_pre_step(l, (PreStep){
         .kind = PRE_SPLIT, .behavior = SPLIT_WITH_NEXT,
@@ -5042,7 +5067,7 @@ static int read_pre_tokenizer(Loader *l, const Json *step, int depth) {
     switch (which_type(step, names)) {
     case 0: return read_sequence(l, step, "pretokenizers", depth, read_pre_tokenizer);
     case 1:
-        if (!json_get(step, "behavior")) return fail(l->err, "%s: Split without \"behavior\"", l->file);
+        if (!need_text(l, step, "behavior")) return -1;
         if (read_behavior(l, step, SPLIT_ISOLATED, &behavior)
             || read_bool(l, step, "invert", false, &flag)) return -1;
         return add_pre_step(l, (PreStep){.kind = PRE_SPLIT, .behavior = behavior, .invert = flag,
@@ -5070,6 +5095,7 @@ static int add_decode_step(Loader *l, DecodeStep step) {
     return 0;
 }
 
+// Only string patterns occur in practice; a regular expression costs nothing more.
 static int read_decode_replace(Loader *l, const Json *step) {
     const Json *content = need_text(l, step, "content");
     if (!content) return -1;
@@ -5090,7 +5116,7 @@ static int read_decode_strip(Loader *l, const Json *step) {
         return fail(l->err, "%s: \"content\" of a Strip decoder should be one character", l->file);
     if (!json_to_size(json_get(step, "start"), &s.start)
         || !json_to_size(json_get(step, "stop"), &s.stop))
-        return fail(l->err, "%s: a Strip decoder needs the numbers \"start\" and \"stop\"", l->file);
+        return fail(l->err, "%s: a Strip decoder needs \"start\" and \"stop\"", l->file);
     return add_decode_step(l, s);
 }
 
@@ -5128,9 +5154,8 @@ static int check_decoders(Loader *l) {
         holding += holds;
         if (holding > 1) return refuse(l, "decoder", "more than one of ByteFallback and ByteLevel");
         if (!s->fused) continue;
-        if (s->kind == DECODE_STRIP && s->stop) return refuse(l, "decoder", "Strip with stop after Fuse");
-        if (s->kind == DECODE_REPLACE) return refuse(l, "decoder", "Replace after Fuse");
-        if (holds) return refuse(l, "decoder", "ByteFallback or ByteLevel after Fuse");
+        if (holds || s->kind == DECODE_REPLACE || (s->kind == DECODE_STRIP && s->stop))
+            return refuse(l, "decoder", "Replace, Strip at the end or bytes, after Fuse");
     }
     return 0;
 }
@@ -5144,8 +5169,8 @@ static int read_template_piece(Loader *l, const Json *post, const Json *piece, b
     if (!special || !name) return refuse(l, "post_processor", "TemplateProcessing of this form");
     const Json *entry = json_get(json_get(post, "special_tokens"), name);
     const Json *ids = entry ? need_list(l, entry, "ids") : NULL;
-    if (!ids) return fail(l->err, "%s: post_processor: special token \"%.100s\" has no ids", l->file,
-                          name);
+    if (!ids)
+        return fail(l->err, "%s: post_processor: token \"%.100s\" has no ids", l->file, name);
     for (const Json *id = ids->first; id; id = id->next) {
         size_t value;
         if (!json_to_size(id, &value) || !vocabulary_token(&l->t->vocabulary, (int32_t)min_size(
@@ -5168,7 +5193,7 @@ static int read_template(Loader *l, const Json *post) {
     if (!bad) bad = buffer_append(&behind, t->suffix, t->n_suffix * sizeof(int32_t), l->err);
     for (const Json *piece = list ? list->first : NULL; piece && !bad; piece = piece->next)
         bad = read_template_piece(l, post, piece, &seen_text, &before, &behind);
-    if (!bad && !seen_text) bad = refuse(l, "post_processor", "TemplateProcessing without the text");
+    if (!bad && !seen_text) bad = refuse(l, "post_processor", "TemplateProcessing without a text");
     if (!bad) bad = buffer_append(&before, t->prefix, t->n_prefix * sizeof(int32_t), l->err);
     if (!bad) {
         t->prefix = region_copy(&t->region, &before, l->err);
@@ -5202,7 +5227,8 @@ static int read_vocabulary(Loader *l, const Json *vocab, size_t n_more) {
     if (!json_is(vocab, JSON_OBJECT)) return fail(l->err, "%s: the vocabulary should be an object",
                                                   l->file);
     size_t bytes = 0;
-    for (const Json *entry = vocab->first; entry; entry = entry->next) bytes += entry->key_length + 1;
+    for (const Json *entry = vocab->first; entry; entry = entry->next)
+        bytes += entry->key_length + 1;
     if (vocab->count >= MAX_TOKENS) return fail(l->err, "%s: more than 16777216 tokens", l->file);
     char *texts = region_alloc(&t->region, bytes, 1, l->err);
     if (!texts || vocabulary_open(&t->vocabulary, vocab->count + n_more, &t->region, l->err))
@@ -5213,32 +5239,38 @@ static int read_vocabulary(Loader *l, const Json *vocab, size_t n_more) {
             return fail(l->err, "%s: the id of token \"%.100s\" is no whole number", l->file,
                         entry->key);
         memcpy(texts, entry->key, entry->key_length);
-        if (vocabulary_add(&t->vocabulary, texts, entry->key_length, id, l->file, l->err)) return -1;
+        if (vocabulary_add(&t->vocabulary, texts, entry->key_length, id, l->file, l->err))
+            return -1;
         texts += entry->key_length + 1;
     }
     return vocabulary_close(&t->vocabulary, l->file, &t->region, l->err);
 }
 
-// One merge, "a b" or ["a", "b"].
-static int read_merge(Loader *l, const Json *merge, size_t rank, Buffer *scratch) {
-    Vocabulary *v = &l->t->vocabulary;
-    if (json_is(merge, JSON_ARRAY) && merge->count == 2 && json_is(merge->first, JSON_STRING)
-        && json_is(merge->first->next, JSON_STRING)) {
-        const Json *a = merge->first, *b = a->next;
-        return merge_add(v, a->text, a->length, b->text, b->length, rank, scratch, l->file, l->err);
-    }
-    const char *space = json_is(merge, JSON_STRING) ? memchr(merge->text, ' ', merge->length) : NULL;
-    size_t left = space ? (size_t)(space - merge->text) : 0;
-    if (!space || memchr(space + 1, ' ', merge->length - left - 1))
+// A merge written "a b".
+static int read_merge_text(Loader *l, const char *text, size_t n, size_t rank, Buffer *scratch) {
+    const char *space = memchr(text, ' ', n);
+    size_t left = space ? (size_t)(space - text) : 0;
+    if (!space || memchr(space + 1, ' ', n - left - 1))
         return fail(l->err, "%s: merge %zu should be \"a b\" or [\"a\", \"b\"]", l->file, rank);
-    return merge_add(v, merge->text, left, space + 1, merge->length - left - 1, rank, scratch,
-                     l->file, l->err);
+    return merge_add(&l->t->vocabulary, text, left, space + 1, n - left - 1, rank, scratch, l->file,
+                     l->err);
+}
+
+static int read_merge(Loader *l, const Json *merge, size_t rank, Buffer *scratch) {
+    const Json *a = merge->first, *b = a ? a->next : NULL;
+    if (json_is(merge, JSON_ARRAY) && merge->count == 2 && json_is(a, JSON_STRING)
+        && json_is(b, JSON_STRING))
+        return merge_add(&l->t->vocabulary, a->text, a->length, b->text, b->length, rank, scratch,
+                         l->file, l->err);
+    return read_merge_text(l, json_is(merge, JSON_STRING) ? merge->text : "",
+                           json_is(merge, JSON_STRING) ? merge->length : 0, rank, scratch);
 }
 
 static int read_merges(Loader *l, const Json *merges) {
     Tokenizer *t = l->t;
     Buffer scratch = {.allocator = t->region.allocator};
-    if (!json_is(merges, JSON_ARRAY)) return fail(l->err, "%s: \"merges\" should be a list", l->file);
+    if (!json_is(merges, JSON_ARRAY))
+        return fail(l->err, "%s: \"merges\" should be a list", l->file);
     if (merges_open(&t->vocabulary, merges->count, &t->region, l->err)) return -1;
     size_t rank = 0;
     int bad = 0;
@@ -5373,8 +5405,8 @@ static void add_special(Loader *l, Token *token) {
                                          .id = token->id};
 }
 
-// Enters an added token. In a tokenizer.json its id is the one the vocabulary has for it or the next
-// free one, and the file must say the same; elsewhere (next_id NULL) the file alone decides.
+// Enters an added token. In a tokenizer.json its id is the one the vocabulary has for it, or the
+// next free one, and the file must say the same; elsewhere (next_id NULL) the file alone decides.
 static Token *enter_added(Loader *l, const char *text, size_t n, size_t id, size_t *next_id) {
     Vocabulary *v = &l->t->vocabulary;
     Token *token = vocabulary_find(v, text, n);
@@ -5426,8 +5458,8 @@ static int read_added_token(Loader *l, const Json *entry, size_t *next_id) {
     if (normalized) {
         if (normalize(&l->encoder, &added.pattern, &added.length, true)) return -1;
         if (!added.length)
-            return fail(l->err, "%s: nothing is left of added token \"%.100s\" when it is normalised",
-                        l->file, token->text);
+            return fail(l->err, "%s: nothing is left of added token %d when it is normalised",
+                        l->file, token->id);
         added.pattern = keep_text(l, added.pattern, added.length);
         if (!added.pattern) return -1;
     }
@@ -5446,44 +5478,26 @@ static int read_added_tokens(Loader *l, const Json *list, size_t *next_id) {
 
 // ------------------------------------------------------------------------------ reading the files
 
-// Reads a whole file into out. Returns 1, 0 if there is no such file, or -1.
-static int read_tokenizer_file(const char *directory, const char *name, Buffer *path, Buffer *out,
-                               qlora_error *err) {
-    path->size = out->size = 0;
-    if (buffer_printf(path, err, "%s/%s", directory, name)) return -1;
-    int file = open(path->data, O_RDONLY | O_CLOEXEC);
-    if (file < 0) return errno == ENOENT || errno == ENOTDIR ? 0
-                       : fail(err, "%s: %s", path->data, strerror(errno));
-    struct stat info;
-    int bad = fstat(file, &info) ? fail(err, "%s: %s", path->data, strerror(errno)) : 0;
-    if (!bad && (!S_ISREG(info.st_mode) || info.st_size > INT32_MAX))
-        bad = fail(err, "%s: not a file below 2 GiB", path->data);
-    if (!bad) bad = buffer_reserve(out, (size_t)info.st_size + 1, err);
-    while (!bad && out->size < (size_t)info.st_size) {
-        ssize_t n = read(file, out->data + out->size, (size_t)info.st_size - out->size);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) bad = fail(err, "%s: %s", path->data, n ? strerror(errno) : "became shorter");
-        else out->size += (size_t)n;
-    }
-    close(file);
-    return bad ? -1 : 1;
+enum { MAX_TOKENIZER_FILE = 1 << 28 };      // bytes; the largest in use has 34 million
+
+// Reads and parses a file of the directory; *value is NULL if there is none. Messages from now on
+// name this file.
+static int read_json_file(Loader *l, const char *name, const Json **value) {
+    bool found;
+    *value = read_json(l->directory, name, MAX_TOKENIZER_FILE, &l->scratch, &found, l->err);
+    if (!*value) return found ? -1 : 0;
+    l->file = path_join(&l->t->region, l->directory, name, l->err);
+    return l->file ? 0 : -1;
 }
 
-// Reads and parses a file; *value stays NULL if there is none. The text goes, the tree stays in the
-// loader's scratch region.
-static int read_json_file(Loader *l, const char *directory, const char *name, const Json **value) {
-    const qlora_allocator *a = l->t->region.allocator;
-    Buffer path = {.allocator = a}, text = {.allocator = a};
-    *value = NULL;
-    int found = read_tokenizer_file(directory, name, &path, &text, l->err);
-    if (found > 0) {
-        l->file = keep_text(l, path.data, path.size);
-        *value = !l->file ? NULL : json_parse(text.data, text.size, l->file, 1, &l->scratch, l->err);
-        if (!*value) found = -1;
-    }
-    buffer_free(&path);
-    buffer_free(&text);
-    return found < 0 ? -1 : 0;
+// Reads a file of the directory that is no JSON into the empty buffer. Returns 1, 0 if there is
+// none, or -1.
+static int read_other_file(Loader *l, const char *name, Buffer *out) {
+    const char *path = path_join(&l->t->region, l->directory, name, l->err);
+    if (!path) return -1;
+    if (!file_exists(path)) return 0;
+    l->file = path;
+    return read_whole_file(path, MAX_TOKENIZER_FILE, out, l->err) ? -1 : 1;
 }
 
 // A token that the configuration names: "text" or {"content": "text"}, else NULL.
@@ -5518,10 +5532,11 @@ static int read_chat_template(Loader *l, const Json *value) {
     return l->t->chat_template ? 0 : -1;
 }
 
-static int read_config(Loader *l, const char *directory) {
+static int read_config(Loader *l) {
     Tokenizer *t = l->t;
     const Json *templates;
-    if (read_json_file(l, directory, "chat_template.json", &templates)) return -1;
+    t->file = l->file;
+    if (read_json_file(l, "chat_template.json", &templates)) return -1;
     const Json *class_name = json_get(l->config, "tokenizer_class");
     if (json_is(class_name, JSON_STRING)) {
         t->class_name = keep_text(l, class_name->text, class_name->length);
@@ -5536,13 +5551,12 @@ static int read_config(Loader *l, const char *directory) {
         || read_chat_template(l, json_get(l->config, "chat_template"))
         || read_chat_template(l, json_get(templates, "chat_template"))) return -1;
     // A file of its own comes before all others.
-    Buffer path = {.allocator = t->region.allocator}, text = path;
-    int found = read_tokenizer_file(directory, "chat_template.jinja", &path, &text, l->err);
+    Buffer text = {.allocator = t->region.allocator};
+    int found = read_other_file(l, "chat_template.jinja", &text);
     if (found > 0) {
         t->chat_template = keep_text(l, text.data, text.size);
         if (!t->chat_template) found = -1;
     }
-    buffer_free(&path);
     buffer_free(&text);
     return found < 0 ? -1 : 0;
 }
@@ -5560,17 +5574,18 @@ static int read_tokenizer_json(Loader *l, const Json *root) {
         || read_decoder(l, json_get(root, "decoder"), 0) || check_decoders(l)
         || read_model(l, json_get(root, "model"), n_added)) return -1;
     size_t next_id = t->vocabulary.n_tokens;
-    if (added_open(l, n_added) || read_added_tokens(l, added, &next_id) || added_close(l)) return -1;
+    if (added_open(l, n_added) || read_added_tokens(l, added, &next_id) || added_close(l))
+        return -1;
     return read_post_processor(l, json_get(root, "post_processor"), 0);
 }
 
 // ----------------------------------------------------------- directories without a tokenizer.json
 
 // The added tokens of such a directory: added_tokens_decoder in its configuration, or a file.
-static int find_added_tokens(Loader *l, const char *directory, const Json **added) {
+static int find_added_tokens(Loader *l, const Json **added) {
     const char *file = l->file;
     *added = json_get(l->config, "added_tokens_decoder");
-    if (!*added && read_json_file(l, directory, "added_tokens.json", added)) return -1;
+    if (!*added && read_json_file(l, "added_tokens.json", added)) return -1;
     l->file = file;
     if (*added && (*added)->kind != JSON_OBJECT)
         return fail(l->err, "%s: the added tokens should be an object", l->file);
@@ -5609,32 +5624,24 @@ static int add_bos_and_eos(Loader *l, bool bos_by_default, const char *bos, cons
 }
 
 // merges.txt: "a b" on each line, the first perhaps "#version".
-static int read_merges_txt(Loader *l, const char *directory) {
+static int read_merges_txt(Loader *l) {
     Tokenizer *t = l->t;
-    const qlora_allocator *a = t->region.allocator;
-    Buffer path = {.allocator = a}, text = path, scratch = path;
-    size_t lines = 0, rank = 0;
-    int found = read_tokenizer_file(directory, "merges.txt", &path, &text, l->err), bad = found < 0;
-    if (!found) bad = fail(l->err, "%s: vocab.json without merges.txt", directory);
+    Buffer text = {.allocator = t->region.allocator}, scratch = text;
+    size_t lines = 1, rank = 0;
+    int found = read_other_file(l, "merges.txt", &text), bad = found < 0;
+    if (!found) bad = fail(l->err, "%s: vocab.json without merges.txt", l->directory);
     if (!bad && utf8_valid_prefix(text.data, text.size) < text.size)
-        bad = fail(l->err, "%s: invalid UTF-8", path.data);
-    for (size_t i = 0; i < text.size && !bad; i++) lines += text.data[i] == '\n';
-    bad = bad || merges_open(&t->vocabulary, lines + 1, &t->region, l->err);
+        bad = fail(l->err, "%s: invalid UTF-8", l->file);
+    for (size_t i = 0; i < text.size; i++) lines += text.data[i] == '\n';
+    bad = bad || merges_open(&t->vocabulary, lines, &t->region, l->err);
     for (size_t at = 0; at < text.size && !bad;) {
         const char *line = text.data + at, *end = memchr(line, '\n', text.size - at);
         size_t n = end ? (size_t)(end - line) : text.size - at;
         at += n + 1;
         if (n && line[n - 1] == '\r') n--;
-        const char *space = memchr(line, ' ', n);
-        if (n == 0 || (starts_with(line, n, "#version") && rank == 0)) continue;
-        size_t left = space ? (size_t)(space - line) : 0;
-        bad = !space || memchr(space + 1, ' ', n - left - 1)
-            ? fail(l->err, "%s: merge %zu should be \"a b\"", path.data, rank)
-            : merge_add(&t->vocabulary, line, left, space + 1, n - left - 1, rank, &scratch,
-                        path.data, l->err);
-        rank++;
+        if (n == 0 || (rank == 0 && starts_with(line, n, "#version"))) continue;
+        bad = read_merge_text(l, line, n, rank++, &scratch);
     }
-    buffer_free(&path);
     buffer_free(&text);
     buffer_free(&scratch);
     return bad ? -1 : 0;
@@ -5645,7 +5652,7 @@ static const char qwen2_pattern[] =
     "[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
 // vocab.json and merges.txt are byte-level; how the text is cut, the name of the class decides.
-static int read_vocab_and_merges(Loader *l, const Json *vocab, const char *directory) {
+static int read_vocab_and_merges(Loader *l, const Json *vocab) {
     static const char *const classes[] = {"GPT2Tokenizer", "CodeGenTokenizer", "Qwen2Tokenizer"};
     const char *name = json_get_text(l->config, "tokenizer_class");
     Tokenizer *t = l->t;
@@ -5654,7 +5661,8 @@ static int read_vocab_and_merges(Loader *l, const Json *vocab, const char *direc
     if (class == 3) return refuse(l, "vocab.json without tokenizer.json and tokenizer_class", name);
     if (class == 2) {
         NormalStep *s = &t->normalizers[t->n_normalizers++];
-        *s = (NormalStep){.kind = NORMAL_FORM, .form = normal_open(true, false, &t->region, l->err)};
+        s->kind = NORMAL_FORM;
+        s->form = normal_open(true, false, &t->region, l->err);
         if (!s->form) return -1;
     }
     if (json_get_bool(l->config, "add_prefix_space", false)
@@ -5663,9 +5671,9 @@ static int read_vocab_and_merges(Loader *l, const Json *vocab, const char *direc
         || add_pre_step(l, (PreStep){.kind = PRE_BYTES})
         || add_decode_step(l, (DecodeStep){.kind = DECODE_BYTE_LEVEL})) return -1;
     const Json *added;
-    if (find_added_tokens(l, directory, &added)) return -1;
+    if (find_added_tokens(l, &added)) return -1;
     size_t n_added = added ? added->count : 0;
-    if (read_vocabulary(l, vocab, n_added) || read_merges_txt(l, directory) || finish_model(l)
+    if (read_vocabulary(l, vocab, n_added) || read_merges_txt(l) || finish_model(l)
         || added_open(l, n_added + 4) || read_added_tokens(l, added, NULL)) return -1;
     add_config_specials(l);
     if (added_close(l)) return -1;
@@ -5710,20 +5718,20 @@ static int proto_next(ProtoReader *r, ProtoField *f) {
 
 typedef enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED,
                PIECE_BYTE } PieceType;
-typedef struct { const char *text; size_t length; float score; PieceType type; } Piece;
+typedef struct { const char *text; size_t length; float score; PieceType type; } SentencePiece;
 
 typedef struct {
-    Piece *pieces;
+    SentencePiece *pieces;
     size_t n;
     uint64_t model_type;            // 2: byte-pair encoding
     bool byte_fallback, suffix_spaces;
     bool add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces, has_charsmap;
 } PieceModel;
 
-static int read_piece(Loader *l, ProtoReader message, Piece *piece) {
+static int read_piece(Loader *l, ProtoReader message, SentencePiece *piece) {
     ProtoField f;
     int more;
-    *piece = (Piece){.text = "", .type = PIECE_NORMAL};
+    *piece = (SentencePiece){.text = "", .type = PIECE_NORMAL};
     while ((more = proto_next(&message, &f)) > 0) {
         if (f.field == 1) {
             piece->text = (const char *)f.bytes.at;
@@ -5732,7 +5740,8 @@ static int read_piece(Loader *l, ProtoReader message, Piece *piece) {
             uint32_t bits = (uint32_t)f.number;
             memcpy(&piece->score, &bits, sizeof bits);
         } else if (f.field == 3) {
-            if (f.number < PIECE_NORMAL || f.number > PIECE_BYTE) return refuse(l, "piece of a type", "");
+            if (f.number < PIECE_NORMAL || f.number > PIECE_BYTE)
+                return fail(l->err, "%s: a piece of unknown type", l->file);
             piece->type = (PieceType)f.number;
         }
     }
@@ -5773,10 +5782,10 @@ static int read_piece_model(Loader *l, const Buffer *file, PieceModel *m) {
         if ((f.field == 2 || f.field == 3) && read_piece_spec(l, f.field, f.bytes, m)) return -1;
     }
     if (more < 0 || !m->n) return fail(l->err, "%s: no sentencepiece model", l->file);
-    if (m->model_type != 2) return refuse(l, "sentencepiece model", "other than byte-pair encoding");
+    if (m->model_type != 2) return refuse(l, "sentencepiece model", "not byte-pair encoding");
     if (m->has_charsmap) return refuse(l, "sentencepiece normalizer", "with a character map");
     if (m->suffix_spaces) return refuse(l, "sentencepiece option", "treat_whitespace_as_suffix");
-    if (!m->escape_whitespaces) return refuse(l, "sentencepiece option", "escape_whitespaces false");
+    if (!m->escape_whitespaces) return refuse(l, "sentencepiece option", "no escape_whitespaces");
     m->pieces = region_alloc(&l->scratch, m->n, sizeof *m->pieces, l->err);
     size_t n = 0;
     for (r = whole; m->pieces && proto_next(&r, &f) > 0;)
@@ -5795,7 +5804,7 @@ static int add_piece_merges(Loader *l, const PieceModel *m, const float *scores,
                             size_t *count, bool add) {
     Vocabulary *v = &l->t->vocabulary;
     for (size_t i = 0; i < m->n; i++) {
-        const Piece *piece = &m->pieces[i];
+        const SentencePiece *piece = &m->pieces[i];
         if (piece->type != PIECE_NORMAL) continue;
         size_t rank = 0, high = m->n;                 // how many pieces have a higher score
         while (rank < high) {
@@ -5842,8 +5851,8 @@ static int add_replace(Loader *l, const char *pattern, const char *text) {
 // The normalizer and the decoder as their specification in the file has them.
 static int build_piece_steps(Loader *l, const PieceModel *m) {
     Tokenizer *t = l->t;
-    if (m->remove_extra_whitespaces && (add_replace(l, "\\A +", "") || add_replace(l, " {2,}", " ")))
-        return -1;
+    if (m->remove_extra_whitespaces
+        && (add_replace(l, "\\A +", "") || add_replace(l, " {2,}", " "))) return -1;
     // "legacy" false: a text that follows a special token does not begin with a space.
     if (m->add_dummy_prefix)
         t->normalizers[t->n_normalizers++] = (NormalStep){
@@ -5861,17 +5870,17 @@ static int build_piece_steps(Loader *l, const PieceModel *m) {
         || add_decode_step(l, (DecodeStep){.kind = DECODE_FUSE}) || add_decode_step(l, strip);
 }
 
-static int read_sentencepiece(Loader *l, const Buffer *file, const char *directory) {
+static int read_sentencepiece(Loader *l, const Buffer *file) {
     Tokenizer *t = l->t;
     Vocabulary *v = &t->vocabulary;
     PieceModel m;
     const Json *added;
     if (read_piece_model(l, file, &m) || build_piece_steps(l, &m)
-        || find_added_tokens(l, directory, &added)) return -1;
+        || find_added_tokens(l, &added)) return -1;
     size_t n_added = added ? added->count : 0;
     if (vocabulary_open(v, m.n + n_added, &t->region, l->err)) return -1;
     for (size_t i = 0; i < m.n; i++) {
-        const Piece *piece = &m.pieces[i];
+        const SentencePiece *piece = &m.pieces[i];
         const char *text = keep_text(l, piece->text, piece->length);
         if (!text || vocabulary_add(v, text, piece->length, i, l->file, l->err)) return -1;
         if (m.remove_extra_whitespaces && piece->type == PIECE_USER_DEFINED
@@ -5901,27 +5910,21 @@ static int read_sentencepiece(Loader *l, const Buffer *file, const char *directo
 // ------------------------------------------------------------------------------- opening it all
 
 // Takes the first of tokenizer.json, vocab.json with merges.txt, tokenizer.model.
-static int tokenizer_load(Loader *l, const char *directory) {
-    const Json *root, *vocab = NULL;
-    if (read_json_file(l, directory, "tokenizer_config.json", &l->config)
-        || read_json_file(l, directory, "special_tokens_map.json", &l->map)
-        || read_json_file(l, directory, "tokenizer.json", &root)) return -1;
-    l->t->file = l->file;
-    if (root) return read_tokenizer_json(l, root) || read_config(l, directory) ? -1 : 0;
-    if (read_json_file(l, directory, "vocab.json", &vocab)) return -1;
-    l->t->file = l->file;
-    if (vocab) return read_vocab_and_merges(l, vocab, directory) || read_config(l, directory) ? -1 : 0;
-    Buffer path = {.allocator = l->t->region.allocator}, file = path;
-    int found = read_tokenizer_file(directory, "tokenizer.model", &path, &file, l->err);
-    int bad = found < 0;
-    if (!found)
-        bad = fail(l->err, "%s: no tokenizer.json, vocab.json or tokenizer.model in it", directory);
-    if (!bad) {
-        l->file = l->t->file = keep_text(l, path.data, path.size);
-        bad = !l->file || read_sentencepiece(l, &file, directory) || read_config(l, directory);
-    }
-    buffer_free(&path);
+static int read_tokenizer(Loader *l) {
+    const Json *root, *vocab;
+    if (read_json_file(l, "tokenizer_config.json", &l->config)
+        || read_json_file(l, "special_tokens_map.json", &l->map)
+        || read_json_file(l, "tokenizer.json", &root)) return -1;
+    if (root) return read_tokenizer_json(l, root);
+    if (read_json_file(l, "vocab.json", &vocab)) return -1;
+    if (vocab) return read_vocab_and_merges(l, vocab);
+    Buffer file = {.allocator = l->t->region.allocator};
+    int found = read_other_file(l, "tokenizer.model", &file);
+    int bad = found < 0 || (found && read_sentencepiece(l, &file));
     buffer_free(&file);
+    if (!found)
+        return fail(l->err, "%s: no tokenizer.json, vocab.json or tokenizer.model in it",
+                    l->directory);
     return bad ? -1 : 0;
 }
 
@@ -5941,11 +5944,13 @@ static Tokenizer *tokenizer_open(const char *directory, const qlora_allocator *a
     t->unk_id = -1;
     t->unicode = unicode_open(&t->region, err);
     t->normalizers = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->normalizers, err);
-    t->pre_tokenizers = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->pre_tokenizers, err);
+    t->pre_tokenizers = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->pre_tokenizers,
+                                     err);
     t->decoders = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->decoders, err);
-    Loader l = {.t = t, .file = directory, .scratch = {a, NULL}, .err = err};
+    Loader l = {.t = t, .directory = directory, .file = directory, .err = err};
+    l.scratch.allocator = a;
     int bad = !t->unicode || !t->normalizers || !t->pre_tokenizers || !t->decoders
-           || tokenizer_load(&l, directory);
+           || read_tokenizer(&l) || read_config(&l);
     region_free(&l.scratch);
     if (!bad) return t;
     tokenizer_close(t);
@@ -6822,6 +6827,47 @@ static int template_apply(const ChatTemplate *c, const Tokenizer *t, const Messa
     buffer_free(&w.text);
     buffer_free(&w.borders);
     buffer_free(&w.prefix);
+    return bad ? -1 : 0;
+}
+
+// ----------------------------------------------------------------------------- saving a template
+
+// Appends text as a Jinja string literal.
+static int jinja_literal(Buffer *b, const char *text, qlora_error *err) {
+    if (buffer_append(b, "'", 1, err)) return -1;
+    for (; *text; text++) {
+        const char *escaped = *text == '\n' ? "\\n" : *text == '\'' ? "\\'" : *text == '\\' ? "\\\\" : NULL;
+        if (buffer_append(b, escaped ? escaped : text, escaped ? 2 : 1, err)) return -1;
+    }
+    return buffer_append(b, "'", 1, err);
+}
+
+// The template as the Jinja program that other tools read: what was trained with is what is served.
+static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err) {
+    if (*c->begin && (buffer_printf(b, err, "{{ ") || jinja_literal(b, c->begin, err) ||
+                      buffer_printf(b, err, " }}"))) return -1;
+    if (buffer_printf(b, err, "{%% for message in messages %%}")) return -1;
+    for (int role = 0; role < N_ROLES; role++) {
+        const TurnForm *form = &c->turns[role];
+        if (buffer_printf(b, err, "{%% %s message['role'] == '%s' %%}{{ ", role ? "elif" : "if",
+                          role_names[role]) ||
+            jinja_literal(b, form->before, err) || buffer_printf(b, err, " + message['content'] + ") ||
+            jinja_literal(b, form->end, err) || buffer_printf(b, err, " + ") ||
+            jinja_literal(b, form->after, err) || buffer_printf(b, err, " }}")) return -1;
+    }
+    return buffer_printf(b, err, "{%% endif %%}{%% endfor %%}{%% if add_generation_prompt %%}{{ ") ||
+           jinja_literal(b, c->turns[ROLE_ASSISTANT].before, err) ||
+           buffer_printf(b, err, " }}{%% endif %%}") ? -1 : 0;
+}
+
+// Writes chat_template.jinja beside a model that has no template of its own; one that has keeps it.
+static int write_chat_template(const ChatTemplate *c, const Tokenizer *t, const char *directory,
+                               Region *region, qlora_error *err) {
+    Buffer b = {.allocator = region->allocator};
+    if (t->chat_template) return 0;
+    const char *path = path_join(region, directory, "chat_template.jinja", err);
+    int bad = !path || template_jinja(c, &b, err) || write_file(path, b.data, b.size, err);
+    buffer_free(&b);
     return bad ? -1 : 0;
 }
 // =================================================================================================
@@ -8219,6 +8265,7 @@ typedef struct {
     Span *spans;                            // (T)
     void *memory;
     size_t bytes;
+    Device outer;                           // scratch of the session around this one, if any
 } Session;
 
 typedef struct { size_t T, S, max_span, kept, logit_rows, cache_rows; bool training; } SessionShape;
@@ -8255,7 +8302,7 @@ static void session_carve(Session *s, const SessionShape *shape, Arena *arena) {
 // Opens a session. Training keeps the activations of as many layers as the memory allows.
 static int session_open(Session *s, qlora_model *q, SessionShape shape, qlora_error *err) {
     const Config *c = &q->transformer.config;
-    *s = (Session){.q = q};
+    *s = (Session){.q = q, .outer = q->device};
     s->layers = mem_alloc(&q->allocator, c->L, sizeof *s->layers, err);
     s->cache = s->layers ? mem_alloc(&q->allocator, 2 * c->L, sizeof *s->cache, err) : NULL;
     if (!s->cache) {
@@ -8293,6 +8340,7 @@ static void session_close(Session *s) {
     mem_free(&s->q->allocator, s->memory, s->bytes, 1);
     mem_free(&s->q->allocator, s->layers, L, sizeof *s->layers);
     mem_free(&s->q->allocator, s->cache, 2 * L, sizeof *s->cache);
+    s->q->device = s->outer;
 }
 // =================================================================================================
 //  14. The trainer
@@ -8307,21 +8355,34 @@ qlora_train_options qlora_default_train_options(void) {
         .lora_r = 16, .lora_alpha = 32, .learning_rate = 2e-4f, .warmup_ratio = 0.03f,
         .max_grad_norm = 1, .lr_scheduler_type = "cosine", .num_train_epochs = 3,
         .per_device_train_batch_size = 4, .gradient_accumulation_steps = 4, .max_length = 1024,
-        .logging_steps = 1, .seed = 42};
+        .val_split = 0.1, .logging_steps = 1, .seed = 42};
 }
+
+// Samples of a dataset, by number: those to learn from, or those held out.
+typedef struct { const Dataset *data; uint32_t *index; size_t n; } SampleList;
 
 typedef struct {
     qlora_model *q;
     const qlora_train_options *options;
-    Dataset data;
+    Dataset data, val_data;                 // val_data: of --val, else empty
+    SampleList train, val;
     Session session;
     Schedule schedule;
     size_t steps_per_epoch, steps, warmup;
-    uint32_t *order;                        // (samples) this epoch's permutation
+    size_t step;                            // optimiser steps done
+    bool evaluated;                         // what is due after them is in the log
+    size_t saved_step;                      // of the newest checkpoint
+    size_t best_step;                       // of the checkpoint with the least held-out loss
+    double best_loss;                       // INFINITY before the first evaluation
+    uint32_t *order;                        // (train.n) this epoch's permutation of train.index
     int32_t *ids, *supervised, *target;     // (T), (S), (S) of the micro-batch
     Span *spans, *row_spans;                // (batch)
     real *nll;                              // (S)
+    uint8_t *hit;                           // (S)
     size_t T, S;                            // the most a micro-batch can have
+    Buffer log;                             // text of log.jsonl
+    double log_written, started;            // seconds
+    char settings[1024];                    // all that decides the result, as text
     Region region;
     const char *path;
     qlora_error *err;
@@ -8338,7 +8399,7 @@ static int check_train_options(const qlora_train_options *o, qlora_error *err) {
         {"num_train_epochs", o->num_train_epochs, 1e-6, 1e6},
         {"per_device_train_batch_size", (double)o->per_device_train_batch_size, 1, 1 << 16},
         {"gradient_accumulation_steps", (double)o->gradient_accumulation_steps, 1, 1 << 16},
-        {"max_length", (double)o->max_length, 2, 1 << 24},
+        {"max_length", (double)o->max_length, 2, 1 << 24}, {"val_split", o->val_split, 0, 0.9},
         {"logging_steps", (double)o->logging_steps, 1, 1 << 30}};
     for (size_t i = 0; i < sizeof ranges / sizeof *ranges; i++)
         if (!(ranges[i].value >= ranges[i].least && ranges[i].value <= ranges[i].most))
@@ -8362,17 +8423,19 @@ static int descending(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-// The most tokens and supervised tokens that any `batch` samples have together.
-static int largest_batch(Trainer *t, size_t batch) {
-    size_t n = t->data.n, *sizes = region_alloc(&t->region, n, sizeof *sizes, t->err);
+// The most tokens and supervised tokens that any `batch` samples of one list have together.
+static int largest_batch(Trainer *t, const SampleList *list, size_t batch) {
+    size_t *sizes = region_alloc(&t->region, list->n, sizeof *sizes, t->err);
     if (!sizes) return -1;
     for (int kind = 0; kind < 2; kind++) {
-        size_t sum = 0;
-        for (size_t i = 0; i < n; i++)
-            sizes[i] = kind ? t->data.samples[i].supervised : t->data.samples[i].length;
-        qsort(sizes, n, sizeof *sizes, descending);
-        for (size_t i = 0; i < min_size(batch, n); i++) sum += sizes[i];
-        *(kind ? &t->S : &t->T) = sum;
+        size_t sum = 0, *most = kind ? &t->S : &t->T;
+        for (size_t i = 0; i < list->n; i++) {
+            const Sample *sample = &list->data->samples[list->index[i]];
+            sizes[i] = kind ? sample->supervised : sample->length;
+        }
+        qsort(sizes, list->n, sizeof *sizes, descending);
+        for (size_t i = 0; i < min_size(batch, list->n); i++) sum += sizes[i];
+        *most = max_size(*most, sum);
     }
     return 0;
 }
@@ -8389,18 +8452,19 @@ static void shuffle(uint32_t *order, size_t n, uint64_t seed, size_t epoch) {
     }
 }
 
-// Lays the samples order[first..first+n-1] end to end. `ordinal` numbers them within the step.
-static LabelledBatch make_batch(Trainer *t, size_t first, size_t n, size_t ordinal, size_t step) {
+// Lays n samples end to end. `ordinal` numbers them within the step.
+static LabelledBatch make_batch(Trainer *t, const Dataset *data, const uint32_t *samples, size_t n,
+                                size_t ordinal, size_t step, bool training) {
     size_t T = 0, S = 0;
     for (size_t i = 0; i < n; i++) {
-        const Sample *sample = &t->data.samples[t->order[first + i]];
+        const Sample *sample = &data->samples[samples[i]];
         size_t rows = 0;
-        memcpy(t->ids + T, t->data.ids + sample->first, sample->length * sizeof *t->ids);
+        memcpy(t->ids + T, data->ids + sample->first, sample->length * sizeof *t->ids);
         for (size_t k = 0; k < sample->length; k++) {
             t->session.position[T + k] = (int32_t)k;
-            if (k == 0 || !t->data.learn[sample->first + k]) continue;
+            if (k == 0 || !data->learn[sample->first + k]) continue;
             t->supervised[S + rows] = (int32_t)(T + k - 1);   // the token before predicts it
-            t->target[S + rows] = t->data.ids[sample->first + k];
+            t->target[S + rows] = data->ids[sample->first + k];
             rows++;
         }
         uint32_t number = (uint32_t)(ordinal + i);
@@ -8409,8 +8473,8 @@ static LabelledBatch make_batch(Trainer *t, size_t first, size_t n, size_t ordin
         T += sample->length;
         S += rows;
     }
-    Batch batch = {T, n, t->spans, t->session.position, t->options->seed, (uint32_t)step, true};
-    Batch rows = {S, n, t->row_spans, NULL, t->options->seed, (uint32_t)step, true};
+    Batch batch = {T, n, t->spans, t->session.position, t->options->seed, (uint32_t)step, training};
+    Batch rows = {S, n, t->row_spans, NULL, t->options->seed, (uint32_t)step, training};
     return (LabelledBatch){batch, t->ids, rows, t->supervised, t->target};
 }
 
@@ -8421,11 +8485,11 @@ static double now_seconds(void) {
 }
 
 // What makes a step's loss or gradient useless is reported with the samples it came from.
-static int not_finite(Trainer *t, const char *what, size_t step, size_t first, size_t n) {
+static int not_finite(Trainer *t, const char *what, size_t step, const uint32_t *samples, size_t n) {
     char lines[160] = "";
     for (size_t i = 0; i < n && strlen(lines) < 120; i++)
         snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%zu", i ? ", " : "",
-                 t->data.samples[t->order[first + i]].line);
+                 t->data.samples[samples[i]].line);
     return fail(t->err, "step %zu: the %s is not a finite number and was not applied; samples of lines "
                 "%s of %s; try a lower --learning-rate or --compute f32", step + 1, what, lines, t->path);
 }
@@ -8434,8 +8498,21 @@ static bool should_stop(const Trainer *t) {
     return t->q->options.stop && t->q->options.stop(t->q->options.stop_user);
 }
 
-// One optimiser step over the samples order[first..first+n-1].
-static int train_step(Trainer *t, size_t step, size_t first, size_t n, qlora_progress *p) {
+__attribute__((format(printf, 2, 3)))
+static void tell(const qlora_train_options *o, const char *format, ...) {
+    char line[1024];
+    va_list args;
+    if (!o->message) return;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    o->message(o->user, line);
+}
+
+enum { STOPPED = 1 };                       // the stop callback asked for it: no error yet
+
+// One optimiser step over n samples. Nothing is changed when it fails or is stopped.
+static int train_step(Trainer *t, size_t step, const uint32_t *samples, size_t n, qlora_progress *p) {
     const qlora_train_options *o = t->options;
     Transformer *m = &t->q->transformer;
     const Ops *op = m->dev->ops;
@@ -8443,21 +8520,22 @@ static int train_step(Trainer *t, size_t step, size_t first, size_t n, qlora_pro
     size_t supervised = 0, batch = o->per_device_train_batch_size;
     p->tokens = 0;
     for (size_t i = 0; i < n; i++) {
-        supervised += t->data.samples[t->order[first + i]].supervised;
-        p->tokens += t->data.samples[t->order[first + i]].length;
+        supervised += t->data.samples[samples[i]].supervised;
+        p->tokens += t->data.samples[samples[i]].length;
     }
     memset(m->gradients, 0, m->n_parameters * sizeof(real));
     for (size_t at = 0; at < n; at += batch) {
-        LabelledBatch labelled = make_batch(t, first + at, min_size(batch, n - at), at, step);
+        LabelledBatch labelled = make_batch(t, &t->data, samples + at, min_size(batch, n - at), at, step,
+                                            true);
         loss_and_gradients(m, &t->session.w, &labelled, t->nll, NULL, 1 / (real)supervised, true);
         for (size_t s = 0; s < labelled.rows.T; s++) loss += (double)t->nll[s];
-        if (should_stop(t)) return fail(t->err, "stopped in step %zu", step + 1);
+        if (should_stop(t)) return STOPPED;
     }
     p->supervised = supervised;
     p->loss = loss / (double)supervised;
     p->grad_norm = sqrt(op->sum_of_squares(m->dev, m->gradients, m->n_parameters));
-    if (!isfinite(p->loss)) return not_finite(t, "loss", step, first, n);
-    if (!isfinite(p->grad_norm)) return not_finite(t, "gradient", step, first, n);
+    if (!isfinite(p->loss)) return not_finite(t, "loss", step, samples, n);
+    if (!isfinite(p->grad_norm)) return not_finite(t, "gradient", step, samples, n);
     double clip = fmin(1, (double)o->max_grad_norm / (p->grad_norm + 1e-6));
     p->learning_rate = (double)o->learning_rate * schedule_factor(t->schedule, step, t->steps,
                                                                   t->warmup);
@@ -8467,78 +8545,594 @@ static int train_step(Trainer *t, size_t step, size_t first, size_t n, qlora_pro
     return 0;
 }
 
+// -------------------------------------------------------------------------------------- evaluation
+
+// Sums over supervised tokens, in the order of the list: the same for every batch size.
+typedef struct { double nll, squares; size_t tokens, hits; } Score;
+
+static int evaluate(Trainer *t, const SampleList *list, Score *score) {
+    size_t batch = t->options->per_device_train_batch_size;
+    *score = (Score){0};
+    for (size_t at = 0; at < list->n; at += batch) {
+        LabelledBatch labelled = make_batch(t, list->data, list->index + at,
+                                            min_size(batch, list->n - at), 0, 0, false);
+        loss_and_gradients(&t->q->transformer, &t->session.w, &labelled, t->nll, t->hit, 0, false);
+        for (size_t s = 0; s < labelled.rows.T; s++) {
+            score->nll += (double)t->nll[s];
+            score->squares += (double)t->nll[s] * (double)t->nll[s];
+            score->hits += t->hit[s];
+        }
+        score->tokens += labelled.rows.T;
+        if (should_stop(t)) return STOPPED;
+    }
+    return 0;
+}
+
+static double mean_loss(const Score *s) { return s->nll / (double)s->tokens; }
+
+// Of the mean over tokens, as if they were independent.
+static double standard_error(const Score *s) {
+    double n = (double)s->tokens, mean = s->nll / n;
+    return n > 1 ? sqrt(fmax(0, s->squares / n - mean * mean) / (n - 1)) : 0;
+}
+
+static int collect_answer(void *user, const char *utf8, size_t n) {
+    return buffer_append(user, utf8, n, NULL) ? 1 : 0;
+}
+
+// Shows what the model says to a sample's question beside the expected answer. The question is what
+// comes before the last run of learnt tokens, the answer that run.
+static int show_sample(Trainer *t, const SampleList *list, size_t i, const char *kind) {
+    const Sample *sample = &list->data->samples[list->index[i]];
+    const int32_t *ids = list->data->ids + sample->first;
+    const uint8_t *learn = list->data->learn + sample->first;
+    size_t end = sample->length, start;
+    while (end && !learn[end - 1]) end--;
+    for (start = end; start && learn[start - 1]; start--) {}
+    if (start < 2) return 0;                                  // all is learnt: there is no question
+    Buffer question = {.allocator = &t->q->allocator}, expected = question, answer = question;
+    qlora_sampling how = {.max_new_tokens = min_size(2 * (end - start) + 8, 64), .top_p = 1,
+                          .repetition_penalty = 1};
+    int bad = tokenizer_decode(t->q->tokenizer, ids, start, true, &question, t->err) ||
+              tokenizer_decode(t->q->tokenizer, ids + start, end - start, true, &expected, t->err) ||
+              qlora_generate(t->q, ids, start, &how, collect_answer, &answer, NULL, NULL, t->err);
+    if (!bad) {
+        tell(t->options, "  %s, line %zu: %.*s", kind, sample->line, (int)min_size(question.size, 400),
+             question.data ? question.data : "");
+        tell(t->options, "    expected: %.*s", (int)min_size(expected.size, 400),
+             expected.data ? expected.data : "");
+        tell(t->options, "    answer:   %.*s", (int)min_size(answer.size, 400),
+             answer.data ? answer.data : "");
+    }
+    buffer_free(&question);
+    buffer_free(&expected);
+    buffer_free(&answer);
+    return bad ? -1 : 0;
+}
+
+static int show_samples(Trainer *t) {
+    if (!t->options->message) return 0;
+    return show_sample(t, &t->train, 0, "training sample") ||
+           (t->val.n && show_sample(t, &t->val, 0, "held-out sample")) ? -1 : 0;
+}
+
+// -------------------------------------------------------------------- log.jsonl, loss.svg, run.json
+
+// log.jsonl is rewritten whole, at most every two seconds unless `now`.
+static int write_log(Trainer *t, bool now) {
+    if (!t->options->output_dir || (!now && now_seconds() - t->log_written < 2)) return 0;
+    const char *path = path_join(&t->region, t->options->output_dir, "log.jsonl", t->err);
+    t->log_written = now_seconds();
+    return path ? write_file(path, t->log.data ? t->log.data : "", t->log.size, t->err) : -1;
+}
+
+// The polyline of one curve, from the lines of the log that have the key.
+static int plot_curve(Trainer *t, Buffer *svg, const char *key, const char *colour, double highest) {
+    Region region = {.allocator = &t->q->allocator};
+    int bad = buffer_printf(svg, t->err, "<polyline fill=\"none\" stroke=\"%s\" points=\"", colour);
+    for (size_t at = 0; at < t->log.size && !bad;) {
+        const char *end = memchr(t->log.data + at, '\n', t->log.size - at);
+        size_t n = (size_t)(end - t->log.data) - at;
+        const Json *line = json_parse(t->log.data + at, n, "log.jsonl", 1, &region, t->err);
+        double step, loss;
+        if (!line) bad = -1;
+        else if (json_to_double(json_get(line, key), &loss) &&
+                 json_to_double(json_get(line, "step"), &step))
+            bad = buffer_printf(svg, t->err, "%.1f,%.1f ", 50 + 730 * step / (double)t->steps,
+                                370 - 340 * fmin(loss, highest) / highest);
+        at += n + 1;
+        region_free(&region);
+    }
+    return bad || buffer_printf(svg, t->err, "\"/>\n") ? -1 : 0;
+}
+
+static int write_plot(Trainer *t, double highest) {
+    Buffer svg = {.allocator = &t->q->allocator};
+    const char *path = path_join(&t->region, t->options->output_dir, "loss.svg", t->err);
+    int bad = !path || buffer_printf(&svg, t->err,
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"800\" height=\"400\" "
+        "font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"800\" height=\"400\" "
+        "fill=\"white\"/>\n<path d=\"M50 20V370H780\" fill=\"none\" stroke=\"black\"/>\n"
+        "<text x=\"10\" y=\"34\">%.2f</text><text x=\"30\" y=\"374\">0</text>"
+        "<text x=\"750\" y=\"390\">step %zu</text>\n<text x=\"600\" y=\"30\" fill=\"steelblue\">"
+        "training loss</text><text x=\"600\" y=\"46\" fill=\"firebrick\">held-out loss</text>\n",
+        highest, t->steps) ||
+        plot_curve(t, &svg, "loss", "steelblue", highest) ||
+        plot_curve(t, &svg, "eval_loss", "firebrick", highest) ||
+        buffer_printf(&svg, t->err, "</svg>\n") || write_file(path, svg.data, svg.size, t->err);
+    buffer_free(&svg);
+    return bad ? -1 : 0;
+}
+
+// A hash of what is trained on: ids, masks and lengths (FNV-1a).
+static uint64_t fnv_hash(uint64_t hash, const void *data, size_t n) {
+    const unsigned char *bytes = data;
+    for (size_t i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 0x100000001B3u;
+    return hash;
+}
+
+static uint64_t data_hash(const Trainer *t) {
+    uint64_t hash = 0xCBF29CE484222325u;
+    const Dataset *sets[2] = {&t->data, &t->val_data};
+    for (int i = 0; i < 2; i++) {
+        hash = fnv_hash(hash, sets[i]->ids, sets[i]->tokens * sizeof(int32_t));
+        hash = fnv_hash(hash, sets[i]->learn, sets[i]->tokens);
+        for (size_t k = 0; k < sets[i]->n; k++)
+            hash = fnv_hash(hash, &sets[i]->samples[k].length, sizeof(size_t));
+    }
+    return hash;
+}
+
+// All that decides the bits of the result. The split of a step into micro-batches does not, nor do
+// threads and memory.
+static void describe_settings(Trainer *t) {
+    const qlora_train_options *o = t->options;
+    const Weight *w = &t->q->transformer.layers[0].linear[0].weight;
+    snprintf(t->settings, sizeof t->settings,
+             "lora_r=%zu lora_alpha=%.9g lora_dropout=%.9g target_modules=%s learning_rate=%.9g "
+             "lr_scheduler_type=%s warmup=%zu max_grad_norm=%.9g weight_decay=%.9g steps=%zu "
+             "samples_per_step=%zu seed=%llu quant=%d double_quant=%d compute=%s data=%016llx",
+             o->lora_r, (double)o->lora_alpha, (double)o->lora_dropout, o->target_modules,
+             (double)o->learning_rate, o->lr_scheduler_type, t->warmup, (double)o->max_grad_norm,
+             (double)o->weight_decay, t->steps,
+             o->per_device_train_batch_size * o->gradient_accumulation_steps,
+             (unsigned long long)o->seed, (int)w->dtype, w->absmax8 != NULL,
+             t->q->device.act == DT_BF16 ? "bf16" : "f32", (unsigned long long)data_hash(t));
+}
+
+// Enough to repeat the run, and to open the adapter in the quantisation it was trained in.
+static int write_run(Trainer *t, const char *directory) {
+    const qlora_train_options *o = t->options;
+    const Weight *w = &t->q->transformer.layers[0].linear[0].weight;
+    const char *quant = w->dtype == DT_NF4 ? "nf4" : w->dtype == DT_FP4 ? "fp4" : "none";
+    const char *command = o->command_line ? o->command_line : "";
+    const char *path = path_join(&t->region, directory, "run.json", t->err);
+    Buffer b = {.allocator = &t->q->allocator};
+    int bad = !path || buffer_printf(&b, t->err, "{\n  \"version\": \"%s\",\n  \"command\": ",
+                                     QLORA_VERSION) ||
+              json_write_string(&b, command, strlen(command), t->err) ||
+              buffer_printf(&b, t->err, ",\n  \"model\": ") ||
+              json_write_string(&b, t->q->directory, strlen(t->q->directory), t->err) ||
+              buffer_printf(&b, t->err, ",\n  \"data\": ") ||
+              json_write_string(&b, t->path, strlen(t->path), t->err) ||
+              buffer_printf(&b, t->err, ",\n  \"template\": \"%s\",\n  \"quant\": \"%s\",\n"
+                            "  \"double_quant\": %s,\n  \"seed\": %llu,\n  \"settings\": ",
+                            t->q->chat.row->name, quant, w->absmax8 ? "true" : "false",
+                            (unsigned long long)o->seed) ||
+              json_write_string(&b, t->settings, strlen(t->settings), t->err) ||
+              buffer_printf(&b, t->err, "\n}\n") || write_file(path, b.data, b.size, t->err);
+    buffer_free(&b);
+    return bad ? -1 : 0;
+}
+
+// ------------------------------------------------------------------------------------- checkpoints
+//
+// checkpoint-N is a complete adapter directory and state.bin: magic, version, a JSON header, the log
+// so far, parameters and both moments (float32), and a checksum over all of it. The directory is
+// filled under another name and renamed when everything in it is on the disk. Since all random
+// numbers are functions of seed and step, nothing else is needed to go on as if never stopped.
+
+static const char state_magic[8] = {'Q', 'L', 'O', 'R', 'A', 'C', 'K', '1'};
+
+typedef struct { Writer w; uint64_t hash; } StateWriter;
+
+// The checksum runs over 8-byte words (the last one padded), which is fast enough for gigabytes.
+static uint64_t checksum(uint64_t hash, const void *data, size_t n) {
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)data + i, min_size(8, n - i));
+        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 29;
+    }
+    return hash;
+}
+
+static int state_write(StateWriter *s, const void *data, size_t n) {
+    s->hash = checksum(s->hash, data, n);
+    return writer_write(&s->w, data, n);
+}
+
+static int state_write_block(StateWriter *s, const void *data, size_t n) {
+    uint64_t length = n;
+    return state_write(s, &length, sizeof length) || state_write(s, data, n) ? -1 : 0;
+}
+
+static int write_state(Trainer *t, const char *path) {
+    const Transformer *m = &t->q->transformer;
+    StateWriter s = {.hash = 1};
+    Buffer header = {.allocator = &t->q->allocator};
+    double best = isfinite(t->best_loss) ? t->best_loss : -1;
+    int bad = buffer_printf(&header, t->err, "{\"step\": %zu, \"evaluated\": %s, \"best_step\": %zu, "
+                            "\"best_loss\": %.17g, \"settings\": ", t->step,
+                            t->evaluated ? "true" : "false", t->best_step, best) ||
+              json_write_string(&header, t->settings, strlen(t->settings), t->err) ||
+              buffer_append(&header, "}", 1, t->err) || writer_open(&s.w, path, t->err);
+    if (!bad) {
+        bad = state_write(&s, state_magic, sizeof state_magic) ||
+              state_write_block(&s, header.data, header.size) ||
+              state_write_block(&s, t->log.data ? t->log.data : "", t->log.size) ||
+              state_write_block(&s, m->parameters, m->n_parameters * sizeof(real)) ||
+              state_write_block(&s, m->moment1, m->n_parameters * sizeof(real)) ||
+              state_write_block(&s, m->moment2, m->n_parameters * sizeof(real)) ||
+              writer_write(&s.w, &s.hash, sizeof s.hash);
+        bad = writer_close(&s.w, bad);
+    }
+    buffer_free(&header);
+    return bad ? -1 : 0;
+}
+
+static int save_outputs(Trainer *t, const char *directory) {
+    return qlora_save_adapter(t->q, directory, t->err) ||
+           copy_side_files(t->q->directory, directory, &t->region, t->err) ||
+           copy_file(t->q->directory, directory, "config.json", &t->region, t->err) ||
+           write_chat_template(&t->q->chat, t->q->tokenizer, directory, &t->region, t->err) ||
+           write_run(t, directory) ? -1 : 0;
+}
+
+// Removes a directory of plain files.
+static void remove_directory(const char *path, Region *region) {
+    DIR *directory = opendir(path);
+    struct dirent *entry;
+    while (directory && (entry = readdir(directory)) != NULL) {
+        const char *file = path_join(region, path, entry->d_name, NULL);
+        if (file && entry->d_name[0] != '.') unlink(file);
+    }
+    if (directory) closedir(directory);
+    rmdir(path);
+}
+
+static int by_number(const void *a, const void *b) {
+    size_t x = *(const size_t *)a, y = *(const size_t *)b;
+    return (x > y) - (x < y);
+}
+
+// The numbers of all checkpoint-N in the output directory, ascending. Also removes what a killed
+// run left half done.
+static int list_checkpoints(Trainer *t, const char *directory, Buffer *numbers) {
+    DIR *open_directory = opendir(directory);
+    struct dirent *entry;
+    int bad = 0;
+    while (open_directory && !bad && (entry = readdir(open_directory)) != NULL) {
+        char *end;
+        if (strncmp(entry->d_name, "checkpoint-", 11)) continue;
+        size_t step = strtoull(entry->d_name + 11, &end, 10);
+        if (strcmp(end, ".tmp") == 0) {
+            const char *left = path_join(&t->region, directory, entry->d_name, t->err);
+            if (left) remove_directory(left, &t->region);
+        } else if (!*end) bad = buffer_append(numbers, &step, sizeof step, t->err);
+    }
+    if (open_directory) closedir(open_directory);
+    if (numbers->size) qsort(numbers->data, numbers->size / sizeof(size_t), sizeof(size_t), by_number);
+    return bad;
+}
+
+static const char *checkpoint_path(Trainer *t, size_t step, const char *suffix) {
+    char name[64];
+    snprintf(name, sizeof name, "checkpoint-%zu%s", step, suffix);
+    return path_join(&t->region, t->options->output_dir, name, t->err);
+}
+
+// Keeps the newest save_total_limit checkpoints, and always the best one.
+static int remove_old_checkpoints(Trainer *t) {
+    Buffer numbers = {.allocator = &t->q->allocator};
+    if (!t->options->save_total_limit) return 0;
+    int bad = list_checkpoints(t, t->options->output_dir, &numbers);
+    const size_t *steps = (const size_t *)(const void *)numbers.data;
+    size_t n = numbers.size / sizeof *steps, keep = t->options->save_total_limit;
+    for (size_t i = 0; !bad && i + keep < n; i++) {
+        const char *path = checkpoint_path(t, steps[i], "");
+        if (path && steps[i] != t->best_step) remove_directory(path, &t->region);
+    }
+    buffer_free(&numbers);
+    return bad;
+}
+
+static int save_checkpoint(Trainer *t) {
+    if (!t->options->output_dir || t->saved_step == t->step || t->step == 0) return 0;
+    const char *building = checkpoint_path(t, t->step, ".tmp"), *path = checkpoint_path(t, t->step, "");
+    const char *state = building ? path_join(&t->region, building, "state.bin", t->err) : NULL;
+    if (!path || !state || save_outputs(t, building) || write_state(t, state)) return -1;
+    if (rename(building, path) && (errno == EEXIST || errno == ENOTEMPTY)) {
+        remove_directory(path, &t->region);                   // an older run's, or a damaged one
+        if (rename(building, path)) return fail(t->err, "%s: cannot rename: %s", path, strerror(errno));
+    }
+    sync_directory(path);
+    t->saved_step = t->step;
+    return remove_old_checkpoints(t) || write_log(t, true);
+}
+
+// Reads one block of known or bounded length; false when the file ends or is damaged.
+static bool state_read(const File *file, size_t *at, void *out, size_t n, uint64_t *hash) {
+    if (n > file->size - *at || file_read(file, out, n, *at, NULL)) return false;
+    *hash = checksum(*hash, out, n);
+    *at += n;
+    return true;
+}
+
+static bool state_read_block(const File *file, size_t *at, char **out, size_t *n, Region *region,
+                             uint64_t *hash) {
+    uint64_t length;
+    if (!state_read(file, at, &length, sizeof length, hash) || length > file->size - *at) return false;
+    *n = (size_t)length;
+    *out = region_alloc(region, *n + 1, 1, NULL);
+    return *out && state_read(file, at, *out, *n, hash);
+}
+
+typedef struct { const Json *header; char *log, *values[3]; size_t log_size, value_size; } State;
+
+// Reads a state file completely before anything of it is used. False if any byte is wrong.
+static bool read_state(const char *path, State *state, Region *region) {
+    File file;
+    char magic[8], *header;
+    size_t at = 0, n;
+    uint64_t hash = 1, stored;
+    if (file_open(&file, path, NULL)) return false;
+    bool ok = state_read(&file, &at, magic, sizeof magic, &hash) &&
+              memcmp(magic, state_magic, sizeof magic) == 0 &&
+              state_read_block(&file, &at, &header, &n, region, &hash) &&
+              (state->header = json_parse(header, n, path, 1, region, NULL)) != NULL &&
+              state_read_block(&file, &at, &state->log, &state->log_size, region, &hash);
+    for (int i = 0; ok && i < 3; i++) {
+        ok = state_read_block(&file, &at, &state->values[i], &n, region, &hash) &&
+             (i == 0 || n == state->value_size);
+        state->value_size = n;
+    }
+    ok = ok && file.size - at == sizeof stored && !file_read(&file, &stored, sizeof stored, at, NULL) &&
+         stored == hash;
+    file_close(&file);
+    return ok;
+}
+
+// Continues from a state if it belongs to this run.
+static int apply_state(Trainer *t, const State *state, const char *path) {
+    Transformer *m = &t->q->transformer;
+    const char *settings = json_get_text(state->header, "settings");
+    if (!settings || strcmp(settings, t->settings)) {
+        size_t i = 0;
+        while (settings && settings[i] && settings[i] == t->settings[i]) i++;
+        while (i && t->settings[i - 1] != ' ') i--;
+        return fail(t->err, "%s: this run was started with other settings: %.60s..., now %.60s...; resume "
+                    "with the same ones", path, settings ? settings + i : "none", t->settings + i);
+    }
+    if (state->value_size != m->n_parameters * sizeof(real) ||
+        !json_to_size(json_get(state->header, "step"), &t->step) || t->step > t->steps ||
+        !json_to_size(json_get(state->header, "best_step"), &t->best_step))
+        return fail(t->err, "%s: does not fit this model", path);
+    t->evaluated = json_get_bool(state->header, "evaluated", true);
+    json_to_double(json_get(state->header, "best_loss"), &t->best_loss);
+    if (t->best_loss < 0) t->best_loss = INFINITY;
+    memcpy(m->parameters, state->values[0], state->value_size);
+    memcpy(m->moment1, state->values[1], state->value_size);
+    memcpy(m->moment2, state->values[2], state->value_size);
+    t->saved_step = t->step;
+    return buffer_append(&t->log, state->log, state->log_size, t->err);
+}
+
+// Goes on from the newest good checkpoint; damaged ones are passed over, and said so.
+static int resume(Trainer *t) {
+    Buffer numbers = {.allocator = &t->q->allocator};
+    int bad = list_checkpoints(t, t->options->output_dir, &numbers);
+    const size_t *steps = (const size_t *)(const void *)numbers.data;
+    for (size_t i = numbers.size / sizeof *steps; !bad && i-- > 0;) {
+        Region region = {.allocator = &t->q->allocator};
+        State state = {0};
+        const char *path = checkpoint_path(t, steps[i], "/state.bin");
+        bool good = path && read_state(path, &state, &region);
+        if (good) bad = apply_state(t, &state, path);
+        else if (path) tell(t->options, "%s is damaged; trying the checkpoint before it", path);
+        region_free(&region);
+        if (good) break;
+    }
+    buffer_free(&numbers);
+    if (!bad && t->step) tell(t->options, "resuming after step %zu of %zu", t->step, t->steps);
+    else if (!bad) tell(t->options, "no checkpoint in %s yet: starting at the beginning",
+                        t->options->output_dir);
+    return bad;
+}
+
+// ------------------------------------------------------------------------------------ the main loop
+
+static int log_step(Trainer *t, const qlora_progress *p) {
+    const qlora_train_options *o = t->options;
+    if (p->step % o->logging_steps && p->step != p->steps) return 0;
+    if (o->progress) o->progress(o->user, p);
+    return buffer_printf(&t->log, t->err, "{\"step\": %zu, \"epoch\": %.4f, \"loss\": %.6f, \"grad_norm\": "
+                         "%.6f, \"learning_rate\": %.9g, \"num_tokens\": %zu}\n", p->step, p->epoch,
+                         p->loss, p->grad_norm, p->learning_rate, p->tokens) || write_log(t, false);
+}
+
+// Scores the held-out samples, if there are any, and remembers the best step.
+static int evaluate_and_log(Trainer *t) {
+    Score score;
+    if (!t->val.n) return 0;
+    int stopped = evaluate(t, &t->val, &score);
+    if (stopped) return stopped;
+    double loss = mean_loss(&score), accuracy = (double)score.hits / (double)score.tokens;
+    tell(t->options, "held-out loss %.4f +- %.4f, perplexity %.2f, %.1f %% of tokens right (step %zu)",
+         loss, standard_error(&score), exp(loss), 100 * accuracy, t->step);
+    if (loss < t->best_loss && t->step) {
+        t->best_loss = loss;
+        t->best_step = t->step;
+    }
+    return buffer_printf(&t->log, t->err, "{\"step\": %zu, \"epoch\": %.4f, \"eval_loss\": %.6f, "
+                         "\"eval_mean_token_accuracy\": %.6f}\n", t->step,
+                         (double)t->step / (double)t->steps_per_epoch, loss, accuracy);
+}
+
+// Stopping keeps the last completed step.
+static int stopped(Trainer *t) {
+    if (save_checkpoint(t)) return -1;
+    if (!t->options->output_dir) return fail(t->err, "stopped after step %zu", t->step);
+    return fail(t->err, "stopped after step %zu of %zu; continue with --resume %s", t->step, t->steps,
+                t->options->output_dir);
+}
+
+// What is due when t->step steps are done: evaluation, a checkpoint, samples to look at. A resumed run
+// comes here first, so that an evaluation that was stopped is made up for.
+static int after_step(Trainer *t) {
+    const qlora_train_options *o = t->options;
+    size_t step = t->step;
+    bool epoch_ends = step % t->steps_per_epoch == 0 || step == t->steps;
+    int bad = 0;
+    if (!t->evaluated && (epoch_ends || (o->eval_steps && step % o->eval_steps == 0)))
+        bad = evaluate_and_log(t);
+    if (bad) return bad;
+    t->evaluated = true;
+    if (o->save_steps ? step % o->save_steps == 0 || step == t->steps : epoch_ends)
+        bad = save_checkpoint(t);
+    if (!bad && epoch_ends) bad = show_samples(t);
+    return bad ? bad : step < t->steps && should_stop(t) ? STOPPED : 0;
+}
+
 static int train_loop(Trainer *t) {
     const qlora_train_options *o = t->options;
     size_t per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
-    for (size_t step = 0; step < t->steps; step++) {
+    size_t epoch = SIZE_MAX;
+    int bad;
+    while (!(bad = after_step(t)) && t->step < t->steps) {
         double start = now_seconds();
-        size_t in_epoch = step % t->steps_per_epoch, first = in_epoch * per_step;
-        qlora_progress p = {.step = step + 1, .steps = t->steps,
-                            .epoch = (double)(step + 1) / (double)t->steps_per_epoch};
-        if (in_epoch == 0) shuffle(t->order, t->data.n, o->seed, step / t->steps_per_epoch);
-        if (train_step(t, step, first, min_size(per_step, t->data.n - first), &p)) return -1;
+        size_t first = t->step % t->steps_per_epoch * per_step;
+        qlora_progress p = {.step = t->step + 1, .steps = t->steps,
+                            .epoch = (double)(t->step + 1) / (double)t->steps_per_epoch};
+        if (t->step / t->steps_per_epoch != epoch) {
+            epoch = t->step / t->steps_per_epoch;
+            shuffle(t->order, t->train.n, o->seed, epoch);
+            for (size_t i = 0; i < t->train.n; i++) t->order[i] = t->train.index[t->order[i]];
+        }
+        bad = train_step(t, t->step, t->order + first, min_size(per_step, t->train.n - first), &p);
+        if (bad) break;
+        t->step++;
+        t->evaluated = false;
         p.seconds = now_seconds() - start;
-        if (o->progress && ((step + 1) % o->logging_steps == 0 || step + 1 == t->steps))
-            o->progress(o->user, &p);
+        if ((bad = log_step(t, &p))) break;
     }
+    return bad == STOPPED ? stopped(t) : bad;
+}
+
+// ---------------------------------------------------------------------------------------- preparing
+
+// Holds out a share of the samples, chosen by the seed alone, or takes all of --val.
+static int split_samples(Trainer *t) {
+    const qlora_train_options *o = t->options;
+    size_t n = t->data.n, held = (size_t)((double)n * o->val_split + 0.5);
+    uint32_t *order = region_alloc(&t->region, n, sizeof *order, t->err);
+    uint8_t *is_held = region_alloc(&t->region, n, 1, t->err);
+    if (!order || !is_held) return -1;
+    if (o->val_file) held = 0;
+    held = min_size(held, n - 1);
+    shuffle(order, n, o->seed, UINT32_MAX);
+    for (size_t i = 0; i < held; i++) is_held[order[i]] = 1;
+    t->train = (SampleList){&t->data, region_alloc(&t->region, n, sizeof *order, t->err), 0};
+    size_t n_val = o->val_file ? t->val_data.n : held;
+    t->val = (SampleList){o->val_file ? &t->val_data : &t->data,
+                          region_alloc(&t->region, n_val, sizeof *order, t->err), 0};
+    if (!t->train.index || !t->val.index) return -1;
+    for (size_t i = 0; i < n; i++) {
+        SampleList *list = is_held[i] ? &t->val : &t->train;
+        list->index[list->n++] = (uint32_t)i;
+    }
+    for (size_t i = 0; o->val_file && i < t->val_data.n; i++) t->val.index[t->val.n++] = (uint32_t)i;
     return 0;
 }
 
 static int prepare_training(Trainer *t) {
     const qlora_train_options *o = t->options;
-    size_t batch = min_size(o->per_device_train_batch_size, t->data.n);
+    if (split_samples(t)) return -1;
+    size_t batch = min_size(o->per_device_train_batch_size, max_size(t->train.n, t->val.n));
     size_t per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
-    t->steps_per_epoch = ceil_div(t->data.n, per_step);
+    t->steps_per_epoch = ceil_div(t->train.n, per_step);
     double steps = ceil(o->num_train_epochs * (double)t->steps_per_epoch - 1e-9);
     t->steps = o->max_steps ? o->max_steps : (size_t)fmin(steps, 1e9);
     t->warmup = (size_t)ceil((double)o->warmup_ratio * (double)t->steps - 1e-9);
-    if (largest_batch(t, batch)) return -1;
-    t->order = region_alloc(&t->region, t->data.n, sizeof *t->order, t->err);
+    t->best_loss = INFINITY;
+    if (largest_batch(t, &t->train, batch) || largest_batch(t, &t->val, batch)) return -1;
+    t->order = region_alloc(&t->region, t->train.n, sizeof *t->order, t->err);
     t->ids = region_alloc(&t->region, t->T, sizeof *t->ids, t->err);
     t->supervised = region_alloc(&t->region, t->S, sizeof *t->supervised, t->err);
     t->target = region_alloc(&t->region, t->S, sizeof *t->target, t->err);
     t->spans = region_alloc(&t->region, batch, sizeof *t->spans, t->err);
     t->row_spans = region_alloc(&t->region, batch, sizeof *t->row_spans, t->err);
     t->nll = region_alloc(&t->region, t->S, sizeof *t->nll, t->err);
-    return t->order && t->ids && t->supervised && t->target && t->spans && t->row_spans && t->nll ? 0
-                                                                                                : -1;
+    t->hit = region_alloc(&t->region, t->S, 1, t->err);
+    return t->order && t->ids && t->supervised && t->target && t->spans && t->row_spans && t->nll &&
+           t->hit ? 0 : -1;
 }
 
-__attribute__((format(printf, 2, 3)))
-static void tell(const qlora_train_options *o, const char *format, ...) {
-    char line[512];
-    va_list args;
-    if (!o->message) return;
-    va_start(args, format);
-    vsnprintf(line, sizeof line, format, args);
-    va_end(args);
-    o->message(o->user, line);
-}
-
-// Before anything long begins: can the output be written, is nothing overwritten?
-static int check_output(const qlora_train_options *o, Region *region, qlora_error *err) {
+// Before anything long begins: can the output be written, and is nothing of the user's overwritten?
+static int check_output(Trainer *t) {
+    const qlora_train_options *o = t->options;
+    Buffer numbers = {.allocator = &t->q->allocator};
     if (!o->output_dir) return 0;
-    if (make_directory(o->output_dir, err)) return -1;
-    const char *path = path_join(region, o->output_dir, "adapter_model.safetensors", err);
-    if (!path) return -1;
-    if (file_exists(path))
-        return fail(err, "%s: there is an adapter in this directory already; choose another with "
-                    "--output or move it away", o->output_dir);
-    if (access(o->output_dir, W_OK)) return fail(err, "%s: cannot write here: %s", o->output_dir,
-                                                 strerror(errno));
-    return 0;
+    if (make_directory(o->output_dir, t->err)) return -1;
+    const char *path = path_join(&t->region, o->output_dir, "adapter_model.safetensors", t->err);
+    int bad = !path || list_checkpoints(t, o->output_dir, &numbers);
+    bool taken = !bad && (file_exists(path) || numbers.size);
+    const size_t *steps = (const size_t *)(const void *)numbers.data;
+    if (taken && o->overwrite_output_dir)
+        for (size_t i = 0; i < numbers.size / sizeof *steps; i++) {
+            const char *old = checkpoint_path(t, steps[i], "");
+            if (old) remove_directory(old, &t->region);
+        }
+    else if (taken && !o->resume)
+        bad = fail(t->err, "%s: there is a run in this directory already; continue it with --resume %s, "
+                   "choose another with --output, or give --overwrite-output-dir", o->output_dir,
+                   o->output_dir);
+    if (!bad && access(o->output_dir, W_OK))
+        bad = fail(t->err, "%s: cannot write here: %s", o->output_dir, strerror(errno));
+    buffer_free(&numbers);
+    return bad ? -1 : 0;
+}
+
+// The adapter, and checkpoints of four times its size, must find room.
+static int check_disk(Trainer *t) {
+    struct statvfs disk;
+    const qlora_train_options *o = t->options;
+    size_t saves = o->save_steps ? t->steps / o->save_steps + 1 : (size_t)ceil(o->num_train_epochs);
+    if (o->save_total_limit) saves = min_size(saves, o->save_total_limit + 2);
+    if (!o->output_dir || statvfs(o->output_dir, &disk)) return 0;
+    double need = (double)t->q->transformer.n_parameters * 4 * (4 * (double)saves + 1);
+    double room = (double)disk.f_bavail * (double)disk.f_frsize;
+    if (need <= room) return 0;
+    return fail(t->err, "%s: %.0f MB are free, but %zu checkpoints and the adapter need %.0f MB; save less "
+                "often (--save-steps) or keep fewer (--save-total-limit)", o->output_dir, room * 1e-6,
+                saves, need * 1e-6);
 }
 
 static void tell_plan(const Trainer *t) {
     const qlora_train_options *o = t->options;
     const Dataset *d = &t->data;
-    size_t total = count_parameters(&t->q->transformer);
-    tell(o, "data: %zu samples, %zu tokens, %zu supervised%s", d->n, d->tokens, d->supervised,
-         d->too_long || d->unsupervised ? "; left out:" : "");
-    if (d->too_long) tell(o, "  %zu samples longer than --max-length %zu", d->too_long, o->max_length);
-    if (d->unsupervised) tell(o, "  %zu samples without a supervised token", d->unsupervised);
+    if (*t->q->note) tell(o, "%s", t->q->note);
+    tell(o, "data: %zu samples (%zu held out), %zu tokens, %zu supervised, %zu ends of turn among them",
+         d->n, t->val.n, d->tokens, d->supervised, d->ends);
+    if (d->too_long) tell(o, "  left out: %zu samples longer than --max-length %zu (the longest has %zu)",
+                          d->too_long, o->max_length, d->longest);
+    if (d->unsupervised) tell(o, "  left out: %zu samples without a supervised token", d->unsupervised);
+    if (d->bad_lines) tell(o, "  left out: %zu malformed records, the first: %s", d->bad_lines,
+                           d->first_bad.text);
+    if (d->doubled_ends) tell(o, "  warning: %zu answers bring an end token of their own: it is doubled",
+                              d->doubled_ends);
     tell(o, "adapter: r %zu, alpha %g on %s: %zu parameters", o->lora_r, (double)o->lora_alpha,
-         o->target_modules, total);
+         o->target_modules, count_parameters(&t->q->transformer));
     tell(o, "steps: %zu of %zu x %zu samples, %zu an epoch; learning rate %g, %s, %zu of warmup",
          t->steps, o->per_device_train_batch_size, o->gradient_accumulation_steps, t->steps_per_epoch,
          (double)o->learning_rate, o->lr_scheduler_type, t->warmup);
@@ -8547,38 +9141,56 @@ static void tell_plan(const Trainer *t) {
          t->q->transformer.config.L, t->q->transformer.config.L - t->session.w.kept);
 }
 
+static int open_data(Trainer *t, int mask) {
+    const qlora_train_options *o = t->options;
+    qlora_model *q = t->q;
+    DatasetOptions how = {.max_length = min_size(o->max_length, q->transformer.config.context),
+                          .mask = (MaskKind)mask, .skip_bad_lines = o->skip_bad_lines != 0,
+                          .allocator = &q->allocator, .pool = q->device.pool};
+    if (dataset_open(&t->data, t->path, &q->chat, q->tokenizer, how, t->err)) return -1;
+    return o->val_file ? dataset_open(&t->val_data, o->val_file, &q->chat, q->tokenizer, how, t->err) : 0;
+}
+
+// The run itself, when all is checked.
+static int run_training(Trainer *t) {
+    const qlora_train_options *o = t->options;
+    SessionShape shape = {.T = t->T, .S = t->S, .max_span = t->T, .training = true};
+    if (session_open(&t->session, t->q, shape, t->err)) return -1;
+    tell_plan(t);
+    describe_settings(t);
+    int bad = check_disk(t) || (o->output_dir && write_run(t, o->output_dir)) || (o->resume && resume(t)) ? -1 : 0;
+    if (!bad) bad = train_loop(t);
+    if (!bad && o->output_dir) {
+        double highest = 0;
+        for (size_t at = 0; at < t->log.size; at++) {         // the first loss of the log scales the plot
+            const char *loss = strstr(t->log.data + at, "loss\": ");
+            if (loss) highest = strtod(loss + 7, NULL);
+            break;
+        }
+        bad = save_outputs(t, o->output_dir) || write_log(t, true) || write_plot(t, highest * 1.05 + 1e-3);
+    }
+    session_close(&t->session);
+    return bad;
+}
+
 int qlora_train(qlora_model *q, const char *data, const qlora_train_options *options,
                 qlora_error *err) {
     static const char *const masks[] = {"content", "turn", "all"};
     qlora_train_options o = options ? *options : qlora_default_train_options();
-    Trainer t = {.q = q, .options = &o, .path = data, .err = err, .region.allocator = &q->allocator};
+    Trainer t = {.q = q, .options = &o, .path = data, .err = err, .region.allocator = &q->allocator,
+                 .log.allocator = &q->allocator, .data.id_buffer.allocator = &q->allocator};
     int mask = find_name(masks, 3, o.mask, "mask", err);
     int schedule = mask < 0 ? -1 : find_name(schedule_names, 4, o.lr_scheduler_type,
                                              "lr_scheduler_type", err);
     if (schedule < 0 || check_train_options(&o, err) || need_chat(q, err)) return -1;
     t.schedule = (Schedule)schedule;
-    DatasetOptions how = {.max_length = min_size(o.max_length, q->transformer.config.context),
-                          .mask = (MaskKind)mask, .allocator = &q->allocator,
-                          .pool = q->device.pool};
-    int bad = check_output(&o, &t.region, err);
-    if (!bad) bad = dataset_open(&t.data, data, &q->chat, q->tokenizer, how, err);
-    if (!bad && !(bad = prepare_training(&t) ||
-                        new_adapter(&q->transformer, o.target_modules, o.lora_r, o.lora_alpha,
-                                    o.lora_dropout, o.seed, &q->allocator, err))) {
-        SessionShape shape = {.T = t.T, .S = t.S, .max_span = t.T, .training = true};
-        q->lora_dropout = o.lora_dropout;
-        bad = session_open(&t.session, q, shape, err);
-        if (!bad) {
-            tell_plan(&t);
-            bad = train_loop(&t);
-            session_close(&t.session);
-        }
-        if (!bad && o.output_dir)
-            bad = qlora_save_adapter(q, o.output_dir, err) ||
-                  copy_side_files(q->directory, o.output_dir, &t.region, err) ||
-                  copy_file(q->directory, o.output_dir, "config.json", &t.region, err);
-    }
+    q->lora_dropout = o.lora_dropout;
+    int bad = check_output(&t) || open_data(&t, mask) || prepare_training(&t) ||
+              new_adapter(&q->transformer, o.target_modules, o.lora_r, o.lora_alpha, o.lora_dropout,
+                          o.seed, &q->allocator, err) || run_training(&t);
     dataset_close(&t.data);
+    dataset_close(&t.val_data);
+    buffer_free(&t.log);
     region_free(&t.region);
     return bad ? -1 : 0;
 }
@@ -8870,12 +9482,16 @@ static void print_duration(double seconds) {
     else printf("%lu:%02lu", s / 60, s % 60);
 }
 
-typedef struct { double start; } ProgressView;
+typedef struct { double start; size_t first; } ProgressView;   // of the first step that was reported
 
 static void print_progress(void *user, const qlora_progress *p) {
     ProgressView *view = user;
+    if (!view->first) {
+        view->first = p->step;
+        view->start = now_seconds() - p->seconds;
+    }
     double elapsed = now_seconds() - view->start;
-    double left = elapsed / (double)p->step * (double)(p->steps - p->step);
+    double left = elapsed / (double)(p->step - view->first + 1) * (double)(p->steps - p->step);
     printf("step %zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  ", p->step, p->steps,
            p->epoch, p->loss, p->grad_norm, p->learning_rate, (double)p->tokens / p->seconds);
     print_duration(left);
@@ -8911,7 +9527,8 @@ static void print_banner(const qlora_model *q) {
 
 typedef struct {
     const char *path, *data, *out;          // the positional arguments, by command
-    const char *adapter, *prompt, *ids, *output, *system;
+    const char *adapter, *prompt, *ids, *output, *system, *resume;
+    char command_line[2048];
     qlora_options options;
     const char *quant, *compute;
     qlora_train_options train;
@@ -8924,7 +9541,8 @@ enum { CMD_TRAIN = 1, CMD_GENERATE = 2, CMD_CHAT = 4, CMD_LOGITS = 8, CMD_TOKENI
        CMD_QUANTIZE = 32, CMD_INIT = 64, CMD_INFO = 128, CMD_RUN = CMD_GENERATE | CMD_CHAT | CMD_LOGITS,
        CMD_COMPUTE = CMD_TRAIN | CMD_RUN | CMD_QUANTIZE | CMD_INIT };
 
-typedef enum { OPT_TEXT, OPT_SIZE, OPT_INT, OPT_FLOAT, OPT_DOUBLE, OPT_BYTES, OPT_SEED, OPT_SWITCH }
+typedef enum { OPT_TEXT, OPT_SIZE, OPT_INT, OPT_FLOAT, OPT_DOUBLE, OPT_BYTES, OPT_SEED, OPT_SWITCH,
+               OPT_FLAG }
     OptionKind;
 
 typedef struct {
@@ -8968,6 +9586,20 @@ static const Option option_table[] = {
      "batches in a step"},
     {"max-length", NULL, OPT_SIZE, AT(train.max_length), CMD_TRAIN,
      "tokens of a sample; longer ones are left out and counted"},
+    {"skip-bad-lines", NULL, OPT_FLAG, AT(train.skip_bad_lines), CMD_TRAIN,
+     "count malformed records instead of stopping"},
+    {"val-split", NULL, OPT_DOUBLE, AT(train.val_split), CMD_TRAIN, "share held out for evaluation"},
+    {"val", NULL, OPT_TEXT, AT(train.val_file), CMD_TRAIN, "a file to evaluate on instead"},
+    {"eval-steps", NULL, OPT_SIZE, AT(train.eval_steps), CMD_TRAIN,
+     "steps between evaluations; also after each epoch"},
+    {"save-steps", NULL, OPT_SIZE, AT(train.save_steps), CMD_TRAIN,
+     "steps between checkpoints; 0: one after each epoch"},
+    {"save-total-limit", NULL, OPT_SIZE, AT(train.save_total_limit), CMD_TRAIN,
+     "checkpoints kept besides the best; 0: all"},
+    {"resume", "resume-from-checkpoint", OPT_TEXT, AT(resume), CMD_TRAIN,
+     "a run's output directory: go on from its newest good checkpoint"},
+    {"overwrite-output-dir", NULL, OPT_FLAG, AT(train.overwrite_output_dir), CMD_TRAIN,
+     "replace the run that is there"},
     {"logging-steps", NULL, OPT_SIZE, AT(train.logging_steps), CMD_TRAIN, "steps between lines"},
     {"seed", NULL, OPT_SEED, AT(train.seed), CMD_TRAIN | CMD_INIT | CMD_GENERATE | CMD_CHAT,
      "of all random numbers"},
@@ -9056,10 +9688,11 @@ static int set_option(Arguments *a, const Option *option, const char *text, qlor
     errno = 0;
     if (option->kind == OPT_TEXT) *(const char **)to = text;
     else if (option->kind == OPT_BYTES) ok = parse_bytes(text, to);
-    else if (option->kind == OPT_SWITCH) {
+    else if (option->kind == OPT_SWITCH || option->kind == OPT_FLAG) {
         bool on = strcmp(text, "true") == 0 || strcmp(text, "1") == 0;
         ok = on || strcmp(text, "false") == 0 || strcmp(text, "0") == 0;
-        *(bool *)to = on;
+        if (option->kind == OPT_SWITCH) *(bool *)to = on;
+        else *(int *)to = on;                                 // a field of the public structs
     } else if (option->kind == OPT_FLOAT || option->kind == OPT_DOUBLE) {
         double value = strtod(text, &end);
         ok = end != text && !*end && isfinite(value);
@@ -9075,7 +9708,7 @@ static int set_option(Arguments *a, const Option *option, const char *text, qlor
     }
     static const char *const expected[] = {"a text", "a whole number", "a whole number", "a number",
                                            "a number", "bytes such as 800M or 16G", "a whole number",
-                                           "true or false"};
+                                           "true or false", "true or false"};
     if (!ok) return fail(err, "--%s: expected %s, found \"%s\"", option->name, expected[option->kind],
                          text);
     a->given[option - option_table] = true;
@@ -9091,7 +9724,7 @@ static int parse_option(Arguments *a, int command, char **argv, int argc, int *a
             (!same_name(name, n, option->name) && !same_name(name, n, option->alias))) continue;
         if (equals) return set_option(a, option, equals + 1, err);
         bool has_value = *at + 1 < argc && strncmp(argv[*at + 1], "--", 2) != 0;
-        if (option->kind == OPT_SWITCH) {
+        if (option->kind == OPT_SWITCH || option->kind == OPT_FLAG) {
             // A switch alone means true; it takes a word only if that is one of its own.
             bool word = has_value && (strcmp(argv[*at + 1], "true") == 0 ||
                                       strcmp(argv[*at + 1], "false") == 0);
@@ -9167,9 +9800,14 @@ static qlora_model *open_model(Arguments *a, qlora_error *err) {
 static int run_train(Arguments *a, qlora_error *err) {
     qlora_model *q = open_model(a, err);
     if (!q) return -1;
-    ProgressView view = {now_seconds()};
+    ProgressView view = {0};
     print_banner(q);
     if (a->output) a->train.output_dir = a->output;
+    if (a->resume) {
+        a->train.output_dir = a->resume;
+        a->train.resume = 1;
+    }
+    a->train.command_line = a->command_line;
     a->train.progress = print_progress;
     a->train.message = print_message;
     a->train.user = &view;
@@ -9619,6 +10257,10 @@ int main(int argc, char **argv) {
         return help ? 0 : 2;
     }
     int bit = 1 << (command - command_table);
+    for (int i = 0; i < argc; i++) {
+        size_t used = strlen(a.command_line);
+        snprintf(a.command_line + used, sizeof a.command_line - used, "%s%s", i ? " " : "", argv[i]);
+    }
     for (int i = 2; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
             print_usage(stdout, command, &a);
@@ -9737,9 +10379,13 @@ static inline Vec vec_dot_bf16(Vec sum, Vec a, Vec b) {
 }
 
 static inline float vec_largest(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float largest = v[0];
     for (int i = 1; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
     return largest;
+#endif
 }
 
 static inline float vec_sum(Vec v) {
@@ -9750,12 +10396,11 @@ static inline float vec_sum(Vec v) {
     return x[0];
 }
 
-// exp_float of chapter 3 in every lane, except that what is below e^-87 becomes 0: masked scores are
-// -inf and must vanish.
+// exp_float of chapter 3 in every lane, for arguments that a maximum was subtracted from. What is
+// below e^-87 becomes 0: masked scores are -inf and must vanish.
 static inline Vec vec_exp(Vec x) {
     const Vec shift = vec_all(12582912.0f);
     VecInt vanishes = x < vec_all(-87.0f);
-    x = vec_select(x > vec_all(88.0f), vec_all(88.0f), x);
     Vec shifted = vec_fma(shift, x, vec_all(1.44269504f)), n = shifted - shift;
     Vec r = vec_fma(vec_fma(x, n, vec_all(-0.693145752f)), n, vec_all(-1.42860677e-6f));
     Vec p = vec_all(1.0f / 720);
@@ -9779,30 +10424,32 @@ typedef struct { const Word *rows; size_t steps; } RowPiece;
     Vec left##i = {0}, right##i = {0}; \
     if (i < n_rows && add) { \
         left##i = vec_load(c + i * stride); \
-        right##i = vec_load(c + i * stride + LANES); \
+        if (wide) right##i = vec_load(c + i * stride + LANES); \
     }
 #define STEP_ROW(i) \
     if (i < n_rows) { \
         Vec x = vec_all(row[i * ROW_WORDS]); \
         left##i = bf16 ? vec_dot_bf16(left##i, x, b0) : vec_fma(left##i, x, b0); \
-        right##i = bf16 ? vec_dot_bf16(right##i, x, b1) : vec_fma(right##i, x, b1); \
+        if (wide) right##i = bf16 ? vec_dot_bf16(right##i, x, b1) : vec_fma(right##i, x, b1); \
     }
 #define STORE_ROW(i) \
     if (i < n_rows) { \
         vec_store(c + i * stride, left##i); \
-        vec_store(c + i * stride + LANES, right##i); \
+        if (wide) vec_store(c + i * stride + LANES, right##i); \
     }
 
-// c (n_rows, 2 vectors) = or += the pieces times the panel. n_rows and bf16 are constants where this
-// is inlined, so that every accumulator is a register.
+// c (n_rows, 2 vectors, or 1 unless wide) = or += the pieces times the panel. The first three are
+// constants where this is inlined, so that every accumulator is a register.
 __attribute__((always_inline))
-static inline void tile(size_t n_rows, bool bf16, Word *c, size_t stride, bool add,
+static inline void tile(size_t n_rows, bool wide, bool bf16, Word *c, size_t stride, bool add,
                         const RowPiece *pieces, size_t n_pieces, const Word *panel) {
     EACH_ROW(LOAD_ROW)
     for (; n_pieces--; pieces++) {
-        const Word *row = pieces->rows;
+        const Word *row = pieces->rows, *next = row + n_rows * ROW_WORDS;
         for (size_t steps = pieces->steps; steps--; row++, panel += PANEL) {
-            Vec b0 = vec_load(panel), b1 = vec_load(panel + LANES);
+            if (n_rows == TILE_ROWS) __builtin_prefetch(next);
+            next += n_rows;
+            Vec b0 = vec_load(panel), b1 = wide ? vec_load(panel + LANES) : b0;
             EACH_ROW(STEP_ROW)
         }
     }
@@ -9812,32 +10459,55 @@ static inline void tile(size_t n_rows, bool bf16, Word *c, size_t stride, bool a
 // noinline: within a larger function gcc 12 spills accumulators, which halves the speed.
 typedef void TileFunction(Word *c, size_t stride, bool add, const RowPiece *pieces, size_t n_pieces,
                           const Word *panel);
-#define TILE(name, n_rows, bf16) \
+#define TILE(name, n_rows, wide, bf16) \
     __attribute__((noinline)) \
     static void name(Word *c, size_t stride, bool add, const RowPiece *pieces, size_t n_pieces, \
                      const Word *panel) { \
-        tile(n_rows, bf16, c, stride, add, pieces, n_pieces, panel); \
+        tile(n_rows, wide, bf16, c, stride, add, pieces, n_pieces, panel); \
     }
-TILE(tile_full, TILE_ROWS, false)
-TILE(tile_8, 8, false)
-TILE(tile_4, 4, false)
-TILE(tile_2, 2, false)
-TILE(tile_1, 1, false)
+TILE(tile_full, TILE_ROWS, true, false)
+TILE(tile_narrow, TILE_ROWS, false, false)
+TILE(tile_8, 8, true, false)
+TILE(tile_4, 4, true, false)
+TILE(tile_2, 2, true, false)
+TILE(tile_1, 1, true, false)
 #if defined(__AVX512BF16__)
-TILE(tile_full_bf16, TILE_ROWS, true)
-TILE(tile_8_bf16, 8, true)
-TILE(tile_4_bf16, 4, true)
-TILE(tile_2_bf16, 2, true)
-TILE(tile_1_bf16, 1, true)
-#define KERNEL(rows, name) {rows, {name, name##_bf16}}
+TILE(tile_full_bf16, TILE_ROWS, true, true)
+TILE(tile_narrow_bf16, TILE_ROWS, false, true)
+TILE(tile_8_bf16, 8, true, true)
+TILE(tile_4_bf16, 4, true, true)
+TILE(tile_2_bf16, 2, true, true)
+TILE(tile_1_bf16, 1, true, true)
+#define KERNEL(rows, name, narrow) {rows, {{narrow, name}, {narrow##_bf16, name##_bf16}}}
+
+// One row and two panels: a lone token leaves 2 accumulators waiting for each other, 4 wait less.
+__attribute__((noinline))
+static void tile_1_wide_bf16(Word *c, bool add, const RowPiece *pieces, size_t n_pieces,
+                             const Word *panel) {
+    Vec sum0 = {0}, sum1 = {0}, sum2 = {0}, sum3 = {0};
+    if (add) {
+        sum0 = vec_load(c); sum1 = vec_load(c + LANES);
+        sum2 = vec_load(c + PANEL); sum3 = vec_load(c + PANEL + LANES);
+    }
+    for (; n_pieces--; pieces++)
+        for (size_t step = 0; step < pieces->steps; step++, panel += PANEL) {
+            Vec x = vec_all(pieces->rows[step]);
+            sum0 = vec_dot_bf16(sum0, x, vec_load(panel));
+            sum1 = vec_dot_bf16(sum1, x, vec_load(panel + LANES));
+            sum2 = vec_dot_bf16(sum2, x, vec_load(panel + PANEL_WORDS));
+            sum3 = vec_dot_bf16(sum3, x, vec_load(panel + PANEL_WORDS + LANES));
+        }
+    vec_store(c, sum0); vec_store(c + LANES, sum1);
+    vec_store(c + PANEL, sum2); vec_store(c + PANEL + LANES, sum3);
+}
 #else
-#define KERNEL(rows, name) {rows, {name, name}}
+#define KERNEL(rows, name, narrow) {rows, {{narrow, name}, {narrow, name}}}
 #endif
 
-// By height; a tile takes the first that fits, which never is one higher than TILE_ROWS.
-static const struct { size_t rows; TileFunction *run[2]; } tile_kernels[] = {
-    KERNEL(TILE_ROWS, tile_full), KERNEL(8, tile_8), KERNEL(4, tile_4), KERNEL(2, tile_2),
-    KERNEL(1, tile_1)};
+// By height, then [bf16][wide]; a tile takes the first that fits, never one higher than TILE_ROWS.
+static const struct { size_t rows; TileFunction *run[2][2]; } tile_kernels[] = {
+    KERNEL(TILE_ROWS, tile_full, tile_narrow), KERNEL(8, tile_8, tile_8), KERNEL(4, tile_4, tile_4),
+    KERNEL(2, tile_2, tile_2), KERNEL(1, tile_1, tile_1)};
 
 // c (n_rows, columns of one panel) = or += the pieces, whose row 0 belongs to c's, times the panel.
 static void multiply(bool bf16, Word *c, size_t stride, size_t n_rows, size_t columns, bool add,
@@ -9849,8 +10519,8 @@ static void multiply(bool bf16, Word *c, size_t stride, size_t n_rows, size_t co
         for (size_t i = 0; i < n_pieces; i++)
             at[i] = (RowPiece){pieces[i].rows + row * ROW_WORDS, pieces[i].steps};
         for (size_t column = 0; column < columns; column += TILE_COLUMNS)
-            tile_kernels[kernel].run[bf16](c + row * stride + column, stride, add, at, n_pieces,
-                                           panel + column);
+            tile_kernels[kernel].run[bf16][columns - column > LANES](
+                c + row * stride + column, stride, add, at, n_pieces, panel + column);
         row += height;
     }
 }
@@ -9924,7 +10594,8 @@ static void dropout_slice(real *x, size_t first, size_t n, const Lora *lora, con
 typedef struct {
     const Device *dev;
     Packed to;
-    const void *x;                  // (T, n) act
+    const void *x;                  // (T, stride) act, of which columns column .. column+to.n-1
+    size_t stride, column;
     size_t first;                   // the token that becomes row 0
     const Lora *dropout;            // NULL: none
     const Batch *batch;
@@ -9945,8 +10616,8 @@ static void pack_task(void *arguments, size_t task, int thread) {
     real *row = thread_rows(a->dev, thread), *rounded = row + n;
     for (size_t i = task * PACK_ROWS; i < end; i++) {
         size_t t = a->first + i;
-        if (!a->dropout) { pack_row(&a->to, i, act, a->x, t * n); continue; }
-        load_row(row, act, a->x, t * n, n);
+        if (!a->dropout) { pack_row(&a->to, i, act, a->x, t * a->stride + a->column); continue; }
+        load_row(row, act, a->x, t * n, n);                   // masked rows are packed whole
         dropout_slice(row, 0, n, a->dropout, a->batch, span_of(a->batch, t), t);
         store_row(act, rounded, 0, row, n);
         pack_row(&a->to, i, act, rounded, 0);
@@ -9956,7 +10627,14 @@ static void pack_task(void *arguments, size_t task, int thread) {
 // Rows first .. first+to.rows-1 of x (T, n), masked by dropout unless that is NULL.
 static void pack_rows(Device *dev, Packed to, const void *x, size_t first, const Lora *dropout,
                       const Batch *batch) {
-    PackTask a = {dev, to, x, first, dropout, batch};
+    PackTask a = {dev, to, x, to.n, 0, first, dropout, batch};
+    parallel_for(dev->pool, ceil_div(to.rows, PACK_ROWS), pack_task, &a);
+}
+
+// The same of columns column .. column+to.n-1 of x (T, stride).
+static void pack_columns(Device *dev, Packed to, const void *x, size_t stride, size_t column,
+                         size_t first) {
+    PackTask a = {dev, to, x, stride, column, first, NULL, NULL};
     parallel_for(dev->pool, ceil_div(to.rows, PACK_ROWS), pack_task, &a);
 }
 
@@ -9981,6 +10659,7 @@ static void pack_transposed(Packed to, DType act, const void *x, size_t first) {
 typedef struct {
     Weight matrix;
     bool transposed;
+    size_t skip;                    // transposed: rows of the matrix before the first
     const Lora *dropout;            // NULL, or the matrix is x of one sequence, masked row by row
     const Batch *batch;
     const Span *span;
@@ -10095,30 +10774,37 @@ static void transpose_16(Word *to, size_t to_stride, const Word *from, size_t fr
 static void pack_straight_4bit(Word *panel, const Weight *w, size_t column, size_t width, size_t k,
                                size_t n) {
     const __m512 levels = _mm512_loadu_ps(w->code);
-    const __m512i pair_up = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
-                                             24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
-                                             16, 0);
-    for (size_t at = k; at < k + n; at += QUANT_BLOCK) {
+    // Every column's word is doubled, so that its two lanes can take the two halves of a byte.
+    const __m512i low = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512i halves = _mm512_set1_epi64(4);              // shifts by 4, 0, 4, 0, ...
+    for (size_t at = k; at < k + n; at += 2 * QUANT_BLOCK) {
+        size_t blocks = at + QUANT_BLOCK < k + n ? 2 : 1;
         __m512i codes[16];
-        float scale[16] = {0};
+        float scale[2][16] = {{0}};
         for (size_t i = 0; i < width; i++) {
-            size_t index = (column + i) * w->K + at;
-            const uint8_t *from = (const uint8_t *)w->data + index / 2;
-            codes[i] = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(const void *)from));
-            scale[i] = block_scale(w, index / QUANT_BLOCK);
+            size_t block = ((column + i) * w->K + at) / QUANT_BLOCK;
+            const uint8_t *from = (const uint8_t *)w->data + block * (QUANT_BLOCK / 2);
+            codes[i] = _mm512_maskz_loadu_epi32(blocks == 2 ? 0xFFFF : 0xFF, from);
+            for (size_t b = 0; b < blocks; b++) scale[b][i] = block_scale(w, block + b);
         }
         for (size_t i = width; i < 16; i++) codes[i] = _mm512_setzero_si512();
         transpose_registers(codes);
-        __m512 scales = _mm512_loadu_ps(scale);
-        for (size_t i = 0; i < 8; i++)
-            for (unsigned step = 0; step < 4; step++, panel += PANEL) {
-                __m512i even = _mm512_srli_epi32(codes[i], 8 * step + 4);
-                __m512i odd = _mm512_srli_epi32(codes[i], 8 * step);
-                __m512 x = _mm512_mul_ps(_mm512_permutexvar_ps(even, levels), scales);
-                __m512 y = _mm512_mul_ps(_mm512_permutexvar_ps(odd, levels), scales);
-                __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(y, x);
-                _mm512_storeu_si512(panel, _mm512_permutexvar_epi16(pair_up, rounded));
+        for (size_t i = 0; i < 8 * blocks; i++) {
+            __m512 scales = _mm512_loadu_ps(scale[i / 8]);
+            __m512 scale_low = _mm512_permutexvar_ps(low, scales);
+            __m512 scale_high = _mm512_permutexvar_ps(high, scales);
+            __m512i a = _mm512_permutexvar_epi32(low, codes[i]);
+            __m512i b = _mm512_permutexvar_epi32(high, codes[i]);
+            for (int step = 0; step < 4; step++, panel += PANEL) {
+                __m512i shift = _mm512_add_epi32(halves, _mm512_set1_epi32(8 * step));
+                __m512 x = _mm512_permutexvar_ps(_mm512_srlv_epi32(a, shift), levels);
+                __m512 y = _mm512_permutexvar_ps(_mm512_srlv_epi32(b, shift), levels);
+                x = _mm512_mul_ps(x, scale_low);
+                y = _mm512_mul_ps(y, scale_high);
+                _mm512_storeu_si512(panel, (__m512i)_mm512_cvtne2ps_pbh(y, x));
             }
+        }
     }
 }
 #endif
@@ -10164,6 +10850,17 @@ static inline void interleave(Word *step, const Word *even, const Word *odd) {
 }
 #endif
 
+// Elements column .. column+width-1 of a row that will be needed soon: rows are too far apart for the
+// machine to foresee. Beyond the matrix the hint is harmless, but the address must not be formed.
+static void prefetch_row(const Weight *w, size_t row, size_t column, size_t width) {
+    if (row >= w->N) return;
+    size_t bits = is_4bit(w->dtype) ? 4 : dtype_size(w->dtype) * 8, index = row * w->K + column;
+    const char *from = (const char *)w->data + index * bits / 8;
+    for (size_t i = 0; i < width * bits / 8; i += 64) __builtin_prefetch(from + i);
+}
+
+enum { PREFETCH_ROWS = 16 };
+
 // Transposed: `width` columns (at most 64, two panels) starting with `column` of the matrix, rows
 // k .. k+n-1.
 static void pack_transposed_panels(Word *panel, Word *stage, const Right *right, size_t column,
@@ -10174,6 +10871,8 @@ static void pack_transposed_panels(Word *panel, Word *stage, const Right *right,
         Word *even = stage, *odd = stage + PANEL;             // 64 bf16 each
         memset(stage, 0, 2 * PANEL * sizeof *stage);
         for (size_t i = 0; i < n; i += 2) {
+            prefetch_row(&right->matrix, k + i + PREFETCH_ROWS, column, width);
+            prefetch_row(&right->matrix, k + i + PREFETCH_ROWS + 1, column, width);
             right_row(even, right, k + i, column, width, act, true);
             if (i + 1 < n) right_row(odd, right, k + i + 1, column, width, act, true);
             else memset(odd, 0, PANEL * sizeof *odd);
@@ -10207,7 +10906,7 @@ typedef struct {
     void *out;                      // element (i, j) is out[i * row_stride + j * column_stride]
     DType type;                     // of out
     size_t row_stride, column_stride;
-    bool add;                       // += instead of =, for float32
+    enum { WRITE, ADD, RESUME } mode;       // =; +=; = with sums that start from out, which is float32
 } Matmul;
 
 typedef struct {
@@ -10233,7 +10932,8 @@ static size_t next_block(const MatmulTask *a, const Matmul *m, Cursor *at, Word 
         size_t n = min_size(steps * per_step, s->left.n - k);
         Word *to = panels + filled * PANEL;
         if (s->right.transposed)
-            pack_transposed_panels(to, stage, &s->right, column, width, k, n, a->dev->act, a->bf16);
+            pack_transposed_panels(to, stage, &s->right, column, width, s->right.skip + k, n,
+                                   a->dev->act, a->bf16);
         else for (size_t c = 0; c < width; c += PANEL, to += PANEL_WORDS)
             pack_straight(to, stage, &s->right, column + c, min_size(PANEL, width - c), k, n,
                           a->dev->act, a->bf16);
@@ -10252,7 +10952,7 @@ static void finish(const Matmul *m, Word *sums, size_t row, size_t rows, size_t 
         size_t at = (row + i) * m->row_stride + column * m->column_stride;
         if (m->scale != 1) for (size_t j = 0; j < width; j++) sums[j] *= m->scale;
         if (m->bias) for (size_t j = 0; j < width; j++) sums[j] += m->bias[column + j];
-        if (!m->add) store_row(m->type, m->out, at, (const real *)sums, width);
+        if (m->mode != ADD) store_row(m->type, m->out, at, (const real *)sums, width);
         else for (size_t j = 0; j < width; j++) ((real *)m->out)[at + j * m->column_stride] += sums[j];
     }
 }
@@ -10274,8 +10974,17 @@ static void matmul_task(void *arguments, size_t task, int thread) {
     Word *sums = arena_alloc(&scratch, TASK_ROWS * TASK_COLUMNS, sizeof *sums);
     RowPiece pieces[MAX_PIECES];
     Cursor at = {0, 0};
-    for (bool add = false; at.segment < m->n_segments; add = true) {
+    bool resume = m->mode == RESUME;
+    for (size_t i = 0; resume && i < rows; i++)
+        memcpy(sums + i * TASK_COLUMNS, (real *)m->out + (row + i) * m->row_stride + column, width * 4);
+    for (bool add = resume; at.segment < m->n_segments; add = true) {
         size_t n = next_block(a, m, &at, panels, stage, column, width, row, pieces);
+#if defined(__AVX512BF16__)
+        if (a->bf16 && rows == 1 && panels_used == 2) {
+            tile_1_wide_bf16(sums, add, pieces, n, panels);
+            continue;
+        }
+#endif
         for (size_t p = 0; p < panels_used; p++)
             multiply(a->bf16, sums + p * PANEL, TASK_COLUMNS, rows,
                      min_size(PANEL, width - p * PANEL), add, pieces, n, panels + p * PANEL_WORDS);
@@ -10307,6 +11016,8 @@ static void matmul(Device *dev, const Matmul *list, size_t n, size_t rows, bool 
 //     y  = [x | u] [W | B]^T          dx = [dy | du] [W ; A]       du = s dy B       u = s x~ A^T
 // and with their transposes packed, the gradients are products with few rows:
 //     dB^T += u^T dy                  dA += du^T x~
+
+enum { HEAD_SLICE = 4096 };         // columns of dlogits that are packed at a time
 
 // Tokens that are packed at a time. It bounds scratch, and no result depends on it.
 static size_t chunk_rows(size_t threads) { return min_size(max_size(512, 128 * threads), 4096); }
@@ -10345,7 +11056,7 @@ static void forward_chunk(Device *dev, real *logits, const Product *products, si
         if (mask) pack_rows(dev, px_masked, x, first, lora, batch);
         down[n_down] = (Matmul){{down_segment(mask ? px_masked : px, lora, K)}, 1, lora->r,
             lora->scale, NULL, act_at(dev->act, products[i].u, first * lora->r), dev->act, lora->r, 1,
-            false};
+            WRITE};
         if (mask) matmul(dev, &down[n_down], 1, rows, bf16);
         else n_down++;
     }
@@ -10356,7 +11067,7 @@ static void forward_chunk(Device *dev, real *logits, const Product *products, si
         size_t N = linear->weight.N;
         void *y = logits ? (void *)(logits + first * N) : act_at(dev->act, products[i].y, first * N);
         up[i] = (Matmul){{{px, {.matrix = linear->weight}}}, 1, N, 1, linear->bias, y,
-            logits ? DT_REAL : dev->act, N, 1, false};
+            logits ? DT_REAL : dev->act, N, 1, WRITE};
         if (!lora->r) continue;
         Packed u = packed_alloc(&scratch, rows, lora->r, bf16);
         pack_rows(dev, u, products[i].u, first, NULL, batch);
@@ -10417,19 +11128,20 @@ typedef struct {
     bool bf16;
 } Backward;
 
-// dx of rows first .. first+rows-1 from the packed dy and du of the products.
+// dx of rows first .. first+rows-1 from the packed dy and du of the products. dy NULL: dx holds that
+// share already.
 static void backward_dx(const Backward *b, Arena scratch, const Packed *dy, const Packed *du,
                         size_t first, size_t rows) {
     size_t K = b->K;
     bool masked = false;
     DType type = b->add ? DT_REAL : b->dev->act;
     Matmul all = {.columns = K, .scale = 1, .type = type, .row_stride = K, .column_stride = 1,
-                  .out = act_at(type, b->dx, first * K), .add = b->add};
+                  .out = act_at(type, b->dx, first * K), .mode = b->add ? RESUME : WRITE};
     Matmul shares[3];
     for (size_t i = 0; i < b->n; i++) {
         const Lora *lora = &b->products[i].linear->lora;
         masked |= lora->r && has_dropout(lora, b->batch);
-        all.segments[all.n_segments++] =
+        if (dy) all.segments[all.n_segments++] =
             (Segment){dy[i], {.matrix = b->products[i].linear->weight, .transposed = true}};
     }
     for (size_t i = 0; i < b->n; i++) {
@@ -10438,7 +11150,7 @@ static void backward_dx(const Backward *b, Arena scratch, const Packed *dy, cons
         Weight A = plain_matrix(DT_REAL, lora->A, lora->r, K);
         Segment share = {du[i], {.matrix = A, .transposed = true}};
         if (!masked) all.segments[all.n_segments++] = share;
-        else shares[i] = (Matmul){{share}, 1, K, 1, NULL, NULL, DT_REAL, K, 1, false};
+        else shares[i] = (Matmul){{share}, 1, K, 1, NULL, NULL, DT_REAL, K, 1, WRITE};
     }
     MaskTask mask = {b->dev, NULL, NULL, NULL, b->batch, b->dx, first, K};
     if (masked) {
@@ -10447,7 +11159,7 @@ static void backward_dx(const Backward *b, Arena scratch, const Packed *dy, cons
         all.type = DT_REAL;
         all.out = mask.sum;
     }
-    matmul(b->dev, &all, 1, rows, b->bf16);
+    if (all.n_segments) matmul(b->dev, &all, 1, rows, b->bf16);
     if (!masked) return;
     for (size_t i = 0; i < b->n; i++) {
         mask.lora = &b->products[i].linear->lora;
@@ -10475,7 +11187,7 @@ static void backward_chunk(const Backward *b, Arena scratch, size_t first, size_
         if (!r) continue;
         Weight B = plain_matrix(DT_REAL, lora->B, N, r);
         down[n_down++] = (Matmul){{{dy[i], {.matrix = B, .transposed = true}}}, 1, r, lora->scale,
-            NULL, act_at(dev->act, b->du[i], first * r), dev->act, r, 1, false};
+            NULL, act_at(dev->act, b->du[i], first * r), dev->act, r, 1, WRITE};
     }
     if (n_down) matmul(dev, down, n_down, rows, b->bf16);
     if (!b->dx) return;
@@ -10486,6 +11198,34 @@ static void backward_chunk(const Backward *b, Arena scratch, size_t first, size_
         pack_rows(dev, du[i], b->du[i], first, NULL, b->batch);
     }
     backward_dx(b, scratch, dy, du, first, rows);
+}
+
+// The same for a slice of the vocabulary, whose dy may be too large for any cache: it is packed in
+// pieces, and dx and du grow from piece to piece.
+static void backward_head_chunk(const Backward *b, Arena scratch, size_t first, size_t rows) {
+    const Product *p = &b->products[0];
+    const Lora *lora = &p->linear->lora;
+    Device *dev = b->dev;
+    size_t N = p->linear->weight.N, r = lora->r, K = b->K;
+    real *dx = (real *)b->dx + first * K, *sum = arena_alloc(&scratch, rows * r, sizeof *sum);
+    Packed dy = packed_alloc(&scratch, rows, min_size(N, HEAD_SLICE), b->bf16);
+    Weight B = plain_matrix(DT_REAL, lora->B, N, r);
+    memset(sum, 0, rows * r * sizeof *sum);
+    for (size_t n = 0; n < N; n += HEAD_SLICE) {
+        dy.n = min_size(HEAD_SLICE, N - n);
+        pack_columns(dev, dy, p->y, N, n, first);
+        Right W = {.matrix = p->linear->weight, .transposed = true, .skip = n};
+        Right down = {.matrix = B, .transposed = true, .skip = n};
+        Matmul list[2] = {{{{dy, W}}, 1, K, 1, NULL, dx, DT_REAL, K, 1, RESUME},
+                          {{{dy, down}}, 1, r, 1, NULL, sum, DT_REAL, r, 1, RESUME}};
+        matmul(dev, list, r ? 2 : 1, rows, b->bf16);
+    }
+    if (!r) return;
+    for (size_t i = 0; i < rows * r; i++) sum[i] *= lora->scale;
+    store_row(dev->act, b->du[0], first * r, sum, rows * r);
+    Packed du = packed_alloc(&scratch, rows, r, b->bf16);
+    pack_rows(dev, du, b->du[0], first, NULL, b->batch);
+    backward_dx(b, scratch, NULL, &du, first, rows);
 }
 
 // dA and dB of all products from one sequence; both in one list of tasks.
@@ -10504,10 +11244,10 @@ static void backward_span(const Backward *b, Arena scratch, const Span *span) {
         pack_transposed(du, act, b->du[i], span->q0);
         Weight dy = plain_matrix(act, act_at(act, p->y, span->q0 * N), n_rows, N);
         Weight x = plain_matrix(act, act_at(act, b->x, span->q0 * b->K), n_rows, b->K);
-        Right masked = {x, true, has_dropout(lora, b->batch) ? lora : NULL, b->batch, span};
+        Right masked = {x, true, 0, has_dropout(lora, b->batch) ? lora : NULL, b->batch, span};
         Matmul list[2] = {
-            {{{u, {.matrix = dy, .transposed = true}}}, 1, N, 1, NULL, lora->dB, DT_REAL, 1, r, true},
-            {{{du, masked}}, 1, b->K, 1, NULL, lora->dA, DT_REAL, b->K, 1, true}};
+            {{{u, {.matrix = dy, .transposed = true}}}, 1, N, 1, NULL, lora->dB, DT_REAL, 1, r, ADD},
+            {{{du, masked}}, 1, b->K, 1, NULL, lora->dA, DT_REAL, b->K, 1, ADD}};
         matmul(b->dev, list, 2, r, b->bf16);
     }
 }
@@ -10520,8 +11260,11 @@ static void backward_fast(Device *dev, void *dx, bool add, const Product *produc
     size_t step = chunk_rows((size_t)dev->pool->threads);
     for (size_t i = 0; i < n; i++)
         b.du[i] = arena_alloc(&scratch, batch->T * products[i].linear->lora.r, act_size(dev->act));
-    for (size_t first = 0; first < batch->T; first += step)
-        backward_chunk(&b, scratch, first, min_size(step, batch->T - first));
+    for (size_t first = 0; first < batch->T; first += step) {
+        size_t rows = min_size(step, batch->T - first);
+        if (add) backward_head_chunk(&b, scratch, first, rows);
+        else backward_chunk(&b, scratch, first, rows);
+    }
     for (size_t s = 0; s < batch->n_spans; s++) backward_span(&b, scratch, &batch->spans[s]);
 }
 
@@ -10613,7 +11356,6 @@ static void softmax_row(Word *scores, size_t j0, size_t n, size_t first, size_t 
     Vec largest = vec_all(-INFINITY), total = {0};
     for (size_t j = 0; j < n; j += LANES) {
         Vec s = vec_load(scores + j) * scale;
-        vec_store(scores + j, s);
         largest = vec_select(s > largest, s, largest);
     }
     float before = *max, now = vec_largest(largest);
@@ -10624,7 +11366,7 @@ static void softmax_row(Word *scores, size_t j0, size_t n, size_t first, size_t 
         *max = now;
     }
     for (size_t j = 0; j < n; j += LANES) {
-        Vec p = vec_exp(vec_load(scores + j) - *max);
+        Vec p = vec_exp(vec_fma(vec_all(-*max), vec_load(scores + j), vec_all(scale)));
         vec_store(scores + j, p);
         total += p;
     }
@@ -10827,7 +11569,7 @@ static void backward_key(const Group *g, const BackwardMemory *m, Word *p, Word 
     for (size_t i = start; i < rows; i += LANES) {
         memcpy(&first, m->first + i, sizeof first);
         memcpy(&end, m->end + i, sizeof end);
-        Vec e = vec_exp(vec_load(p + i) * scale - vec_load(m->lse + i));
+        Vec e = vec_exp(vec_fma(-vec_load(m->lse + i), vec_load(p + i), vec_all(scale)));
         e = (Vec)((VecInt)e & (at >= first) & (at < end));
         vec_store(p + i, e);
         vec_store(ds + i, e * scale * (vec_load(ds + i) - vec_load(m->expected + i)));
@@ -10969,7 +11711,7 @@ static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
     // Backward: du of all tokens, and of one chunk dy, du and with dropout two products (rows, K); or
     // of one sequence the transposes of u and du.
     size_t dy = max_size(rows * (max_size(3 * s->D, 2 * s->F) + 3 * pad),
-                         head_rows * round_up(s->V_chunk, pad));
+                         head_rows * (HEAD_SLICE + s->max_r));
     size_t backward = 3 * all * s->max_r + max_size(dy + any_rows * (r + 2 * width),
                                                     6 * s->max_r * round_up(all, pad));
     *shared = max_size(forward, backward) * sizeof(Word) + 64 * 32;
@@ -11135,7 +11877,7 @@ static const char *const unicode_combining[] = {
     NULL
 };
 
-// Simple lower case: codes left out, how many characters, their stride, the signed distance.
+// Simple lower case: codes left out, how many characters, their stride, signed distance.
 static const char *const unicode_lower[] = {
     "CnBabCmDxxbCmbhbCmBhyccddcccicccxccbbbJhadccdbbQeacccbbbPwabbcbcbPuabbccbbGcabbPoabbPqabbc",
     "bbbPuabbPybbbQgabbQcabbcdbbQgabbQkbbbQmadccbbbQuabbcbbbQucbbcbbbQuabbcbcbQsacccbbbQwabbcdbbc",
@@ -11158,9 +11900,9 @@ static const char *const unicode_folds[] = {
     NULL
 };
 
-// Canonical decompositions (Unicode 9): codes left out; 0 for one character, 1 for a pair, 2 for a
-// pair that is never composed again; each character as signed distance to the last one in its
-// place.
+// Canonical decompositions (Unicode 9): codes left out; 0 for one character, 1 for a pair, 2
+// for a pair that is never composed again; each character as signed distance to the last one
+// in its place.
 static const char *const unicode_canonical[] = {
     "HkbFaCHcabacabacabacabakabaebbeCgabeCzabacabacabamabipabacabacabambbkjabcfabacabacabacabak",
     "cbmpabacabacabamabincbqbabacabacabacabakabaebbeCgabeCzabacabacabamabipabacabacabambbkjabcf",
@@ -11276,7 +12018,7 @@ static const char *const unicode_canonical[] = {
     NULL
 };
 
-// Compatibility decompositions (Unicode 9): codes left out, count of codes in a row, length,
+// Compatibility decompositions (Unicode 9): codes left out, codes in a row, length and then
 // characters as signed distances to the last one; the last grows by one from code to code.
 static const char *const unicode_compatibility[] = {
     "GebbCmhbcaCFgbbbCAfebcEzCEyccbCDnabcBlCEsabbOkcbcCTbCHqabbCGhabbEubbdEtYHqYHjabdfYHqYHn",

@@ -197,8 +197,18 @@ typedef struct {
     size_t max_steps;               // 0: as the epochs say
     size_t per_device_train_batch_size, gradient_accumulation_steps;
     size_t max_length;              // tokens of a sample; longer ones are left out and counted
+    int skip_bad_lines;             // 1: malformed records are counted instead of ending the run
+    double val_split;               // share of the samples that is held out for evaluation
+    const char *val_file;           // a file to evaluate on instead, or NULL
+    size_t eval_steps;              // evaluate every so many steps; always before the first and after
+                                    // each epoch
+    size_t save_steps;              // a checkpoint every so many steps; 0: after each epoch
+    size_t save_total_limit;        // checkpoints that are kept besides the best; 0: all
+    int resume;                     // 1: go on from the newest good checkpoint in output_dir
+    int overwrite_output_dir;       // 1: a run that is in output_dir may be replaced
     size_t logging_steps;
     uint64_t seed;
+    const char *command_line;       // for run.json, may be NULL
     void (*progress)(void *user, const struct qlora_progress *progress);
     void (*message)(void *user, const char *line);
     void *user;
@@ -215,12 +225,14 @@ typedef struct qlora_progress {
 } qlora_progress;
 
 // Defaults: r 16, alpha 32, dropout 0, all linears; lr 2e-4, cosine, warmup 3 %, clip 1.0; 3 epochs,
-// batch 4, accumulate 4; max_length 1024; seed 42.
+// batch 4, accumulate 4; max_length 1024; 10 % held out; seed 42.
 qlora_train_options qlora_default_train_options(void);
 
 // Fine-tunes a new adapter on a dataset file (JSONL or a JSON array; messages or Alpaca records) and
-// leaves it on the model; writes it to output_dir. The loss of a step is the mean over all supervised
-// tokens of its micro-batches.
+// leaves it on the model. The loss of a step is the mean over all supervised tokens of its
+// micro-batches. output_dir gets the adapter with tokenizer and configuration, log.jsonl, loss.svg,
+// run.json and checkpoint-N/ directories. When options->stop of the model asks, the last completed
+// step is saved and -1 returned; a resumed run ends with the same bits as one never stopped.
 int qlora_train(qlora_model *model, const char *data, const qlora_train_options *options,
                 qlora_error *err);
 

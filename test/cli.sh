@@ -57,7 +57,7 @@ check "no data" 1 "nothing.jsonl: cannot open" $Q train $M "$W/nothing.jsonl" --
 
 train="$Q train $M $W/data.jsonl --epochs 2 --lr 1e-3 --lora-dropout 0.1 --mask turn"
 check "train" 0 "the adapter is in" $train --output "$W/a" --batch 4 --accum 1 --threads 1
-check "train again into the same place" 1 "there is an adapter" $train --output "$W/a"
+check "train again into the same place" 1 "there is a run in this directory" $train --output "$W/a"
 check "underscores and =" 0 "the adapter is in" $train --output="$W/b" \
     --per_device_train_batch_size=1 --gradient_accumulation_steps=4 --threads 2
 same "batch 4 x 1 = 1 x 4, threads 1 = 2" "$W/a/adapter_model.safetensors" "$W/b/adapter_model.safetensors"

@@ -10,7 +10,6 @@
 // Built with -DQLORA_REAL_DOUBLE it holds the finite-difference tests instead.
 #include "../qlora.c"
 
-#include <dirent.h>
 #include <sys/wait.h>
 
 // ------------------------------------------------------------------------------------ the harness
@@ -142,6 +141,7 @@ static void free_batch(TestBatch *b) {
 #else
 #include "test_formats.c"
 #include "test_models.c"
+#include "test_trainer.c"
 #include "test_input.c"
 #endif
 
@@ -155,6 +155,7 @@ static const TestRow tests[] = {
 #else
     FORMAT_TESTS
     MODEL_TESTS
+    TRAINER_TESTS
     INPUT_TESTS
 #endif
 };

@@ -3,14 +3,15 @@
 
     python3 test/unicode_tables.py > tables.c
 
-Needs nothing but Python's own `unicodedata`. The tables in the repository were made with Unicode 16,
-the version of Oniguruma inside `tokenizers` 0.22: use Python 3.14, or an older one with the package
-unicodedata2==16.0.0. Case mappings come from Python's str and have its own version. The normal forms
-inside `tokenizers` are those of Unicode 9; what is newer is left out of their tables, because ids
-must be the same.
+Needs nothing but Python's own `unicodedata`. The tables in the repository were made with Unicode
+16, the version of Oniguruma inside `tokenizers` 0.22: use Python 3.14, or an older one with the
+package unicodedata2==16.0.0. Case mappings come from Python's str and have its own version. The
+normal forms inside `tokenizers` are those of Unicode 9; what is newer is left out of their tables,
+because ids must be the same.
 
-A table is a list of numbers. A number is written in base 26, its digits upper-case letters, the last
-one a lower-case letter; what can be negative is stored as 2n or -2n-1. No number crosses a line.
+A table is a list of numbers. A number is written in base 26, its digits upper-case letters, the
+last one a lower-case letter; what can be negative is stored as 2n or -2n-1. No number crosses a
+line.
 """
 import sys
 import unicodedata as python_unicode
@@ -126,11 +127,12 @@ def decompositions(compatibility):
 
 
 def canonical_table():
-    """Codes left out, kind (0 one character, 1 a pair, 2 a pair that is never composed again), and
-    the characters, each as its distance to the one in the same place before."""
+    """Codes left out, kind (0 one character, 1 a pair, 2 a pair that is never composed again),
+    and the characters, each as its distance to the one in the same place before."""
     end, last = 0, [0, 0]
     for code, parts in decompositions(False):
-        kind = 0 if len(parts) == 1 else 1 if unicode.normalize("NFC", chr(code)) == chr(code) else 2
+        composes = unicode.normalize("NFC", chr(code)) == chr(code)
+        kind = 0 if len(parts) == 1 else 1 if composes else 2
         text = number(code - end) + number(kind)
         for place, part in enumerate(parts):
             text += signed(part - last[place])
@@ -176,8 +178,9 @@ def write_table(name, comment, entries):
 def main():
     sys.stdout.reconfigure(encoding="utf-8")
     bar = "// " + "=" * 97
+    versions = f"{unicode.unidata_version} (case mappings: {python_unicode.unidata_version})"
     print(f"""{bar}
-//  Generated tables: Unicode {unicode.unidata_version} (case mappings: {python_unicode.unidata_version})
+//  Generated tables: Unicode {versions}
 //
 //  Written by test/unicode_tables.py; do not edit. A number is in base 26, its digits upper-case
 //  letters, the last one a lower-case letter; what can be negative is stored as 2n or -2n-1.
@@ -187,20 +190,21 @@ def main():
         "Runs from U+0000 on: general category (in the order of enum Category), length."],
         category_table())
     write_table("unicode_combining", [
-        "Canonical combining classes (Unicode 9): codes left out, length of the run, class."], combining_table())
+        "Canonical combining classes (Unicode 9): codes left out, length of the run, class."],
+        combining_table())
     write_table("unicode_lower", [
-        "Simple lower case: codes left out, how many characters, their stride, the signed distance."],
+        "Simple lower case: codes left out, how many characters, their stride, signed distance."],
         mapping_table(lower_mapping()))
     write_table("unicode_folds", [
         "What case folding unites beyond the lower case, written like it."],
         mapping_table(fold_mapping()))
     write_table("unicode_canonical", [
-        "Canonical decompositions (Unicode 9): codes left out; 0 for one character, 1 for a pair, 2 for a",
-        "pair that is never composed again; each character as signed distance to the last one in its",
-        "place."],
+        "Canonical decompositions (Unicode 9): codes left out; 0 for one character, 1 for a pair, 2",
+        "for a pair that is never composed again; each character as signed distance to the last one",
+        "in its place."],
         canonical_table())
     write_table("unicode_compatibility", [
-        "Compatibility decompositions (Unicode 9): codes left out, count of codes in a row, length,",
+        "Compatibility decompositions (Unicode 9): codes left out, codes in a row, length and then",
         "characters as signed distances to the last one; the last grows by one from code to code."],
         compatibility_table())
     print("""static const char *const *unicode_table(UnicodeTable which) {
