@@ -56,7 +56,10 @@ enum { MAX_THREADS = 256 };
 
 // ---------------------------------------------------------------------------------------- errors
 
-// Writes the message, with control characters from hostile files made visible; returns -1.
+static size_t utf8_decode(const char *text, size_t n, uint32_t *code);     // chapter 6
+
+// Writes the message and returns -1. Names from hostile files are made harmless: control characters
+// (C0, DEL, C1) and bytes that are no UTF-8 are shown as \xHH, and the text ends between characters.
 __attribute__((format(printf, 2, 3)))
 static int fail(qlora_error *err, const char *format, ...) {
     if (!err) return -1;
@@ -65,11 +68,19 @@ static int fail(qlora_error *err, const char *format, ...) {
     va_start(args, format);
     vsnprintf(raw, sizeof raw, format, args);
     va_end(args);
-    size_t n = 0;
-    for (const char *c = raw; *c && n + 5 < sizeof err->text; c++) {
-        unsigned char byte = (unsigned char)*c;
-        if (byte >= 0x20 && byte != 0x7F) err->text[n++] = *c;
-        else n += (size_t)snprintf(err->text + n, 5, "\\x%02X", byte);
+    size_t n = 0, length = strlen(raw), room = sizeof err->text - 1;
+    for (size_t i = 0; i < length;) {
+        uint32_t code = 0;
+        size_t bytes = utf8_decode(raw + i, length - i, &code);
+        bool shown = bytes && code >= 0x20 && !(code >= 0x7F && code < 0xA0);
+        // A character that vsnprintf cut in two at the very end is left out.
+        if (!bytes && length == sizeof raw - 1 && length - i < 4 && (raw[i] & 0xC0) == 0xC0) break;
+        if (!bytes) bytes = 1;
+        if (n + (shown ? bytes : 4 * bytes) > room) break;
+        for (size_t k = 0; k < bytes; k++, i++) {
+            if (shown) err->text[n++] = raw[i];
+            else n += (size_t)snprintf(err->text + n, 5, "\\x%02X", (unsigned char)raw[i]);
+        }
     }
     err->text[n] = 0;
     return -1;
@@ -2073,7 +2084,7 @@ static bool file_exists(const char *path) { return access(path, F_OK) == 0; }
 
 // The whole file into the buffer, which must be empty; refuses files larger than `most` bytes.
 static int read_whole_file(const char *path, size_t most, Buffer *out, qlora_error *err) {
-    File file;
+    File file = {0};
     if (file_open(&file, path, err)) return -1;
     int bad = file.size > most ? fail(err, "%s: %zu bytes, expected at most %zu", path, file.size, most)
             : buffer_reserve(out, file.size + 1, err) ? -1
@@ -2104,8 +2115,8 @@ static const Json *read_json(const char *directory, const char *name, size_t mos
     Buffer text = {.allocator = region->allocator};
     const char *path = path_join(region, directory, name, err);
     const Json *json = NULL;
-    *found = path && file_exists(path);
-    if (*found && !read_whole_file(path, most, &text, err))
+    *found = !path || file_exists(path);                      // out of memory is not "missing"
+    if (path && *found && !read_whole_file(path, most, &text, err))
         json = json_parse(text.data, text.size, path, 1, region, err);
     buffer_free(&text);
     return json;
@@ -6020,6 +6031,12 @@ static int config_number(const ConfigReader *r, const Json *object, const char *
                 r->directory, key, least, most, value->text ? value->text : "something else");
 }
 
+static int config_bool(const ConfigReader *r, const char *key, bool *out) {
+    const Json *value = config_get(r->json, key);
+    *out = json_is(value, JSON_TRUE);
+    return !value || *out || value->kind == JSON_FALSE ? 0 : config_fail(r, key, "true or false");
+}
+
 // Fields that only models of other kinds have, each with the one value that changes nothing.
 static int refuse_unknown_mathematics(const ConfigReader *r) {
     static const char *const must_be_off[] = {"attn_logit_softcapping", "final_logit_softcapping",
@@ -6038,7 +6055,7 @@ static int refuse_unknown_mathematics(const ConfigReader *r) {
     if (factor != 1) return config_fail(r, "partial_rotary_factor", "1 (other shares are not "
                                                                     "implemented for this model)");
     const char *act = json_get_text(r->json, "hidden_act");
-    if (act && strcmp(act, "silu") && strcmp(act, "swish"))
+    if (config_get(r->json, "hidden_act") && (!act || (strcmp(act, "silu") && strcmp(act, "swish"))))
         return config_fail(r, "hidden_act", "\"silu\"");
     const Json *quantization = config_get(r->json, "quantization_config");
     const char *method = json_get_text(quantization, "quant_method");
@@ -6056,6 +6073,8 @@ static int read_rope(const ConfigReader *r, size_t hd, float *frequency) {
     const char *type = json_get_text(scaling, "rope_type");
     double theta = 10000, factor = 1, low = 1, high = 4, original = 0;
     if (!type) type = json_get_text(scaling, "type");
+    if (scaling && (scaling->kind != JSON_OBJECT || (!type && scaling->count)))
+        return config_fail(r, rope ? "rope_parameters" : "rope_scaling", "an object with a rope_type");
     if (!type) type = "default";
     if (config_number(r, r->json, "rope_theta", 1, 1e12, &theta) ||
         config_number(r, rope, "rope_theta", 1, 1e12, &theta) ||
@@ -6093,7 +6112,8 @@ static int read_rope(const ConfigReader *r, size_t hd, float *frequency) {
 static int read_windows(const ConfigReader *r, const Architecture *arch, size_t L, Layer *layers) {
     size_t window = 0, from = L;
     const Json *types = config_get(r->json, "layer_types");
-    bool used = json_get_bool(r->json, "use_sliding_window", false);
+    bool used;
+    if (config_bool(r, "use_sliding_window", &used)) return -1;
     if (config_get(r->json, "sliding_window") &&
         config_size(r, "sliding_window", (size_t)1 << 40, 0, &window)) return -1;
     if (config_get(r->json, "max_window_layers") &&
@@ -6154,9 +6174,10 @@ static int parse_config(Transformer *m, bool has_bias[N_LINEARS], const Json *js
     if (c->H % c->G) return config_fail(&r, "num_key_value_heads", "a divisor of the heads");
     if (c->hd % 2) return config_fail(&r, "head_dim", "an even number");
     c->eps = (float)eps;
-    c->tied = json_get_bool(json, "tie_word_embeddings", false);
-    bool attention_bias = json_get_bool(json, "attention_bias", false);
-    bool mlp_bias = json_get_bool(json, "mlp_bias", false);
+    bool attention_bias, mlp_bias;
+    if (config_bool(&r, "tie_word_embeddings", &c->tied) ||
+        config_bool(&r, "attention_bias", &attention_bias) ||
+        config_bool(&r, "mlp_bias", &mlp_bias)) return -1;
     for (int i = 0; i < N_LINEARS; i++)
         has_bias[i] = i >= LINEAR_GATE ? mlp_bias
                     : attention_bias || (i < LINEAR_O && c->architecture->qkv_bias);
@@ -6440,9 +6461,11 @@ static int load_4bit(WeightLoader *l, const Slot *slot) {
                       : load_part(l, slot, ".absmax", ST_F32, blocks, w->absmax));
     const float *scales = w->absmax8 ? w->absmax2 : w->absmax;
     size_t n_scales = w->absmax8 ? ceil_div(blocks, SCALE_BLOCK) : blocks;
-    if (!bad && (!all_finite(scales, DT_F32, n_scales) || !isfinite(w->offset)))
-        bad = fail(l->err, "%s: tensor %s: a scale is NaN or infinite", tensor_path(l, state),
-                   slot->name);
+    if (!bad && (!all_finite(scales, DT_F32, n_scales) || !isfinite(w->offset) ||
+                 !all_finite(w->code, DT_F32, 16) ||
+                 (w->absmax8 && !all_finite(w->code8, DT_F32, 256))))
+        bad = fail(l->err, "%s: tensor %s: its scales or maps hold NaN or infinity",
+                   tensor_path(l, state), slot->name);
 done:
     region_free(&region);
     return bad;
@@ -7304,17 +7327,13 @@ static void module_name(const Transformer *m, size_t i, bool only_last, char nam
     else snprintf(name, 128, "model.layers.%zu.%s", i / N_LINEARS, linear);
 }
 
-// Whether a comma-separated list of targets names the module: by its whole path or by its last parts.
-static bool is_target(const char *targets, const char *module) {
-    if (strcmp(targets, "all-linear") == 0) return strcmp(module, "lm_head") != 0;
-    size_t n = strlen(module);
-    for (const char *at = targets; *at;) {
-        size_t length = strcspn(at, ",");
-        if (length && length <= n && memcmp(module + n - length, at, length) == 0 &&
-            (length == n || module[n - length - 1] == '.')) return true;
-        at += length + (at[length] == ',');
-    }
-    return false;
+// Whether one target names the module: by its whole path or by its last parts.
+static bool is_target(const char *target, size_t n, const char *module) {
+    static const char all[] = "all-linear";
+    size_t length = strlen(module);
+    if (n == sizeof all - 1 && memcmp(target, all, n) == 0) return strcmp(module, "lm_head") != 0;
+    return n && n <= length && memcmp(module + length - n, target, n) == 0 &&
+           (n == length || module[length - n - 1] == '.');
 }
 
 // Gives every adapted linear (lora.r > 0) its place in the flat buffers; training also gets
@@ -7378,20 +7397,23 @@ static void remove_adapter(Transformer *m, const qlora_allocator *allocator) {
 static int new_adapter(Transformer *m, const char *targets, size_t r, float alpha, float dropout,
                        uint64_t seed, const qlora_allocator *allocator, qlora_error *err) {
     char name[128];
-    size_t found = 0;
     remove_adapter(m, allocator);
-    for (size_t i = 0; i < n_modules(m); i++) {
-        Lora *lora = &module_linear(m, i)->lora;
-        module_name(m, i, false, name);
-        if (!is_target(targets, name)) continue;
-        lora->r = r;
-        lora->scale = (real)alpha / (real)r;
-        lora->dropout = dropout;
-        found++;
+    for (const char *at = targets; at; at = *(at += strcspn(at, ",")) ? at + 1 : NULL) {
+        size_t found = 0, n = strcspn(at, ",");
+        for (size_t i = 0; i < n_modules(m); i++) {
+            Lora *lora = &module_linear(m, i)->lora;
+            module_name(m, i, false, name);
+            if (!is_target(at, n, name)) continue;
+            lora->r = r;
+            lora->scale = (real)alpha / (real)r;
+            lora->dropout = dropout;
+            found++;
+        }
+        if (found) continue;
+        for (size_t i = 0; i < n_modules(m); i++) module_linear(m, i)->lora.r = 0;
+        return fail(err, "target_modules: \"%.*s\" names no linear of this model (all-linear, q_proj, "
+                    "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head do)", (int)n, at);
     }
-    if (!found)
-        return fail(err, "target_modules: \"%s\" names no linear of this model (all-linear, q_proj, "
-                    "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head do)", targets);
     if (allocate_parameters(m, true, allocator, err)) { remove_adapter(m, allocator); return -1; }
     for (size_t i = 0; i < n_modules(m); i++) {
         const Linear *linear = module_linear(m, i);
@@ -7428,22 +7450,24 @@ static int check_adapter_config(const Json *json, const char *directory, qlora_e
     return 0;
 }
 
-// alpha of a module: alpha_pattern's entry whose key its name ends with, else lora_alpha. Keys that
-// are regular expressions are refused.
-static int adapter_alpha(const Json *json, const char *module, const char *directory, double *alpha,
-                         qlora_error *err) {
-    const Json *pattern = config_get(json, "alpha_pattern");
-    *alpha = 8;                                               // PEFT's default
-    const Json *value = config_get(json, "lora_alpha");
-    if (value && !json_to_double(value, alpha))
-        return fail(err, "%s/adapter_config.json: lora_alpha: expected a number", directory);
+// Rank or alpha of a module: that of the first entry of the pattern whose key its name ends with, else
+// the general one. Keys that are regular expressions are refused.
+static int adapter_number(const Json *json, const char *key, const char *pattern_key,
+                          const char *module, const char *directory, double *out, qlora_error *err) {
+    const Json *pattern = config_get(json, pattern_key), *value = config_get(json, key);
+    *out = 8;                                                 // PEFT's default of both
+    if (value && !(json_to_double(value, out) && fabs(*out) < 1e6))
+        return fail(err, "%s/adapter_config.json: %s: expected a number below a million", directory, key);
     for (const Json *p = pattern ? pattern->first : NULL; p && p->key; p = p->next) {
         if (strspn(p->key, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.") !=
             p->key_length)
-            return fail(err, "%s/adapter_config.json: alpha_pattern: \"%s\" is a regular expression, "
-                        "which is not implemented", directory, p->key);
-        if (is_target(p->key, module) && !json_to_double(p, alpha))
-            return fail(err, "%s/adapter_config.json: alpha_pattern: expected numbers", directory);
+            return fail(err, "%s/adapter_config.json: %s: \"%s\" is a regular expression, which is not "
+                        "implemented", directory, pattern_key, p->key);
+        if (!is_target(p->key, p->key_length, module)) continue;
+        if (!(json_to_double(p, out) && fabs(*out) < 1e6))
+            return fail(err, "%s/adapter_config.json: %s: expected numbers below a million", directory,
+                        pattern_key);
+        break;
     }
     return 0;
 }
@@ -7478,7 +7502,7 @@ static int check_shape(const AdapterReader *a, const TensorInfo *t, size_t rows,
 static int read_module_shape(AdapterReader *a, size_t i) {
     Linear *linear = module_linear(a->m, i);
     char module[128];
-    double alpha;
+    double alpha, rank;
     module_name(a->m, i, false, module);
     const TensorInfo *A = adapter_tensor(a, module, "lora_A.weight");
     const TensorInfo *B = adapter_tensor(a, module, "lora_B.weight");
@@ -7491,11 +7515,18 @@ static int read_module_shape(AdapterReader *a, size_t i) {
         return fail(a->err, "%s/adapter_model.safetensors: %s: rank %zu, expected 1 to 4096",
                     a->directory, A->name, r);
     if (check_shape(a, A, r, linear->weight.K) || check_shape(a, B, linear->weight.N, r) ||
-        adapter_alpha(a->config, module, a->directory, &alpha, a->err)) return -1;
-    bool rslora = json_get_bool(a->config, "use_rslora", false);
+        adapter_number(a->config, "lora_alpha", "alpha_pattern", module, a->directory, &alpha, a->err) ||
+        adapter_number(a->config, "r", "rank_pattern", module, a->directory, &rank, a->err)) return -1;
+    if (rank != (double)r)
+        return fail(a->err, "%s: %s has rank %zu, but adapter_config.json says %g", a->directory, A->name,
+                    r, rank);
+    const Json *rslora_value = config_get(a->config, "use_rslora");
+    bool rslora = json_is(rslora_value, JSON_TRUE);
+    if (rslora_value && !rslora && rslora_value->kind != JSON_FALSE)
+        return fail(a->err, "%s/adapter_config.json: use_rslora: expected true or false", a->directory);
+    a->used += 2;
     linear->lora.r = r;
     linear->lora.scale = (real)(alpha / (rslora ? sqrt((double)r) : (double)r));
-    a->used += 2;
     return 0;
 }
 
@@ -7523,6 +7554,9 @@ static int check_head_copy(AdapterReader *a) {
     const Weight *head = &a->m->head.weight;
     if (!t) return 0;
     a->used++;
+    if (!head->data)
+        return fail(a->err, "%s/adapter_model.safetensors: %s: an adapter that brings a copy of the head "
+                    "cannot be merged here; remove that tensor or merge with peft", a->directory, t->name);
     if (check_shape(a, t, head->N, head->K)) return -1;
     DType type = safetensors_types[t->type].dtype;
     size_t size = dtype_size(type);
@@ -7786,8 +7820,7 @@ static int fill_model(void *user, const TensorInfo *tensor, Writer *w) {
 static int describe_slot(TensorInfo *out, size_t *n, const Slot *slot, Region *region,
                          qlora_error *err) {
     const Weight *w = slot->weight;
-    // float16 vectors widen exactly but narrowing to float16 is not needed anywhere else: keep F32.
-    int vector_type = slot->file_type == ST_BF16 ? ST_BF16 : ST_F32;
+    int vector_type = slot->file_type == ST_BF16 ? ST_BF16 : ST_F32;      // float16 widens exactly
     if (slot->kind == SLOT_VECTOR) {
         describe_tensor(&out[(*n)++], slot->name, vector_type, 1, slot->rows, 1);
         return 0;
@@ -7818,14 +7851,15 @@ static int describe_slot(TensorInfo *out, size_t *n, const Slot *slot, Region *r
     return 0;
 }
 
-// config.json with a bitsandbytes quantization_config, when any linear is 4-bit.
+// config.json, with a bitsandbytes quantization_config if the linears are 4-bit and without one if
+// they are not (linear may be NULL then).
 static int write_config(const char *path, const Json *config, const Weight *linear,
                         const qlora_allocator *allocator, qlora_error *err) {
     Buffer b = {.allocator = allocator};
-    bool quantised = is_4bit(linear->dtype), first = true;
+    bool quantised = linear && is_4bit(linear->dtype), first = true;
     int bad = buffer_append(&b, "{", 1, err);
     for (const Json *child = config->first; child && !bad; child = child->next) {
-        if (quantised && strcmp(child->key, "quantization_config") == 0) continue;
+        if (strcmp(child->key, "quantization_config") == 0) continue;
         bad = buffer_printf(&b, err, "%s\n  ", first ? "" : ",") ||
               json_write_string(&b, child->key, child->key_length, err) ||
               buffer_append(&b, ": ", 2, err) || json_write(&b, child, 2, err);
@@ -8064,13 +8098,15 @@ void qlora_close(qlora_model *q) {
     mem_free(&allocator, q, 1, sizeof *q);
 }
 
-static bool has_tokenizer_files(const char *directory, Region *region) {
+static int has_tokenizer_files(const char *directory, Region *region, bool *has, qlora_error *err) {
     static const char *const names[] = {"tokenizer.json", "tokenizer.model", "vocab.json"};
-    for (size_t i = 0; i < 3; i++) {
-        const char *path = path_join(region, directory, names[i], NULL);
-        if (path && file_exists(path)) return true;
+    *has = false;
+    for (size_t i = 0; i < 3 && !*has; i++) {
+        const char *path = path_join(region, directory, names[i], err);
+        if (!path) return -1;
+        *has = file_exists(path);
     }
-    return false;
+    return 0;
 }
 
 // Tokenizer, template and generation settings. A model without tokenizer files still computes.
@@ -8078,7 +8114,8 @@ static int open_text(qlora_model *q, const char *directory, qlora_error *err) {
     bool found;
     q->generation = read_json(directory, "generation_config.json", 1 << 24, &q->region, &found, err);
     if (found && !q->generation) return -1;
-    if (!has_tokenizer_files(directory, &q->region)) return 0;
+    if (has_tokenizer_files(directory, &q->region, &found, err)) return -1;
+    if (!found) return 0;
     q->tokenizer = tokenizer_open(directory, &q->allocator, err);
     if (!q->tokenizer) return -1;
     if (tokenizer_size(q->tokenizer) > q->transformer.config.V)
@@ -8341,6 +8378,278 @@ static void session_close(Session *s) {
     mem_free(&s->q->allocator, s->layers, L, sizeof *s->layers);
     mem_free(&s->q->allocator, s->cache, 2 * L, sizeof *s->cache);
     s->q->device = s->outer;
+}
+
+// ----------------------------------------------------------------------------------------- merging
+//
+// W + s B A, formed in float32 and rounded once to the type the base has in its file. Tensors stream:
+// a few million values are read, changed and written at a time.
+
+static uint16_t float_to_f16(float x) {
+    uint32_t sign = float_bits(x) >> 16 & 0x8000;
+    float magnitude = fabsf(x);
+    if (isnan(x)) return (uint16_t)(sign | 0x7E00);
+    if (magnitude >= 65520.0f) return (uint16_t)(sign | 0x7C00);
+    // Below 2^-14 float16 is a fixed-point number of step 2^-24; above, 11 significant bits are kept.
+    // Adding and subtracting 1.5 * 2^23 steps lets the float unit round to nearest, ties to even.
+    int exponent;
+    frexpf(magnitude, &exponent);
+    float step = ldexpf(1, exponent - 11 > -24 ? exponent - 11 : -24);
+    float rounded = (magnitude / step + 12582912.0f - 12582912.0f) * step;
+    uint32_t bits = float_bits(rounded);
+    if (rounded < 0x1p-14f) return (uint16_t)(sign | (uint32_t)(rounded * 0x1p24f));
+    return (uint16_t)(sign | ((bits >> 13) - (112u << 10)));
+}
+
+static float narrow_value(float x, int type) {
+    return type == ST_F32 ? x : type == ST_F16 ? f16_to_float(float_to_f16(x))
+                                               : bf16_to_float(float_to_bf16(x));
+}
+
+typedef struct {
+    qlora_model *q;
+    WeightLoader loader;
+    float *rows;                            // (MERGE_VALUES) values on their way
+    char *raw;                              // (MERGE_VALUES) the same as read and as written
+    double *sums;                           // (rows, 4): of W^2, D^2, |D| > 0, of these unchanged
+    double totals[4];
+    // of the tensor at work
+    const Slot *slot;
+    const Lora *lora;
+    size_t first, n_rows;
+} Merger;
+
+enum { MERGE_VALUES = 4 << 20 };
+
+// One row: adds the adapter's share and rounds.
+static void merge_row_task(void *arguments, size_t row, int thread) {
+    Merger *a = arguments;
+    size_t K = a->slot->columns, r = a->lora->r;
+    float *w = a->rows + row * K;
+    double *sums = a->sums + 4 * row;
+    (void)thread;
+    sums[0] = sums[1] = sums[2] = sums[3] = 0;
+    for (size_t k = 0; k < K; k++) {
+        float delta = 0;
+        for (size_t j = 0; j < r; j++)
+            delta += (float)a->lora->B[(a->first + row) * r + j] * (float)a->lora->A[j * K + k];
+        delta *= (float)a->lora->scale;
+        float merged = narrow_value(w[k] + delta, a->slot->file_type);
+        sums[0] += (double)w[k] * (double)w[k];
+        sums[1] += (double)delta * (double)delta;
+        sums[2] += !(fabsf(delta) <= 0);
+        sums[3] += !(fabsf(delta) <= 0) && merged == w[k];
+        w[k] = merged;
+    }
+}
+
+// Writes a->n_rows * columns values in the slot's own type.
+static int write_narrow(Merger *a, Writer *w) {
+    size_t n = a->n_rows * a->slot->columns, size = a->slot->file_type == ST_F32 ? 4 : 2;
+    uint16_t *half = (uint16_t *)(void *)a->raw;
+    if (size == 4) return writer_write(w, a->rows, n * 4);
+    for (size_t i = 0; i < n; i++)
+        half[i] = a->slot->file_type == ST_F16 ? float_to_f16(a->rows[i]) : float_to_bf16(a->rows[i]);
+    return writer_write(w, half, n * size);
+}
+
+// The linear a weight slot belongs to, if it has an adapter.
+static const Lora *slot_lora(qlora_model *q, const Slot *slot) {
+    for (size_t i = 0; i < n_modules(&q->transformer); i++) {
+        const Linear *linear = module_linear(&q->transformer, i);
+        if (slot->weight == &linear->weight && linear->lora.r) return &linear->lora;
+    }
+    return NULL;
+}
+
+// Reads rows of the slot, from the file or, for a 4-bit base, from the weight loaded into `packed`.
+static int read_rows(Merger *a, const TensorInfo *t, const Weight *packed) {
+    size_t K = a->slot->columns, n = a->n_rows * K;
+    if (packed) {
+        for (size_t i = 0; i < a->n_rows; i++) {
+            real *row = (real *)(void *)a->raw;
+            weight_row(row, packed, a->first + i, 0, K, DT_REAL);
+            for (size_t k = 0; k < K; k++) a->rows[i * K + k] = (float)row[k];
+        }
+        return 0;
+    }
+    DType type = safetensors_types[t->type].dtype;
+    size_t size = dtype_size(type);
+    if (tensor_read(a->loader.files, t, a->raw, a->first * K * size, n * size, a->loader.err)) return -1;
+    if (!all_finite(a->raw, type, n))
+        return fail(a->loader.err, "%s: tensor %s holds NaN or infinity", tensor_path(&a->loader, t),
+                    a->slot->name);
+    widen_values(a->rows, a->raw, type, n);
+    return 0;
+}
+
+static int merge_rows(Merger *a, const TensorInfo *t, const Weight *packed, Writer *w) {
+    size_t K = a->slot->columns, at_once = max_size(1, MERGE_VALUES / K);
+    a->lora = slot_lora(a->q, a->slot);
+    for (a->first = 0; a->first < a->slot->rows; a->first += a->n_rows) {
+        a->n_rows = min_size(at_once, a->slot->rows - a->first);
+        if (read_rows(a, t, packed)) return -1;
+        if (a->lora) parallel_for(a->q->device.pool, a->n_rows, merge_row_task, a);
+        for (size_t i = 0; a->lora && i < a->n_rows; i++)
+            for (int k = 0; k < 4; k++) a->totals[k] += a->sums[4 * i + (size_t)k];
+        if (a->lora && !all_finite(a->rows, DT_F32, a->n_rows * K))
+            return fail(a->loader.err, "tensor %s: the merged values are not finite", a->slot->name);
+        if (write_narrow(a, w)) return -1;
+    }
+    return 0;
+}
+
+// Writes one merged tensor. A 4-bit one is loaded whole first, packed.
+static int fill_merged(void *user, const TensorInfo *tensor, Writer *w) {
+    Merger *a = user;
+    const SlotList *list = &a->q->slots;
+    size_t i = 0;
+    while (strcmp(list->slots[i].name, tensor->name)) i++;
+    a->slot = &list->slots[i];
+    if (stored_4bit(&a->loader, a->slot) == DT_OTHER) {
+        const TensorInfo *t = find_slot(&a->loader, a->slot);
+        return t ? merge_rows(a, t, NULL, w) : -1;
+    }
+    Weight saved = *a->slot->weight;
+    Arena arena = {NULL, 0};
+    int bad = place_slot(&a->loader, (Slot *)(uintptr_t)a->slot, &arena);
+    size_t bytes = arena.used + 64;
+    char *memory = bad ? NULL : mem_reserve(&a->q->allocator, bytes, 1, a->loader.err);
+    if (memory) {
+        arena = (Arena){(char *)round_up((uintptr_t)memory, 64), 0};
+        bad = place_slot(&a->loader, (Slot *)(uintptr_t)a->slot, &arena) ||
+              load_4bit(&a->loader, a->slot) || merge_rows(a, NULL, a->slot->weight, w);
+        mem_free(&a->q->allocator, memory, bytes, 1);
+    }
+    *a->slot->weight = saved;
+    return memory && !bad ? 0 : -1;
+}
+
+static size_t merged_bytes(const Slot *slot) {
+    return slot->rows * slot->columns * (slot->file_type == ST_F32 ? 4 : 2);
+}
+
+// Splits the slots into shards of at most `most` bytes (at least one tensor each); shard (n).
+static size_t assign_shards(const SlotList *list, size_t most, size_t *shard) {
+    size_t shards = 1, bytes = 0;
+    for (size_t i = 0; i < list->n; i++) {
+        size_t size = merged_bytes(&list->slots[i]);
+        if (bytes && bytes + size > most) { shards++; bytes = 0; }
+        bytes += size;
+        shard[i] = shards - 1;
+    }
+    return shards;
+}
+
+static void shard_name(char name[64], size_t i, size_t n) {
+    if (n == 1) snprintf(name, 64, "model.safetensors");
+    else snprintf(name, 64, "model-%05zu-of-%05zu.safetensors", i + 1, n);
+}
+
+static int write_merged_index(const SlotList *list, const size_t *shard, size_t n, const char *path,
+                              const qlora_allocator *allocator, qlora_error *err) {
+    Buffer b = {.allocator = allocator};
+    size_t total = 0;
+    char name[64];
+    for (size_t i = 0; i < list->n; i++) total += merged_bytes(&list->slots[i]);
+    int bad = buffer_printf(&b, err, "{\n  \"metadata\": {\n    \"total_size\": %zu\n  },\n"
+                            "  \"weight_map\": {", total);
+    for (size_t i = 0; i < list->n && !bad; i++) {
+        shard_name(name, shard[i], n);
+        bad = buffer_printf(&b, err, "%s\n    \"%s\": \"%s\"", i ? "," : "", list->slots[i].name, name);
+    }
+    if (!bad) bad = buffer_printf(&b, err, "\n  }\n}\n") || write_file(path, b.data, b.size, err);
+    buffer_free(&b);
+    return bad ? -1 : 0;
+}
+
+static int write_merged_shards(Merger *a, const char *out, size_t most, Region *region,
+                               qlora_error *err) {
+    const SlotList *list = &a->q->slots;
+    size_t *shard = region_alloc(region, list->n, sizeof *shard, err);
+    TensorInfo *tensors = region_alloc(region, list->n, sizeof *tensors, err);
+    const char *index = path_join(region, out, "model.safetensors.index.json", err);
+    const char *single = path_join(region, out, "model.safetensors", err);
+    if (!shard || !tensors || !index || !single) return -1;
+    size_t shards = assign_shards(list, most, shard);
+    for (size_t s = 0; s < shards; s++) {
+        char name[64];
+        size_t n = 0;
+        shard_name(name, s, shards);
+        const char *path = path_join(region, out, name, err);
+        for (size_t i = 0; i < list->n; i++) {
+            const Slot *slot = &list->slots[i];
+            if (shard[i] == s)
+                describe_tensor(&tensors[n++], slot->name, slot->file_type,
+                                slot->kind == SLOT_VECTOR ? 1 : 2, slot->rows, slot->columns);
+        }
+        if (!path || write_tensors(path, tensors, n, fill_merged, a, region->allocator, err)) return -1;
+    }
+    // When the directory that was read is written to, what is no longer part of it goes last.
+    if (shards == 1) { unlink(index); return 0; }
+    if (write_merged_index(list, shard, shards, index, region->allocator, err)) return -1;
+    unlink(single);
+    return 0;
+}
+
+// What merging would lose or overwrite is refused before anything is written.
+static int check_merge(qlora_model *q, const char *out, Region *region, qlora_error *err) {
+    char from[PATH_MAX], to[PATH_MAX];
+    const char *config = path_join(region, out, "config.json", err);
+    if (q->transformer.config.tied && q->transformer.head.lora.r)
+        return fail(err, "the adapter changes lm_head, which is the embedding of this model too: merging "
+                    "would change both; use the adapter as it is");
+    if (!config || make_directory(out, err)) return -1;
+    bool same = realpath(q->directory, from) && realpath(out, to) && strcmp(from, to) == 0;
+    if (!same && file_exists(config))
+        return fail(err, "%s: there is a model in this directory already; choose another", out);
+    return 0;
+}
+
+int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_dir,
+                size_t max_shard_bytes, const qlora_options *options, qlora_merge_report *report,
+                qlora_error *err) {
+    qlora_model *q = open_handle(model_dir, options, err);
+    if (!q) return -1;
+    Merger a = {.q = q, .loader = {.options = &q->options, .pool = q->device.pool, .err = err}};
+    size_t widest = 1, tallest = 1;
+    int bad = -1;
+    for (size_t i = 0; i < q->slots.n; i++) {
+        widest = max_size(widest, q->slots.slots[i].columns);
+        tallest = max_size(tallest, q->slots.slots[i].rows);
+    }
+    size_t values = max_size(MERGE_VALUES, widest);
+    TensorFiles *files = tensors_open(model_dir, "model.safetensors", &q->allocator, err);
+    a.loader.files = files;
+    if (!files || load_adapter(&q->transformer, adapter_dir, &q->allocator, err) ||
+        open_text(q, model_dir, err) || check_merge(q, out_dir, &q->region, err)) goto done;
+    a.loader.used = region_alloc(&q->region, files->n_tensors, 1, err);
+    a.rows = mem_reserve(&q->allocator, values, sizeof *a.rows, err);
+    a.raw = mem_reserve(&q->allocator, values, sizeof(real), err);
+    a.sums = mem_reserve(&q->allocator, 4 * tallest, sizeof *a.sums, err);
+    if (!a.loader.used || !a.rows || !a.raw || !a.sums) goto done;
+    q->options.quant = QLORA_QUANT_NONE;                      // 16-bit tensors are merged as they are
+    Arena plan = {NULL, 0};
+    for (size_t i = 0; i < q->slots.n; i++)
+        if (place_slot(&a.loader, &q->slots.slots[i], &plan)) goto done;
+    if (refuse_unused(&a.loader, q->transformer.config.tied)) goto done;
+    const char *config = path_join(&q->region, out_dir, "config.json", err);
+    bad = !config || write_merged_shards(&a, out_dir, max_size(max_shard_bytes, 1), &q->region, err) ||
+          write_config(config, q->config, NULL, &q->allocator, err) ||
+          (strcmp(model_dir, out_dir) && copy_side_files(q->directory, out_dir, &q->region, err)) ||
+          (q->tokenizer && !open_chat(q, NULL, NULL) &&
+           write_chat_template(&q->chat, q->tokenizer, out_dir, &q->region, err)) ? -1 : 0;
+    if (report)
+        *report = (qlora_merge_report){count_parameters(&q->transformer),
+                                       a.totals[0] > 0 ? sqrt(a.totals[1] / a.totals[0]) : 0,
+                                       a.totals[2] > 0 ? a.totals[3] / a.totals[2] : 0};
+done:
+    mem_free(&q->allocator, a.rows, values, sizeof *a.rows);
+    mem_free(&q->allocator, a.raw, values, sizeof(real));
+    mem_free(&q->allocator, a.sums, 4 * tallest, sizeof *a.sums);
+    tensors_close(files);
+    qlora_close(q);
+    return bad;
 }
 // =================================================================================================
 //  14. The trainer
@@ -9194,6 +9503,59 @@ int qlora_train(qlora_model *q, const char *data, const qlora_train_options *opt
     region_free(&t.region);
     return bad ? -1 : 0;
 }
+
+// ------------------------------------------------------------------------------------- scoring only
+
+// Bytes of the text of all supervised tokens.
+static int supervised_bytes(const Trainer *t, size_t *bytes) {
+    const Dataset *d = &t->data;
+    Buffer text = {.allocator = &t->q->allocator};
+    int bad = 0;
+    *bytes = 0;
+    for (size_t i = 0; i < d->tokens && !bad;) {
+        size_t n = 0;
+        while (i + n < d->tokens && d->learn[i + n]) n++;
+        text.size = 0;
+        if (n) bad = tokenizer_decode(t->q->tokenizer, d->ids + i, n, true, &text, t->err);
+        *bytes += text.size;
+        i += n + 1;
+    }
+    buffer_free(&text);
+    return bad;
+}
+
+int qlora_evaluate(qlora_model *q, const char *data, const qlora_train_options *options,
+                   qlora_score *result, qlora_error *err) {
+    static const char *const masks[] = {"content", "turn", "all"};
+    qlora_train_options o = options ? *options : qlora_default_train_options();
+    Trainer t = {.q = q, .options = &o, .path = data, .err = err, .region.allocator = &q->allocator};
+    int mask = find_name(masks, 3, o.mask, "mask", err);
+    Score score;
+    size_t bytes = 0;
+    o.val_file = NULL;
+    o.val_split = 0;
+    *result = (qlora_score){0};
+    if (mask < 0 || check_train_options(&o, err) || need_chat(q, err)) return -1;
+    int bad = open_data(&t, mask) || prepare_training(&t) || supervised_bytes(&t, &bytes);
+    if (!bad) {
+        SessionShape shape = {.T = t.T, .S = t.S, .max_span = t.T, .training = true};
+        bad = session_open(&t.session, q, shape, err);
+        if (!bad) {
+            bad = evaluate(&t, &t.train, &score);
+            session_close(&t.session);
+            if (bad == STOPPED) bad = fail(err, "stopped while scoring");
+        }
+    }
+    if (!bad) {
+        double loss = mean_loss(&score);
+        *result = (qlora_score){loss, standard_error(&score), exp(loss),
+                                bytes ? score.nll / log(2) / (double)bytes : 0,
+                                (double)score.hits / (double)score.tokens, score.tokens, t.train.n};
+    }
+    dataset_close(&t.data);
+    region_free(&t.region);
+    return bad ? -1 : 0;
+}
 // =================================================================================================
 //  15. Generation
 //
@@ -9436,6 +9798,7 @@ int qlora_generate(qlora_model *q, const int32_t *ids, size_t n, const qlora_sam
         bad = !*ids_out;
         if (n_out) *n_out = g.ids.size / sizeof *ids - n;
     }
+    token_stream_free(&g.stream);
     mem_free(&q->allocator, g.scored, V, sizeof *g.scored);
     mem_free(&q->allocator, g.marked, V, 1);
     buffer_free(&g.ids);
@@ -9526,9 +9889,10 @@ static void print_banner(const qlora_model *q) {
 // =================================================================================================
 
 typedef struct {
-    const char *path, *data, *out;          // the positional arguments, by command
+    const char *path, *data, *out, *third;  // the positional arguments, by command
     const char *adapter, *prompt, *ids, *output, *system, *resume;
     char command_line[2048];
+    size_t max_shard;
     qlora_options options;
     const char *quant, *compute;
     qlora_train_options train;
@@ -9538,7 +9902,8 @@ typedef struct {
 } Arguments;
 
 enum { CMD_TRAIN = 1, CMD_GENERATE = 2, CMD_CHAT = 4, CMD_LOGITS = 8, CMD_TOKENIZE = 16,
-       CMD_QUANTIZE = 32, CMD_INIT = 64, CMD_INFO = 128, CMD_RUN = CMD_GENERATE | CMD_CHAT | CMD_LOGITS,
+       CMD_QUANTIZE = 32, CMD_INIT = 64, CMD_INFO = 128, CMD_EVAL = 256, CMD_MERGE = 512,
+       CMD_RUN = CMD_GENERATE | CMD_CHAT | CMD_LOGITS | CMD_EVAL,
        CMD_COMPUTE = CMD_TRAIN | CMD_RUN | CMD_QUANTIZE | CMD_INIT };
 
 typedef enum { OPT_TEXT, OPT_SIZE, OPT_INT, OPT_FLOAT, OPT_DOUBLE, OPT_BYTES, OPT_SEED, OPT_SWITCH,
@@ -9570,7 +9935,7 @@ static const Option option_table[] = {
     {"lora-dropout", NULL, OPT_FLOAT, AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
     {"target-modules", NULL, OPT_TEXT, AT(train.target_modules), CMD_TRAIN,
      "all-linear, or names such as q_proj,v_proj,lm_head"},
-    {"mask", NULL, OPT_TEXT, AT(train.mask), CMD_TRAIN, "content, turn or all: what is learnt"},
+    {"mask", NULL, OPT_TEXT, AT(train.mask), CMD_TRAIN | CMD_EVAL, "content, turn or all: what is learnt"},
     {"learning-rate", "lr", OPT_FLOAT, AT(train.learning_rate), CMD_TRAIN, "its peak"},
     {"lr-scheduler-type", NULL, OPT_TEXT, AT(train.lr_scheduler_type), CMD_TRAIN,
      "constant, constant_with_warmup, linear or cosine"},
@@ -9580,13 +9945,14 @@ static const Option option_table[] = {
     {"num-train-epochs", "epochs", OPT_DOUBLE, AT(train.num_train_epochs), CMD_TRAIN,
      "passes over the data"},
     {"max-steps", NULL, OPT_SIZE, AT(train.max_steps), CMD_TRAIN, "0: as many as the epochs need"},
-    {"per-device-train-batch-size", "batch", OPT_SIZE, AT(train.per_device_train_batch_size), CMD_TRAIN,
+    {"per-device-train-batch-size", "batch", OPT_SIZE, AT(train.per_device_train_batch_size),
+     CMD_TRAIN | CMD_EVAL,
      "samples at a time"},
     {"gradient-accumulation-steps", "accum", OPT_SIZE, AT(train.gradient_accumulation_steps), CMD_TRAIN,
      "batches in a step"},
-    {"max-length", NULL, OPT_SIZE, AT(train.max_length), CMD_TRAIN,
+    {"max-length", NULL, OPT_SIZE, AT(train.max_length), CMD_TRAIN | CMD_EVAL,
      "tokens of a sample; longer ones are left out and counted"},
-    {"skip-bad-lines", NULL, OPT_FLAG, AT(train.skip_bad_lines), CMD_TRAIN,
+    {"skip-bad-lines", NULL, OPT_FLAG, AT(train.skip_bad_lines), CMD_TRAIN | CMD_EVAL,
      "count malformed records instead of stopping"},
     {"val-split", NULL, OPT_DOUBLE, AT(train.val_split), CMD_TRAIN, "share held out for evaluation"},
     {"val", NULL, OPT_TEXT, AT(train.val_file), CMD_TRAIN, "a file to evaluate on instead"},
@@ -9616,7 +9982,8 @@ static const Option option_table[] = {
     {"ids", NULL, OPT_TEXT, AT(ids), CMD_LOGITS, "token ids, e.g. 1,2,3"},
     {"ids-only", "ids", OPT_SWITCH, AT(ids_only), CMD_TOKENIZE, "one line of ids for each line of text"},
     {"decode", NULL, OPT_SWITCH, AT(decode), CMD_TOKENIZE, "ids on standard input to text"},
-    {"json", NULL, OPT_SWITCH, AT(json), CMD_GENERATE, "one JSON object for each answer"},
+    {"json", NULL, OPT_SWITCH, AT(json), CMD_GENERATE | CMD_EVAL, "JSON instead of text"},
+    {"max-shard-size", NULL, OPT_BYTES, AT(max_shard), CMD_MERGE, "most bytes of a weight file"},
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
@@ -9980,6 +10347,30 @@ static int run_tokenize(Arguments *a, qlora_error *err) {
     return bad ? -1 : 0;
 }
 
+static int run_eval(Arguments *a, qlora_error *err) {
+    qlora_model *q = open_model(a, err);
+    qlora_score s;
+    if (!q) return -1;
+    int bad = qlora_evaluate(q, a->data, &a->train, &s, err);
+    qlora_close(q);
+    if (bad) return -1;
+    printf(a->json ? "{\"loss\": %.6f, \"standard_error\": %.6f, \"perplexity\": %.4f, "
+                     "\"bits_per_byte\": %.4f, \"accuracy\": %.4f, \"tokens\": %zu, "
+                     "\"samples\": %zu}\n"
+                   : "loss %.6f +- %.6f, perplexity %.4f, %.4f bits a byte, accuracy %.4f (%zu tokens "
+                     "of %zu samples)\n", s.loss, s.standard_error, s.perplexity, s.bits_per_byte,
+           s.accuracy, s.tokens, s.samples);
+    return 0;
+}
+
+static int run_merge(Arguments *a, qlora_error *err) {
+    qlora_merge_report r;
+    if (qlora_merge(a->path, a->data, a->third, a->max_shard, &a->options, &r, err)) return -1;
+    printf("merged %zu parameters: |change| / |weights| %.2e; rounding undid %.1f %% of the changes\n",
+           r.adapter_parameters, r.relative_change, 100 * r.lost_in_rounding);
+    return 0;
+}
+
 static int run_quantize(Arguments *a, qlora_error *err) {
     return qlora_quantize(a->path, a->out, &a->options, err);
 }
@@ -10192,7 +10583,9 @@ static const Command command_table[] = {
     {"tokenize", "MODEL", "text on standard input to token ids, and back", 1, 1, run_tokenize},
     {"quantize", "MODEL OUT", "write a 4-bit directory, as bitsandbytes does", 2, 2, run_quantize},
     {"init", "CONFIG OUT", "make a random model of the shape of a config.json", 2, 2, run_init},
-    {"info", "PATH", "what a model or adapter directory holds", 1, 1, run_info}};
+    {"info", "PATH", "what a model or adapter directory holds", 1, 1, run_info},
+    {"eval", "PATH DATA", "loss, perplexity and accuracy on a dataset", 2, 2, run_eval},
+    {"merge", "MODEL ADAPTER OUT", "base and adapter as one model directory", 3, 3, run_merge}};
 enum { N_COMMANDS = sizeof command_table / sizeof *command_table };
 
 // The value an option has when it is not given, as text; empty when there is none.
@@ -10240,9 +10633,9 @@ int main(int argc, char **argv) {
     qlora_error err = {{0}};
     Arguments a = {.options = qlora_default_options(), .train = qlora_default_train_options(),
                    .sampling = {.max_new_tokens = 256, .top_p = 1, .repetition_penalty = 1},
-                   .double_quant = true};
+                   .double_quant = true, .max_shard = (size_t)5000000000};
     const Command *command = NULL;
-    const char *positional[2] = {NULL, NULL};
+    const char *positional[3] = {NULL, NULL, NULL};
     int n = 0;
     if (argc > 1 && strcmp(argv[1], "--version") == 0) {
         printf("qlora %s, bf16 %s\n", QLORA_VERSION, has_bf16_units() ? "in hardware" : "emulated");
@@ -10281,6 +10674,7 @@ int main(int argc, char **argv) {
     }
     a.path = positional[0];
     a.data = a.out = positional[1];
+    a.third = positional[2];
     if (bit == CMD_CHAT && !a.path) a.path = "out";
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
@@ -10297,19 +10691,21 @@ int main(int argc, char **argv) {
 //  18. Fast kernels
 //
 //  The operations of chapter 3 that cost time, once more: the LoRA linears, the head and attention.
-//  All of them are sums of matrix products, and all products run through one small kernel that keeps
-//  a tile of the result, 12 rows x 32 columns, in registers while it walks along the sum:
+//  All of them are sums of matrix products, and all products run through one small kernel, which
+//  keeps a tile of the result, 12 rows x 32 columns, in registers while it walks along the sum:
 //
 //      left operand    rows: a row's 128 words are contiguous, the rows follow each other
 //      right operand   panels: 32 columns side by side, one line of 32 words for each step
 //      a word          32 bits: one float32, or two bf16 that are neighbours along the sum
 //
-//  With float32 words a step is one multiply-add, with bf16 words two (vdpbf16ps). A step of the full
-//  tile is 24 instructions and 14 loads. Frozen weights become panels a block at a time, in
-//  the cache, and are used for up to 512 rows there; unpacking NF4 is 2 % of the work then.
+//  With float32 words a step is one multiply-add, with bf16 words two (vdpbf16ps). A step of the
+//  full tile is 24 of them for 14 loads, so that the multipliers never wait for the cache. Frozen
+//  weights become panels a block at a time, in the cache, where up to 516 rows use them: unpacking
+//  NF4 is 2 % of the work then.
 //
-//  A sum runs over k in ascending order whatever the tile's height, so a token's result has the same
-//  bits in any batch and with any number of threads.
+//  Determinism: a sum runs over k upwards whatever the tile's height and wherever the block ends
+//  (float32 sums in memory and in registers are the same), so a token's result has the same bits in
+//  any batch and with any number of threads.
 // =================================================================================================
 #if !REAL_IS_DOUBLE
 
@@ -10345,7 +10741,7 @@ enum {
     MAX_PIECES = 16
 };
 
-typedef float Word __attribute__((may_alias));
+typedef float Word __attribute__((may_alias));                // may hold two bf16 instead
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t VecInt __attribute__((vector_size(LANES * 4)));
 typedef float VecUnaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
@@ -10417,7 +10813,7 @@ static inline Vec vec_exp(Vec x) {
 // --------------------------------------------------------------------------------- the tile kernel
 
 // A stretch of the sum whose left operand is contiguous. The panel runs on through all pieces.
-typedef struct { const Word *rows; size_t steps; } RowPiece;
+typedef struct { const Word *rows; size_t steps; } Piece;
 
 #define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
 #define LOAD_ROW(i) \
@@ -10438,11 +10834,12 @@ typedef struct { const Word *rows; size_t steps; } RowPiece;
         if (wide) vec_store(c + i * stride + LANES, right##i); \
     }
 
-// c (n_rows, 2 vectors, or 1 unless wide) = or += the pieces times the panel. The first three are
-// constants where this is inlined, so that every accumulator is a register.
+// c (n_rows, 2 vectors, or 1 unless wide) = or += the pieces times the panel. n_rows, wide and bf16
+// are constants where this is inlined, so that every accumulator is a register. While a full tile
+// is computed, the rows of the next are fetched: they lie right behind, n_rows words for each step.
 __attribute__((always_inline))
 static inline void tile(size_t n_rows, bool wide, bool bf16, Word *c, size_t stride, bool add,
-                        const RowPiece *pieces, size_t n_pieces, const Word *panel) {
+                        const Piece *pieces, size_t n_pieces, const Word *panel) {
     EACH_ROW(LOAD_ROW)
     for (; n_pieces--; pieces++) {
         const Word *row = pieces->rows, *next = row + n_rows * ROW_WORDS;
@@ -10457,11 +10854,11 @@ static inline void tile(size_t n_rows, bool wide, bool bf16, Word *c, size_t str
 }
 
 // noinline: within a larger function gcc 12 spills accumulators, which halves the speed.
-typedef void TileFunction(Word *c, size_t stride, bool add, const RowPiece *pieces, size_t n_pieces,
+typedef void TileFunction(Word *c, size_t stride, bool add, const Piece *pieces, size_t n_pieces,
                           const Word *panel);
 #define TILE(name, n_rows, wide, bf16) \
     __attribute__((noinline)) \
-    static void name(Word *c, size_t stride, bool add, const RowPiece *pieces, size_t n_pieces, \
+    static void name(Word *c, size_t stride, bool add, const Piece *pieces, size_t n_pieces, \
                      const Word *panel) { \
         tile(n_rows, wide, bf16, c, stride, add, pieces, n_pieces, panel); \
     }
@@ -10482,7 +10879,7 @@ TILE(tile_1_bf16, 1, true, true)
 
 // One row and two panels: a lone token leaves 2 accumulators waiting for each other, 4 wait less.
 __attribute__((noinline))
-static void tile_1_wide_bf16(Word *c, bool add, const RowPiece *pieces, size_t n_pieces,
+static void tile_1_wide_bf16(Word *c, bool add, const Piece *pieces, size_t n_pieces,
                              const Word *panel) {
     Vec sum0 = {0}, sum1 = {0}, sum2 = {0}, sum3 = {0};
     if (add) {
@@ -10511,13 +10908,13 @@ static const struct { size_t rows; TileFunction *run[2][2]; } tile_kernels[] = {
 
 // c (n_rows, columns of one panel) = or += the pieces, whose row 0 belongs to c's, times the panel.
 static void multiply(bool bf16, Word *c, size_t stride, size_t n_rows, size_t columns, bool add,
-                     const RowPiece *pieces, size_t n_pieces, const Word *panel) {
-    RowPiece at[MAX_PIECES];
+                     const Piece *pieces, size_t n_pieces, const Word *panel) {
+    Piece at[MAX_PIECES];
     for (size_t row = 0, kernel = 0; row < n_rows;) {
         size_t height = tile_kernels[kernel].rows;
         if (height > n_rows - row) { kernel++; continue; }
         for (size_t i = 0; i < n_pieces; i++)
-            at[i] = (RowPiece){pieces[i].rows + row * ROW_WORDS, pieces[i].steps};
+            at[i] = (Piece){pieces[i].rows + row * ROW_WORDS, pieces[i].steps};
         for (size_t column = 0; column < columns; column += TILE_COLUMNS)
             tile_kernels[kernel].run[bf16][columns - column > LANES](
                 c + row * stride + column, stride, add, at, n_pieces, panel + column);
@@ -10527,9 +10924,10 @@ static void multiply(bool bf16, Word *c, size_t stride, size_t n_rows, size_t co
 
 // ------------------------------------------------------------------------- packing left operands
 
-// A left operand: element i of a row lies in word block i / ROW_WORDS, whose rows follow each other.
+// A left operand: word i of a row lies in block i / ROW_WORDS, in which the rows follow each other.
 typedef struct { Word *words; size_t rows, n; bool bf16; } Packed;
 
+// Steps of a sum over n elements. An odd one's last word is padded with 0 on both sides.
 static size_t steps_of(bool bf16, size_t n) { return bf16 ? (n + 1) / 2 : n; }
 
 static size_t packed_bytes(size_t rows, size_t words) {
@@ -10560,34 +10958,61 @@ static void pack_row(const Packed *p, size_t row, DType act, const void *x, size
     }
 }
 
-// 64 features of a token are 16 counters of Philox, which is computed for all of them at once.
-enum { MASK_LANES = 16 };
+// Philox of chapter 1 for several counters at once, each word in the lower half of a 64-bit lane.
+typedef uint64_t VecWide __attribute__((vector_size(LANES * 4)));
+enum { MASK_COUNTERS = LANES / 2, MASK_FEATURES = 4 * MASK_COUNTERS };
+
+// Products of the lanes' lower halves with b.
+static inline VecWide wide_product(VecWide a, uint32_t b) {
+#if defined(__AVX512F__)
+    return (VecWide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#else
+    const VecWide low = (VecWide){0} + 0xFFFFFFFFu;
+    return (a & low) * b;
+#endif
+}
+
+// Numbers of MASK_FEATURES features from counter[0] on.
+static void philox_lanes(uint32_t out[MASK_FEATURES], const uint32_t counter[4],
+                         const uint32_t key[2]) {
+    const VecWide zero = {0};
+    VecWide c0 = zero + counter[0], c1 = zero + counter[1], c2 = zero + counter[2];
+    VecWide c3 = zero + counter[3];
+    uint32_t k0 = key[0], k1 = key[1];
+    for (uint32_t i = 0; i < MASK_COUNTERS; i++) c0[i] += i;
+    for (int round = 0; round < 10; round++) {
+        VecWide a = wide_product(c0, 0xD2511F53u), b = wide_product(c2, 0xCD9E8D57u);
+        c0 = b >> 32 ^ c1 ^ k0;
+        c2 = a >> 32 ^ c3 ^ k1;
+        c1 = b;
+        c3 = a;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    for (size_t i = 0; i < MASK_COUNTERS; i++) {
+        out[4 * i] = (uint32_t)c0[i];
+        out[4 * i + 1] = (uint32_t)c1[i];
+        out[4 * i + 2] = (uint32_t)c2[i];
+        out[4 * i + 3] = (uint32_t)c3[i];
+    }
+}
 
 // Multiplies features first .. first+n-1 of a token with its dropout mask, as dropout_row does.
 static void dropout_slice(real *x, size_t first, size_t n, const Lora *lora, const Batch *batch,
                           const Span *span, size_t t) {
+    uint32_t key[2] = {(uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u,
+                       batch->step};
+    uint32_t counter[4] = {0, (uint32_t)(t - span->q0), span->ordinal, lora->module};
+    uint32_t bits[MASK_FEATURES];
     real keep = 1 / (1 - (real)lora->dropout);
-    for (size_t begin = first / 4 * 4; begin < first + n; begin += 4 * MASK_LANES) {
-        uint32_t c[4][MASK_LANES];
-        uint32_t k0 = (uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u;
-        uint32_t k1 = batch->step;
-        for (uint32_t i = 0; i < MASK_LANES; i++) {
-            c[0][i] = (uint32_t)(begin / 4) + i;
-            c[1][i] = (uint32_t)(t - span->q0);
-            c[2][i] = span->ordinal;
-            c[3][i] = lora->module;
-        }
-        for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-            for (int i = 0; i < MASK_LANES; i++) {
-                uint64_t a = (uint64_t)0xD2511F53u * c[0][i], b = (uint64_t)0xCD9E8D57u * c[2][i];
-                c[0][i] = (uint32_t)(b >> 32) ^ c[1][i] ^ k0;
-                c[2][i] = (uint32_t)(a >> 32) ^ c[3][i] ^ k1;
-                c[1][i] = (uint32_t)b;
-                c[3][i] = (uint32_t)a;
-            }
-        size_t end = min_size(first + n, begin + 4 * MASK_LANES);
-        for (size_t k = max_size(begin, first); k < end; k++)
-            x[k - first] *= unit_float(c[k % 4][(k - begin) / 4]) < lora->dropout ? 0 : keep;
+    for (size_t begin = first / 4 * 4; begin < first + n; begin += MASK_FEATURES) {
+        size_t k = max_size(begin, first), count = min_size(first + n, begin + MASK_FEATURES) - k;
+        counter[0] = (uint32_t)(begin / 4);
+        philox_lanes(bits, counter, key);
+        const uint32_t *from = bits + (k - begin);
+        real *to = x + (k - first);
+        for (size_t i = 0; i < count; i++)
+            to[i] *= unit_float(from[i]) < lora->dropout ? 0 : keep;
     }
 }
 
@@ -10601,8 +11026,9 @@ typedef struct {
     const Batch *batch;
 } PackTask;
 
-enum { PACK_ROWS = 32 };
+enum { PACK_ROWS = 32 };            // rows of a packing task
 
+// The sequence that token t belongs to.
 static const Span *span_of(const Batch *batch, size_t t) {
     const Span *span = batch->spans;
     while (t >= span->q0 + span->nq) span++;
@@ -10680,8 +11106,9 @@ static void dequantize_bf16(uint16_t *out, const Weight *w, size_t index, size_t
         size_t i = 0;
         for (; index % 2 == 0 && i + 32 <= count; i += 32) {
             const uint8_t *from = codes + (index + i) / 2;
-            __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(const void *)from));
-            __m512i pairs = _mm512_or_si512(_mm512_slli_epi32(bytes, 16), _mm512_srli_epi32(bytes, 4));
+            __m128i packed = _mm_loadu_si128((const __m128i *)(const void *)from);
+            __m512i bytes = _mm512_cvtepu8_epi32(packed), upper = _mm512_slli_epi32(bytes, 16);
+            __m512i pairs = _mm512_or_si512(upper, _mm512_srli_epi32(bytes, 4));
             _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(pairs, table));
         }
         uint16_t values[16];
@@ -10697,17 +11124,21 @@ static void dequantize_bf16(uint16_t *out, const Weight *w, size_t index, size_t
 }
 #endif
 
-// n elements of a row of the right operand's matrix from column k on, as they enter the product.
+// n elements (at most 256) of a row of the right operand's matrix from column k on, as they enter
+// the product: bf16, or float32 with the values that chapter 3 would multiply.
 static void right_row(Word *out, const Right *right, size_t row, size_t k, size_t n, DType act,
                       bool bf16) {
     const Weight *w = &right->matrix;
     size_t index = row * w->K + k;
+    const uint16_t *halves = (const uint16_t *)w->data + index;
+    const float *floats = (const float *)w->data + index;
+    real values[2 * ROW_WORDS];
     if (right->dropout) {
-        real slice[2 * ROW_WORDS];
-        load_row(slice, act, w->data, index, n);
-        dropout_slice(slice, k, n, right->dropout, right->batch, right->span, right->span->q0 + row);
-        if (bf16) store_row(DT_BF16, out, 0, slice, n);
-        else for (size_t i = 0; i < n; i++) out[i] = as_act(act, slice[i]);
+        load_row(values, act, w->data, index, n);
+        dropout_slice(values, k, n, right->dropout, right->batch, right->span,
+                      right->span->q0 + row);
+        if (bf16) store_row(DT_BF16, out, 0, values, n);
+        else for (size_t i = 0; i < n; i++) out[i] = as_act(act, values[i]);
         return;
     }
 #if defined(__AVX512BF16__)
@@ -10716,14 +11147,13 @@ static void right_row(Word *out, const Right *right, size_t row, size_t k, size_
         return;
     }
 #endif
-    if (bf16 && w->dtype == DT_BF16) memcpy(out, (const uint16_t *)w->data + index, n * 2);
-    else if (bf16 && w->dtype == DT_F32) store_row(DT_BF16, out, 0, (const float *)w->data + index, n);
+    if (bf16 && w->dtype == DT_BF16) memcpy(out, halves, n * 2);
+    else if (bf16 && w->dtype == DT_F32) store_row(DT_BF16, out, 0, floats, n);
     else if (bf16) {
-        real slice[2 * ROW_WORDS];
-        weight_row(slice, w, row, k, n, act);
-        store_row(DT_BF16, out, 0, slice, n);
+        weight_row(values, w, row, k, n, act);
+        store_row(DT_BF16, out, 0, values, n);
     } else if (w->dtype == DT_BF16) load_row((real *)out, DT_BF16, w->data, index, n);
-    else if (w->dtype == DT_F32 && act != DT_BF16) memcpy(out, (const float *)w->data + index, n * 4);
+    else if (w->dtype == DT_F32 && act != DT_BF16) memcpy(out, floats, n * sizeof *floats);
     else weight_row((real *)out, w, row, k, n, act);
 }
 
@@ -10850,8 +11280,8 @@ static inline void interleave(Word *step, const Word *even, const Word *odd) {
 }
 #endif
 
-// Elements column .. column+width-1 of a row that will be needed soon: rows are too far apart for the
-// machine to foresee. Beyond the matrix the hint is harmless, but the address must not be formed.
+// Announces a stretch of a row that will be needed soon: rows are too far apart for the machine to
+// foresee it.
 static void prefetch_row(const Weight *w, size_t row, size_t column, size_t width) {
     if (row >= w->N) return;
     size_t bits = is_4bit(w->dtype) ? 4 : dtype_size(w->dtype) * 8, index = row * w->K + column;
@@ -10868,14 +11298,21 @@ static void pack_transposed_panels(Word *panel, Word *stage, const Right *right,
     size_t panels = ceil_div(width, PANEL);
 #if defined(__AVX512BF16__)
     if (bf16) {
-        Word *even = stage, *odd = stage + PANEL;             // 64 bf16 each
+        const Weight *w = &right->matrix;
+        bool direct = w->dtype == DT_BF16 && !right->dropout && width % PANEL == 0;
         memset(stage, 0, 2 * PANEL * sizeof *stage);
         for (size_t i = 0; i < n; i += 2) {
-            prefetch_row(&right->matrix, k + i + PREFETCH_ROWS, column, width);
-            prefetch_row(&right->matrix, k + i + PREFETCH_ROWS + 1, column, width);
-            right_row(even, right, k + i, column, width, act, true);
-            if (i + 1 < n) right_row(odd, right, k + i + 1, column, width, act, true);
-            else memset(odd, 0, PANEL * sizeof *odd);
+            const Word *even = stage, *odd = stage + PANEL;   // 64 bf16 each
+            prefetch_row(w, k + i + PREFETCH_ROWS, column, width);
+            prefetch_row(w, k + i + PREFETCH_ROWS + 1, column, width);
+            if (direct && i + 1 < n) {
+                even = (const Word *)((const uint16_t *)w->data + (k + i) * w->K + column);
+                odd = (const Word *)((const uint16_t *)w->data + (k + i + 1) * w->K + column);
+            } else {
+                right_row(stage, right, k + i, column, width, act, true);
+                if (i + 1 < n) right_row(stage + PANEL, right, k + i + 1, column, width, act, true);
+                else memset(stage + PANEL, 0, PANEL * sizeof *stage);
+            }
             for (size_t p = 0; p < panels; p++)
                 interleave(panel + p * PANEL_WORDS + i / 2 * PANEL, even + p * 16, odd + p * 16);
         }
@@ -10906,8 +11343,13 @@ typedef struct {
     void *out;                      // element (i, j) is out[i * row_stride + j * column_stride]
     DType type;                     // of out
     size_t row_stride, column_stride;
-    enum { WRITE, ADD, RESUME } mode;       // =; +=; = with sums that start from out, which is float32
+    enum { WRITE, ADD, RESUME } mode;       // =, +=, or = with the sum continued from what is there
 } Matmul;
+
+// The common case: one segment, a row-major result that is written.
+static Matmul matmul_of(Segment segment, size_t columns, void *out, DType type) {
+    return (Matmul){{segment}, 1, columns, 1, NULL, out, type, columns, 1, WRITE};
+}
 
 typedef struct {
     const Device *dev;
@@ -10921,8 +11363,8 @@ typedef struct {
 typedef struct { size_t segment, step; } Cursor;
 
 // Packs the next block of the right operand, up to BLOCK_STEPS steps of it, and lists its pieces.
-static size_t next_block(const MatmulTask *a, const Matmul *m, Cursor *at, Word *panels, Word *stage,
-                         size_t column, size_t width, size_t row, RowPiece *pieces) {
+static size_t next_block(const MatmulTask *a, const Matmul *m, Cursor *at, Word *panels,
+                         Word *stage, size_t column, size_t width, size_t row, Piece *pieces) {
     size_t n_pieces = 0, filled = 0;
     while (at->segment < m->n_segments && filled < BLOCK_STEPS && n_pieces < MAX_PIECES) {
         const Segment *s = &m->segments[at->segment];
@@ -10937,7 +11379,7 @@ static size_t next_block(const MatmulTask *a, const Matmul *m, Cursor *at, Word 
         else for (size_t c = 0; c < width; c += PANEL, to += PANEL_WORDS)
             pack_straight(to, stage, &s->right, column + c, min_size(PANEL, width - c), k, n,
                           a->dev->act, a->bf16);
-        pieces[n_pieces++] = (RowPiece){packed_at(&s->left, row, at->step), steps};
+        pieces[n_pieces++] = (Piece){packed_at(&s->left, row, at->step), steps};
         filled += steps;
         at->step += steps;
         if (at->step == steps_of(a->bf16, s->left.n)) *at = (Cursor){at->segment + 1, 0};
@@ -10952,14 +11394,16 @@ static void finish(const Matmul *m, Word *sums, size_t row, size_t rows, size_t 
         size_t at = (row + i) * m->row_stride + column * m->column_stride;
         if (m->scale != 1) for (size_t j = 0; j < width; j++) sums[j] *= m->scale;
         if (m->bias) for (size_t j = 0; j < width; j++) sums[j] += m->bias[column + j];
+        real *out = (real *)m->out + at;                      // used where out is float32
         if (m->mode != ADD) store_row(m->type, m->out, at, (const real *)sums, width);
-        else for (size_t j = 0; j < width; j++) ((real *)m->out)[at + j * m->column_stride] += sums[j];
+        else for (size_t j = 0; j < width; j++) out[j * m->column_stride] += sums[j];
     }
 }
 
-// A task is up to 512 rows x 64 columns of one of the products: its sums stay in the second-level
-// cache (128 KB), as do its panels (64 KB), of which one at a time is in the first. For each block of
-// the panels the left operand's rows stream past: 12 bytes a column and step.
+// A task is up to 516 rows x 64 columns of one of the products. Its sums (129 KB) and the blocks of
+// its two panels (64 KB) stay in the second-level cache, one block at a time in the first, and the
+// left operand's rows stream past: 48 bytes in the 12 cycles of a step, a tenth of what that cache
+// delivers.
 static void matmul_task(void *arguments, size_t task, int thread) {
     MatmulTask *a = arguments;
     const Matmul *m = a->list;
@@ -10972,11 +11416,13 @@ static void matmul_task(void *arguments, size_t task, int thread) {
     Word *panels = arena_alloc(&scratch, 2 * PANEL_WORDS, sizeof *panels);
     Word *stage = arena_alloc(&scratch, STAGE_WORDS, sizeof *stage);
     Word *sums = arena_alloc(&scratch, TASK_ROWS * TASK_COLUMNS, sizeof *sums);
-    RowPiece pieces[MAX_PIECES];
+    Piece pieces[MAX_PIECES];
     Cursor at = {0, 0};
     bool resume = m->mode == RESUME;
-    for (size_t i = 0; resume && i < rows; i++)
-        memcpy(sums + i * TASK_COLUMNS, (real *)m->out + (row + i) * m->row_stride + column, width * 4);
+    for (size_t i = 0; resume && i < rows; i++) {
+        const real *from = (real *)m->out + (row + i) * m->row_stride + column;
+        memcpy(sums + i * TASK_COLUMNS, from, width * sizeof *from);
+    }
     for (bool add = resume; at.segment < m->n_segments; add = true) {
         size_t n = next_block(a, m, &at, panels, stage, column, width, row, pieces);
 #if defined(__AVX512BF16__)
@@ -10992,13 +11438,15 @@ static void matmul_task(void *arguments, size_t task, int thread) {
     finish(m, sums, row, rows, column, width);
 }
 
+// Column groups of all products times row blocks.
 static size_t matmul_tasks(const MatmulTask *a) {
     size_t groups = 0;
     for (size_t i = 0; i < a->n; i++) groups += ceil_div(a->list[i].columns, a->task_columns);
     return groups * a->row_tasks;
 }
 
-// Computes several products of equal row counts. Tasks shrink until every thread has a few of them.
+// Computes several products of equal row counts. Tasks shrink until every thread has a few of them;
+// shorter ones than 96 rows would unpack weights more often than it pays.
 static void matmul(Device *dev, const Matmul *list, size_t n, size_t rows, bool bf16) {
     MatmulTask a = {dev, list, n, rows, bf16, TASK_COLUMNS, TASK_ROWS, ceil_div(rows, TASK_ROWS)};
     size_t threads = (size_t)dev->pool->threads, wanted = threads == 1 ? 1 : 4 * threads;
@@ -11012,10 +11460,15 @@ static void matmul(Device *dev, const Matmul *list, size_t n, size_t rows, bool 
 
 // ------------------------------------------------------------------------------------ LoRA linears
 //
-// With u and du packed like activations, the low-rank half costs no pass of its own:
-//     y  = [x | u] [W | B]^T          dx = [dy | du] [W ; A]       du = s dy B       u = s x~ A^T
-// and with their transposes packed, the gradients are products with few rows:
-//     dB^T += u^T dy                  dA += du^T x~
+// With u and du packed like activations, the low-rank half of a linear is a few more terms of the
+// sum that is in registers anyway:
+//     u  = s x~ A^T                              du = s dy B
+//     y  = [x | u] [W | B]^T + bias              dx = sum over products of [dy | du] [W ; A]
+// and the gradients are products with r rows, whose left operands are u and du transposed:
+//     dB^T += u^T dy                             dA += du^T x~
+// FLOPs for T tokens: 2 T N K forward, the same for dx, and 2 T r (N + K) for each of [u, u B^T],
+// [du, du A] and [dB, dA]. Bytes: N K / 2 of codes for every 512 tokens, which is nothing, so that
+// all of it is bound by arithmetic; only at T = 1 do unpacking and memory decide.
 
 enum { HEAD_SLICE = 4096 };         // columns of dlogits that are packed at a time
 
@@ -11029,56 +11482,60 @@ static Weight plain_matrix(DType act, const void *data, size_t N, size_t K) {
     return (Weight){.dtype = act == DT_REAL ? DT_F32 : act, .N = N, .K = K, .data = data};
 }
 
-static Segment down_segment(Packed x, const Lora *lora, size_t K) {
-    return (Segment){x, {.matrix = plain_matrix(DT_REAL, lora->A, lora->r, K)}};
+static Segment straight(Packed left, Weight right) { return (Segment){left, {.matrix = right}}; }
+static Segment transposed(Packed left, Weight right) {
+    return (Segment){left, {.matrix = right, .transposed = true}};
 }
 
-// One chunk of forward, rows first .. first+rows-1. u of all products is computed before, in `u`.
-static void forward_chunk(Device *dev, real *logits, const Product *products, size_t n, const void *x,
-                          const Batch *batch, size_t first, size_t rows) {
-    size_t K = products[0].linear->weight.K, n_down = 0, rank = 0;
-    bool bf16 = uses_bf16(dev), masked = false;
+// u of one product, from the rows of x (or of x~) that begin with token `first`.
+static Matmul down_product(Packed x, const Product *p, DType act, size_t first) {
+    const Lora *lora = &p->linear->lora;
+    Weight A = plain_matrix(DT_REAL, lora->A, lora->r, x.n);
+    Matmul u = matmul_of(straight(x, A), lora->r, act_at(act, p->u, first * lora->r), act);
+    u.scale = lora->scale;
+    return u;
+}
+
+// Forward of rows first .. first+rows-1.
+static void forward_chunk(Device *dev, real *logits, const Product *products, size_t n,
+                          const void *x, const Batch *batch, size_t first, size_t rows) {
+    size_t K = products[0].linear->weight.K, n_down = 0;
+    bool bf16 = uses_bf16(dev);
+    DType act = dev->act;
     Arena scratch = {dev->scratch, 0};
-    Packed px = packed_alloc(&scratch, rows, K, bf16);
+    Packed px = packed_alloc(&scratch, rows, K, bf16), masked = {NULL, 0, 0, false};
     Matmul down[3], up[3];
     pack_rows(dev, px, x, first, NULL, batch);
     for (size_t i = 0; i < n; i++) {
         const Lora *lora = &products[i].linear->lora;
-        rank = max_size(rank, lora->r);
-        masked |= lora->r && has_dropout(lora, batch);
-    }
-    Packed px_masked = px;
-    if (masked) px_masked = packed_alloc(&scratch, rows, K, bf16);
-    for (size_t i = 0; i < n; i++) {
-        const Lora *lora = &products[i].linear->lora;
         if (!lora->r) continue;
-        bool mask = has_dropout(lora, batch);
-        if (mask) pack_rows(dev, px_masked, x, first, lora, batch);
-        down[n_down] = (Matmul){{down_segment(mask ? px_masked : px, lora, K)}, 1, lora->r,
-            lora->scale, NULL, act_at(dev->act, products[i].u, first * lora->r), dev->act, lora->r, 1,
-            WRITE};
-        if (mask) matmul(dev, &down[n_down], 1, rows, bf16);
-        else n_down++;
+        if (!has_dropout(lora, batch)) {
+            down[n_down++] = down_product(px, &products[i], act, first);
+            continue;
+        }
+        if (!masked.words) masked = packed_alloc(&scratch, rows, K, bf16);
+        pack_rows(dev, masked, x, first, lora, batch);        // every module draws its own mask
+        Matmul u = down_product(masked, &products[i], act, first);
+        matmul(dev, &u, 1, rows, bf16);
     }
     if (n_down) matmul(dev, down, n_down, rows, bf16);
     for (size_t i = 0; i < n; i++) {
         const Linear *linear = products[i].linear;
-        const Lora *lora = &linear->lora;
-        size_t N = linear->weight.N;
-        void *y = logits ? (void *)(logits + first * N) : act_at(dev->act, products[i].y, first * N);
-        up[i] = (Matmul){{{px, {.matrix = linear->weight}}}, 1, N, 1, linear->bias, y,
-            logits ? DT_REAL : dev->act, N, 1, WRITE};
-        if (!lora->r) continue;
-        Packed u = packed_alloc(&scratch, rows, lora->r, bf16);
+        size_t N = linear->weight.N, r = linear->lora.r;
+        void *y = logits ? logits + first * N : act_at(act, products[i].y, first * N);
+        up[i] = matmul_of(straight(px, linear->weight), N, y, logits ? DT_REAL : act);
+        up[i].bias = linear->bias;
+        if (!r) continue;
+        Packed u = packed_alloc(&scratch, rows, r, bf16);
         pack_rows(dev, u, products[i].u, first, NULL, batch);
-        up[i].segments[up[i].n_segments++] =
-            (Segment){u, {.matrix = plain_matrix(DT_REAL, lora->B, N, lora->r)}};
+        Weight B = plain_matrix(DT_REAL, linear->lora.B, N, r);
+        up[i].segments[up[i].n_segments++] = straight(u, B);
     }
     matmul(dev, up, n, rows, bf16);
 }
 
-static void forward_fast(Device *dev, real *logits, const Product *products, size_t n, const void *x,
-                         const Batch *batch) {
+static void forward_fast(Device *dev, real *logits, const Product *products, size_t n,
+                         const void *x, const Batch *batch) {
     size_t step = chunk_rows((size_t)dev->pool->threads);
     for (size_t first = 0; first < batch->T; first += step)
         forward_chunk(dev, logits, products, n, x, batch, first, min_size(step, batch->T - first));
@@ -11094,82 +11551,80 @@ static void head_logits_fast(Device *dev, real *logits, const Product *slice, co
     forward_fast(dev, logits, slice, 1, x, rows);
 }
 
-// dx of one chunk with dropout: each adapter's share is masked on its own before the sum is rounded.
-typedef struct {
-    Device *dev;
-    real *sum, *share;              // (rows, K)
-    const Lora *lora;               // NULL: round the sum to out
-    const Batch *batch;
-    void *out;                      // dx, or NULL when sum is dx itself
-    size_t first, K;
-} MaskTask;
-
-static void mask_share_task(void *arguments, size_t i, int thread) {
-    MaskTask *a = arguments;
-    real *sum = a->sum + i * a->K, *share = a->share + i * a->K;
-    size_t t = a->first + i;
-    (void)thread;
-    if (!a->lora) { store_row(a->dev->act, a->out, t * a->K, sum, a->K); return; }
-    if (has_dropout(a->lora, a->batch))
-        dropout_slice(share, 0, a->K, a->lora, a->batch, span_of(a->batch, t), t);
-    for (size_t k = 0; k < a->K; k++) sum[k] += share[k];
-}
-
+// What the parts of one backward pass share.
 typedef struct {
     Device *dev;
     const Product *products;
     size_t n;
-    const void *x;
+    const void *x;                  // (T, K)
     const Batch *batch;
     void *du[3];                    // (T, r) act each
-    void *dx;                       // (T, K) act, or real to be added to
-    bool add;
+    void *dx;                       // (T, K) act; for the head real, and added to
+    bool head;
     size_t K;
     bool bf16;
 } Backward;
 
-// dx of rows first .. first+rows-1 from the packed dy and du of the products. dy NULL: dx holds that
-// share already.
+// With dropout an adapter's share of dx, du A, is masked on its own before the sum is rounded.
+typedef struct {
+    const Backward *b;
+    real *sum, *share;              // (rows, K)
+    const Lora *lora;               // NULL: all shares are in, round the sum to dx
+    size_t first;
+} MaskTask;
+
+static void mask_share_task(void *arguments, size_t i, int thread) {
+    MaskTask *a = arguments;
+    const Batch *batch = a->b->batch;
+    size_t K = a->b->K, t = a->first + i;
+    real *sum = a->sum + i * K, *share = a->share + i * K;
+    (void)thread;
+    if (!a->lora) { store_row(a->b->dev->act, a->b->dx, t * K, sum, K); return; }
+    if (has_dropout(a->lora, batch))
+        dropout_slice(share, 0, K, a->lora, batch, span_of(batch, t), t);
+    for (size_t k = 0; k < K; k++) sum[k] += share[k];
+}
+
+// dx with dropout: sum (rows, K) holds dy W, the shares follow one by one.
+static void backward_masked_shares(const Backward *b, Arena scratch, real *sum, const Packed *du,
+                                   size_t first, size_t rows) {
+    MaskTask mask = {b, sum, arena_alloc(&scratch, rows * b->K, sizeof(real)), NULL, first};
+    for (size_t i = 0; i < b->n; i++) {
+        mask.lora = &b->products[i].linear->lora;
+        if (!mask.lora->r) continue;
+        Weight A = plain_matrix(DT_REAL, mask.lora->A, mask.lora->r, b->K);
+        Matmul share = matmul_of(transposed(du[i], A), b->K, mask.share, DT_REAL);
+        matmul(b->dev, &share, 1, rows, b->bf16);
+        parallel_for(b->dev->pool, rows, mask_share_task, &mask);
+    }
+    mask.lora = NULL;
+    if (!b->head) parallel_for(b->dev->pool, rows, mask_share_task, &mask);
+}
+
+// dx of rows first .. first+rows-1 from the packed dy and du of the products. dy NULL: dx, which is
+// the head's, holds that share already.
 static void backward_dx(const Backward *b, Arena scratch, const Packed *dy, const Packed *du,
                         size_t first, size_t rows) {
     size_t K = b->K;
     bool masked = false;
-    DType type = b->add ? DT_REAL : b->dev->act;
-    Matmul all = {.columns = K, .scale = 1, .type = type, .row_stride = K, .column_stride = 1,
-                  .out = act_at(type, b->dx, first * K), .mode = b->add ? RESUME : WRITE};
-    Matmul shares[3];
     for (size_t i = 0; i < b->n; i++) {
         const Lora *lora = &b->products[i].linear->lora;
         masked |= lora->r && has_dropout(lora, b->batch);
-        if (dy) all.segments[all.n_segments++] =
-            (Segment){dy[i], {.matrix = b->products[i].linear->weight, .transposed = true}};
     }
-    for (size_t i = 0; i < b->n; i++) {
+    DType type = b->head || masked ? DT_REAL : b->dev->act;
+    void *out = masked && !b->head ? arena_alloc(&scratch, rows * K, sizeof(real))
+                                   : act_at(type, b->dx, first * K);
+    Matmul all = {.columns = K, .scale = 1, .out = out, .type = type, .row_stride = K,
+                  .column_stride = 1, .mode = b->head ? RESUME : WRITE};
+    for (size_t i = 0; dy && i < b->n; i++)
+        all.segments[all.n_segments++] = transposed(dy[i], b->products[i].linear->weight);
+    for (size_t i = 0; !masked && i < b->n; i++) {
         const Lora *lora = &b->products[i].linear->lora;
-        if (!lora->r) continue;
         Weight A = plain_matrix(DT_REAL, lora->A, lora->r, K);
-        Segment share = {du[i], {.matrix = A, .transposed = true}};
-        if (!masked) all.segments[all.n_segments++] = share;
-        else shares[i] = (Matmul){{share}, 1, K, 1, NULL, NULL, DT_REAL, K, 1, WRITE};
-    }
-    MaskTask mask = {b->dev, NULL, NULL, NULL, b->batch, b->dx, first, K};
-    if (masked) {
-        mask.sum = b->add ? (real *)b->dx + first * K : arena_alloc(&scratch, rows * K, sizeof(real));
-        mask.share = arena_alloc(&scratch, rows * K, sizeof(real));
-        all.type = DT_REAL;
-        all.out = mask.sum;
+        if (lora->r) all.segments[all.n_segments++] = transposed(du[i], A);
     }
     if (all.n_segments) matmul(b->dev, &all, 1, rows, b->bf16);
-    if (!masked) return;
-    for (size_t i = 0; i < b->n; i++) {
-        mask.lora = &b->products[i].linear->lora;
-        if (!mask.lora->r) continue;
-        shares[i].out = mask.share;
-        matmul(b->dev, &shares[i], 1, rows, b->bf16);
-        parallel_for(b->dev->pool, rows, mask_share_task, &mask);
-    }
-    mask.lora = NULL;
-    if (!b->add) parallel_for(b->dev->pool, rows, mask_share_task, &mask);
+    if (masked) backward_masked_shares(b, scratch, out, du, first, rows);
 }
 
 // du and dx of one chunk.
@@ -11179,45 +11634,46 @@ static void backward_chunk(const Backward *b, Arena scratch, size_t first, size_
     size_t n_down = 0;
     Device *dev = b->dev;
     for (size_t i = 0; i < b->n; i++) {
-        const Lora *lora = &b->products[i].linear->lora;
-        size_t N = b->products[i].linear->weight.N, r = lora->r;
+        const Product *p = &b->products[i];
+        const Lora *lora = &p->linear->lora;
+        size_t N = p->linear->weight.N, r = lora->r;
         if (!r && !b->dx) continue;
         dy[i] = packed_alloc(&scratch, rows, N, b->bf16);
-        pack_rows(dev, dy[i], b->products[i].y, first, NULL, b->batch);
+        pack_rows(dev, dy[i], p->y, first, NULL, b->batch);
         if (!r) continue;
-        Weight B = plain_matrix(DT_REAL, lora->B, N, r);
-        down[n_down++] = (Matmul){{{dy[i], {.matrix = B, .transposed = true}}}, 1, r, lora->scale,
-            NULL, act_at(dev->act, b->du[i], first * r), dev->act, r, 1, WRITE};
+        down[n_down] = matmul_of(transposed(dy[i], plain_matrix(DT_REAL, lora->B, N, r)), r,
+                                 act_at(dev->act, b->du[i], first * r), dev->act);
+        down[n_down++].scale = lora->scale;
     }
     if (n_down) matmul(dev, down, n_down, rows, b->bf16);
     if (!b->dx) return;
     for (size_t i = 0; i < b->n; i++) {
-        size_t r = b->products[i].linear->lora.r;
-        if (!r) continue;
-        du[i] = packed_alloc(&scratch, rows, r, b->bf16);
+        du[i] = packed_alloc(&scratch, rows, b->products[i].linear->lora.r, b->bf16);
         pack_rows(dev, du[i], b->du[i], first, NULL, b->batch);
     }
     backward_dx(b, scratch, dy, du, first, rows);
 }
 
-// The same for a slice of the vocabulary, whose dy may be too large for any cache: it is packed in
-// pieces, and dx and du grow from piece to piece.
+// The same for a slice of the head. Its dy is larger than any cache, so it is packed in pieces of
+// 4096 columns (4 MB for 512 rows), and the sums of dx and du resume from piece to piece.
 static void backward_head_chunk(const Backward *b, Arena scratch, size_t first, size_t rows) {
     const Product *p = &b->products[0];
     const Lora *lora = &p->linear->lora;
     Device *dev = b->dev;
-    size_t N = p->linear->weight.N, r = lora->r, K = b->K;
-    real *dx = (real *)b->dx + first * K, *sum = arena_alloc(&scratch, rows * r, sizeof *sum);
+    size_t N = p->linear->weight.N, r = lora->r;
+    real *dx = (real *)b->dx + first * b->K, *sum = arena_alloc(&scratch, rows * r, sizeof *sum);
     Packed dy = packed_alloc(&scratch, rows, min_size(N, HEAD_SLICE), b->bf16);
-    Weight B = plain_matrix(DT_REAL, lora->B, N, r);
     memset(sum, 0, rows * r * sizeof *sum);
     for (size_t n = 0; n < N; n += HEAD_SLICE) {
         dy.n = min_size(HEAD_SLICE, N - n);
         pack_columns(dev, dy, p->y, N, n, first);
-        Right W = {.matrix = p->linear->weight, .transposed = true, .skip = n};
-        Right down = {.matrix = B, .transposed = true, .skip = n};
-        Matmul list[2] = {{{{dy, W}}, 1, K, 1, NULL, dx, DT_REAL, K, 1, RESUME},
-                          {{{dy, down}}, 1, r, 1, NULL, sum, DT_REAL, r, 1, RESUME}};
+        Matmul list[2] = {
+            matmul_of(transposed(dy, p->linear->weight), b->K, dx, DT_REAL),
+            matmul_of(transposed(dy, plain_matrix(DT_REAL, lora->B, N, r)), r, sum, DT_REAL)};
+        for (size_t i = 0; i < 2; i++) {
+            list[i].segments[0].right.skip = n;
+            list[i].mode = RESUME;
+        }
         matmul(dev, list, r ? 2 : 1, rows, b->bf16);
     }
     if (!r) return;
@@ -11228,33 +11684,39 @@ static void backward_head_chunk(const Backward *b, Arena scratch, size_t first, 
     backward_dx(b, scratch, NULL, &du, first, rows);
 }
 
-// dA and dB of all products from one sequence; both in one list of tasks.
+// dA and dB of all products from one sequence: each sum is formed on its own, from the sequence's
+// first token to its last, and then added.
 static void backward_span(const Backward *b, Arena scratch, const Span *span) {
     DType act = b->dev->act;
-    size_t n_rows = span->nq, largest = 0;
-    for (size_t i = 0; i < b->n; i++) largest = max_size(largest, b->products[i].linear->lora.r);
-    for (size_t i = 0; i < b->n; i++) {
+    size_t K = b->K, n_tokens = span->nq;
+    for (size_t i = 0; i < b->n && n_tokens; i++) {
         const Product *p = &b->products[i];
         const Lora *lora = &p->linear->lora;
         size_t N = p->linear->weight.N, r = lora->r;
         if (!r) continue;
-        Packed u = packed_alloc(&scratch, r, n_rows, b->bf16);
-        Packed du = packed_alloc(&scratch, r, n_rows, b->bf16);
+        Arena memory = scratch;
+        Packed u = packed_alloc(&memory, r, n_tokens, b->bf16);
+        Packed du = packed_alloc(&memory, r, n_tokens, b->bf16);
         pack_transposed(u, act, p->u, span->q0);
         pack_transposed(du, act, b->du[i], span->q0);
-        Weight dy = plain_matrix(act, act_at(act, p->y, span->q0 * N), n_rows, N);
-        Weight x = plain_matrix(act, act_at(act, b->x, span->q0 * b->K), n_rows, b->K);
-        Right masked = {x, true, 0, has_dropout(lora, b->batch) ? lora : NULL, b->batch, span};
-        Matmul list[2] = {
-            {{{u, {.matrix = dy, .transposed = true}}}, 1, N, 1, NULL, lora->dB, DT_REAL, 1, r, ADD},
-            {{{du, masked}}, 1, b->K, 1, NULL, lora->dA, DT_REAL, b->K, 1, ADD}};
+        Weight dy = plain_matrix(act, act_at(act, p->y, span->q0 * N), n_tokens, N);
+        Weight x = plain_matrix(act, act_at(act, b->x, span->q0 * K), n_tokens, K);
+        Matmul list[2] = {matmul_of(transposed(u, dy), N, lora->dB, DT_REAL),
+                          matmul_of(transposed(du, x), K, lora->dA, DT_REAL)};
+        list[0].mode = list[1].mode = ADD;
+        list[0].row_stride = 1;                               // dB is (N, r), the product (r, N)
+        list[0].column_stride = r;
+        Right *masked = &list[1].segments[0].right;
+        masked->dropout = has_dropout(lora, b->batch) ? lora : NULL;
+        masked->batch = b->batch;
+        masked->span = span;
         matmul(b->dev, list, 2, r, b->bf16);
     }
 }
 
-static void backward_fast(Device *dev, void *dx, bool add, const Product *products, size_t n,
+static void backward_fast(Device *dev, void *dx, bool head, const Product *products, size_t n,
                           const void *x, const Batch *batch) {
-    Backward b = {dev, products, n, x, batch, {NULL}, dx, add, products[0].linear->weight.K,
+    Backward b = {dev, products, n, x, batch, {NULL}, dx, head, products[0].linear->weight.K,
                   uses_bf16(dev)};
     Arena scratch = {dev->scratch, 0};
     size_t step = chunk_rows((size_t)dev->pool->threads);
@@ -11262,7 +11724,7 @@ static void backward_fast(Device *dev, void *dx, bool add, const Product *produc
         b.du[i] = arena_alloc(&scratch, batch->T * products[i].linear->lora.r, act_size(dev->act));
     for (size_t first = 0; first < batch->T; first += step) {
         size_t rows = min_size(step, batch->T - first);
-        if (add) backward_head_chunk(&b, scratch, first, rows);
+        if (head) backward_head_chunk(&b, scratch, first, rows);
         else backward_chunk(&b, scratch, first, rows);
     }
     for (size_t s = 0; s < batch->n_spans; s++) backward_span(&b, scratch, &batch->spans[s]);
@@ -11281,8 +11743,10 @@ static void head_backward_fast(Device *dev, real *dx, const Product *slice, cons
 // -------------------------------------------------------------------------------------- attention
 //
 // After Dao 2022 and 2023 (FlashAttention): scores exist only as tiles in the cache, the softmax is
-// kept as a running maximum and sum. All arithmetic is float32. The rows of a task are (query, head)
-// pairs of one key/value group, query by query, so that the heads share the packed keys and values.
+// kept as a running maximum and sum. All arithmetic is float32. The rows of a task are the (query,
+// head) pairs of one key/value group, query by query, so that its heads share what is packed of the
+// keys and values. FLOPs: 4 hd per visible pair forward, 10 hd backward, of which 2 hd recompute
+// the scores; what is outside the causal triangle is skipped in steps of a tile's rows and 32 keys.
 
 enum {
     ATTENTION_ROWS = 128,
@@ -11317,14 +11781,14 @@ static size_t row_first_key(const Group *g, size_t row) {
 }
 static size_t row_end_key(const Group *g, size_t row) { return end_key(g->span, row / g->shared); }
 
-// Keys or values first .. first+n-1 of the group as right operand, straight (the sum runs over hd) or
-// transposed (over keys), in panels that follow each other.
-static void pack_keys(Word *panels, Word *stage, const Group *g, const void *x, size_t first, size_t n,
-                      bool transposed) {
+// Keys or values first .. first+n-1 of the group as panels that follow each other: straight, for
+// sums over hd (scores), or transposed, for sums over keys.
+static void pack_keys(Word *panels, Word *stage, const Group *g, const void *x, size_t first,
+                      size_t n, bool over_keys) {
     DType act = g->a->dev->act;
     size_t width = g->a->shape.G * g->hd, token = g->span->k0 + first, column = g->group * g->hd;
     Right right = {.matrix = plain_matrix(act, x, token + n, width)};
-    if (transposed) {
+    if (over_keys) {
         for (size_t d = 0; d < g->hd; d += PANEL)
             pack_transposed_panels(panels + d * ATTENTION_KEYS, stage, &right, column + d,
                                    min_size(PANEL, g->hd - d), token, n, act, false);
@@ -11337,11 +11801,11 @@ static void pack_keys(Word *panels, Word *stage, const Group *g, const void *x, 
                           false);
 }
 
-// Left operands of hd columns in blocks of ROW_WORDS.
-static size_t head_pieces(RowPiece *pieces, const Word *rows, size_t n_rows, size_t hd) {
+// The pieces of a left operand of hd columns, from its first row on; n_rows were packed.
+static size_t head_pieces(Piece *pieces, const Word *rows, size_t n_rows, size_t hd) {
     size_t n = 0;
     for (size_t d = 0; d < hd; d += ROW_WORDS)
-        pieces[n++] = (RowPiece){rows + d * n_rows, min_size(ROW_WORDS, hd - d)};
+        pieces[n++] = (Piece){rows + d * n_rows, min_size(ROW_WORDS, hd - d)};
     return n;
 }
 
@@ -11393,13 +11857,13 @@ static void carve_forward(ForwardMemory *m, size_t hd, Arena *arena) {
     m->sum = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->sum);
 }
 
-// Rows of one tile against the keys j0 .. j0+n-1 that are packed.
-static void forward_tile(const Group *g, const ForwardMemory *m, size_t begin, size_t row, size_t rows,
-                         size_t j0, size_t n) {
+// One tile of rows meets the keys j0 .. j0+n-1 that are packed: scores, softmax, p v added to out.
+static void forward_tile(const Group *g, const ForwardMemory *m, size_t begin, size_t row,
+                         size_t rows, size_t j0, size_t n) {
     size_t last = begin + row + rows - 1, end = row_end_key(g, last);
     if (end <= j0 || row_first_key(g, begin + row) >= j0 + n) return;
     n = min_size(n, end - j0);
-    RowPiece pieces[MAX_HEAD / ROW_WORDS];
+    Piece pieces[MAX_HEAD / ROW_WORDS];
     size_t n_pieces = head_pieces(pieces, m->q + row * ROW_WORDS, ATTENTION_ROWS, g->hd);
     for (size_t j = 0; j < n; j += PANEL)
         multiply(false, m->scores + j, ROW_WORDS, rows, PANEL, false, pieces, n_pieces,
@@ -11410,7 +11874,7 @@ static void forward_tile(const Group *g, const ForwardMemory *m, size_t begin, s
                     g->a->shape.scale, &m->max[row + i], &m->sum[row + i],
                     m->out + (row + i) * g->wide, g->wide);
     }
-    RowPiece p = {m->scores, n};
+    Piece p = {m->scores, n};
     for (size_t d = 0; d < g->hd; d += PANEL)
         multiply(false, m->out + row * g->wide + d, g->wide, rows, PANEL, true, &p, 1,
                  m->values + d * ATTENTION_KEYS);
@@ -11444,8 +11908,8 @@ static void forward_rows(const Group *g, const ForwardMemory *m, size_t begin, s
     }
 }
 
-// Which block of which group a task is: blocks of `size` items, of which a sequence has count(span).
-// The last blocks of a sequence, which see the most keys, come first.
+// Tasks that are blocks of the rows, or of the keys, of the groups of the sequences. A sequence's
+// last rows, which see the most keys, come first, so that no thread ends late with a long one.
 typedef struct { const AttentionTask *a; size_t block; bool by_keys; } BlockTask;
 
 static size_t span_blocks(const BlockTask *t, const Span *span) {
@@ -11491,10 +11955,10 @@ static void attention_forward_fast(Device *dev, void *out, real *lse, const void
 }
 
 // Backward, in the notation of chapter 3. Scores are formed transposed, a tile being 12 keys x 128
-// rows, so that p and ds are at once left operands of dv = p^T dout and dk = ds^T q; ds is transposed
+// rows, so that p and ds are at once left operands of dv = p^T dout and dk = ds^T q; ds is turned
 // once more for dq = ds k.
 typedef struct {
-    Word *qt, *doutt, *q, *dout;    // panels of the rows: straight (sum over hd), transposed (over rows)
+    Word *qt, *doutt, *q, *dout;    // panels of the rows: for sums over hd, for sums over rows
     Word *keys, *values, *key_panels;   // left operands (KEYS, hd), right operand for dq
     Word *rows, *stage;             // (ROWS, hd)
     Word *p, *ds, *ds_rows;         // (TILE_ROWS, ROWS) twice, (ROWS, KEYS)
@@ -11540,7 +12004,8 @@ static void pack_both(Word *straight, Word *transposed, const Group *g, const Ba
 }
 
 // All that a block of rows needs in backward, whichever keys it meets.
-static void backward_prepare_rows(const Group *g, const BackwardMemory *m, size_t begin, size_t rows) {
+static void backward_prepare_rows(const Group *g, const BackwardMemory *m, size_t begin,
+                                  size_t rows) {
     const AttentionTask *a = g->a;
     real out[MAX_HEAD], dout[MAX_HEAD];
     pack_both(m->qt, m->q, g, m, a->q, begin, rows);
@@ -11576,13 +12041,14 @@ static void backward_key(const Group *g, const BackwardMemory *m, Word *p, Word 
     }
 }
 
-// A tile of up to 12 keys, the block's number j on, against all rows of the block: adds to dk and dv
-// (which may be NULL) and leaves ds in m->ds_rows.
+// A tile of n <= 12 keys, from the block's number j on, against all rows of the block: adds to
+// their dk and dv (unless NULL) and leaves ds in m->ds_rows.
 static void backward_tile(const Group *g, const BackwardMemory *m, Word *dk, Word *dv, size_t key,
                           size_t j, size_t n, size_t rows) {
-    RowPiece pieces[MAX_HEAD / ROW_WORDS];
+    Piece pieces[MAX_HEAD / ROW_WORDS];
     size_t start = 0, n_pieces;
-    while (start < rows && m->end[min_size(start + PANEL, rows) - 1] <= (int32_t)key) start += PANEL;
+    while (start < rows && m->end[min_size(start + PANEL, rows) - 1] <= (int32_t)key)
+        start += PANEL;                                       // rows before all of these keys
     for (size_t i = 0; i < min_size(start, rows); i++)
         memset(m->ds_rows + i * ROW_WORDS + j, 0, n * sizeof *m->ds_rows);
     for (size_t i = start; i < rows; i += PANEL) {
@@ -11599,7 +12065,7 @@ static void backward_tile(const Group *g, const BackwardMemory *m, Word *dk, Wor
     if (!dk || start >= rows) return;
     for (size_t d = 0; d < g->hd; d += PANEL) {
         size_t skip = d * ATTENTION_ROWS + start * PANEL;
-        RowPiece p = {m->p + start, rows - start}, ds = {m->ds + start, rows - start};
+        Piece p = {m->p + start, rows - start}, ds = {m->ds + start, rows - start};
         multiply(false, dv + d, g->wide, n, PANEL, true, &p, 1, m->dout + skip);
         multiply(false, dk + d, g->wide, n, PANEL, true, &ds, 1, m->q + skip);
     }
@@ -11612,7 +12078,8 @@ static void backward_range(const Group *g, const BackwardMemory *m, size_t row0,
     const AttentionTask *a = g->a;
     DType act = a->dev->act;
     size_t hd = g->hd, width = a->shape.G * hd;
-    Packed keys = {m->keys, ATTENTION_KEYS, hd, false}, values = {m->values, ATTENTION_KEYS, hd, false};
+    Packed keys = {m->keys, ATTENTION_KEYS, hd, false};
+    Packed values = {m->values, ATTENTION_KEYS, hd, false};
     if (want_dk) memset(m->dk, 0, (key1 - key0) * g->wide * sizeof *m->dk);
     if (want_dk) memset(m->dv, 0, (key1 - key0) * g->wide * sizeof *m->dv);
     for (size_t begin = row0; begin < row1; begin += ATTENTION_ROWS) {
@@ -11628,13 +12095,14 @@ static void backward_range(const Group *g, const BackwardMemory *m, size_t row0,
                 pack_row(&keys, j, act, a->k, index);
                 pack_row(&values, j, act, a->v, index);
             }
-            for (size_t j = 0; j < n; j += KEY_TILE)
-                backward_tile(g, m, want_dk ? m->dk + (j0 + j - key0) * g->wide : NULL,
-                              m->dv + (j0 + j - key0) * g->wide, j0 + j, j, min_size(KEY_TILE, n - j),
-                              rows);
+            for (size_t j = 0; j < n; j += KEY_TILE) {
+                size_t at = (j0 + j - key0) * g->wide;
+                backward_tile(g, m, want_dk ? m->dk + at : NULL, m->dv + at, j0 + j, j,
+                              min_size(KEY_TILE, n - j), rows);
+            }
             if (!want_dq) continue;
             pack_keys(m->key_panels, m->stage, g, a->k, j0, n, true);
-            RowPiece ds = {m->ds_rows, n};
+            Piece ds = {m->ds_rows, n};
             for (size_t d = 0; d < hd; d += PANEL)
                 multiply(false, m->dq + d, g->wide, rows, PANEL, true, &ds, 1,
                          m->key_panels + d * ATTENTION_KEYS);
@@ -11699,33 +12167,32 @@ static const Ops fast_ops = {
     swiglu_backward, gather, scatter, head_logits_fast, head_backward_fast, cross_entropy_forward,
     cross_entropy_backward, round_rows, sum_of_squares, adamw};
 
-static size_t largest_of(size_t a, size_t b, size_t c) { return max_size(a, max_size(b, c)); }
-
 // Bytes for the largest call. Words are counted as float32, though bf16 takes half of them.
 static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
-    size_t chunk = chunk_rows(s->threads), rows = min_size(chunk, s->T), pad = ROW_WORDS;
-    size_t head_rows = min_size(chunk, s->S), width = max_size(s->D, s->F), all = max_size(s->T, s->S);
-    size_t r = 3 * round_up(s->max_r, pad), any_rows = max_size(rows, head_rows);
-    // Forward: x, x masked, u of three products.
-    size_t forward = any_rows * (2 * round_up(width, pad) + r);
-    // Backward: du of all tokens, and of one chunk dy, du and with dropout two products (rows, K); or
-    // of one sequence the transposes of u and du.
+    size_t chunk = chunk_rows(s->threads), pad = ROW_WORDS, width = max_size(s->D, s->F);
+    size_t rows = min_size(chunk, s->T), head_rows = min_size(chunk, s->S);
+    size_t any_rows = max_size(rows, head_rows), tokens = max_size(s->T, s->S);
+    size_t rank = 3 * round_up(s->max_r, pad);
+    // Forward: x, masked x, u of three products.
+    size_t forward = any_rows * (2 * round_up(width, pad) + rank);
+    // Backward: du of all tokens; then for a chunk dy, du and, with dropout, two products of
+    // (rows, K), or for a sequence the transposes of u and du.
     size_t dy = max_size(rows * (max_size(3 * s->D, 2 * s->F) + 3 * pad),
                          head_rows * (HEAD_SLICE + s->max_r));
-    size_t backward = 3 * all * s->max_r + max_size(dy + any_rows * (r + 2 * width),
-                                                    6 * s->max_r * round_up(all, pad));
+    size_t backward = 3 * tokens * s->max_r +
+                      max_size(dy + any_rows * (rank + 2 * width), 2 * s->max_r * (tokens + pad));
     *shared = max_size(forward, backward) * sizeof(Word) + 64 * 32;
-    Arena matmuls = {NULL, 0}, attention = {NULL, 0};
-    BackwardMemory memory;
-    ForwardMemory unused;
-    carve_backward(&memory, s->hd, max_size(s->max_span, BACKWARD_KEYS), &attention);
-    Arena forward_attention = {NULL, 0};
-    carve_forward(&unused, s->hd, &forward_attention);
-    (void)memory; (void)unused;
+
+    Arena matmuls = {NULL, 0}, attention = {NULL, 0}, attention_backward = {NULL, 0};
+    ForwardMemory forward_memory;
+    BackwardMemory backward_memory;
     arena_alloc(&matmuls, 2 * PANEL_WORDS + STAGE_WORDS + TASK_ROWS * TASK_COLUMNS, sizeof(Word));
-    size_t rows_of_plain = largest_of(3 * width, s->V_chunk, s->D + 2 * s->hd) * sizeof(real);
-    *per_thread = round_up(max_size(largest_of(matmuls.used, attention.used, forward_attention.used),
-                                    rows_of_plain), 64);
+    carve_forward(&forward_memory, s->hd, &attention);
+    carve_backward(&backward_memory, s->hd, max_size(s->max_span, BACKWARD_KEYS),
+                   &attention_backward);
+    size_t plain = max_size(max_size(3 * width, s->V_chunk), s->D + 2 * s->hd) * sizeof(real);
+    *per_thread = max_size(max_size(matmuls.used, attention.used),
+                           max_size(attention_backward.used, round_up(plain, 64)));
 }
 
 #else

@@ -236,7 +236,33 @@ qlora_train_options qlora_default_train_options(void);
 int qlora_train(qlora_model *model, const char *data, const qlora_train_options *options,
                 qlora_error *err);
 
+typedef struct {
+    double loss, standard_error;    // mean negative log-likelihood of a supervised token, in nats
+    double perplexity;              // exp(loss)
+    double bits_per_byte;           // of the supervised text: comparable between tokenizers
+    double accuracy;                // share of supervised tokens that were the most likely one
+    size_t tokens, samples;         // supervised tokens, samples
+} qlora_score;
+
+// Scores the model, with its adapter if it has one, on a dataset file. Of options mask, max_length,
+// skip_bad_lines and per_device_train_batch_size are used; the batch size changes no bit.
+int qlora_evaluate(qlora_model *model, const char *data, const qlora_train_options *options,
+                   qlora_score *score, qlora_error *err);
+
 // --------------------------------------------------------------------------------- model directories
+
+typedef struct {
+    size_t adapter_parameters;      // that went into the merged weights
+    double relative_change;         // |s B A| / |W| over all merged matrices (Frobenius)
+    double lost_in_rounding;        // share of changed weights that rounding set back to the old value
+} qlora_merge_report;
+
+// Writes base + adapter as a complete Hugging Face directory: W + s B A in float32, rounded once to
+// the base's own type (a 4-bit base is dequantised), in shards of at most max_shard_bytes. Streams:
+// needs memory for a few million values. out_dir may be model_dir. report may be NULL.
+int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_dir,
+                size_t max_shard_bytes, const qlora_options *options, qlora_merge_report *report,
+                qlora_error *err);
 
 // Writes the model 4-bit, as transformers and bitsandbytes do (quant: NF4 or FP4): a directory of its
 // own with config, tokenizer and the other small files. Nothing is overwritten.

@@ -48,12 +48,14 @@ class Thing:
         self.phrases = [phrase.strip() for phrase in phrases.split(";")]
 
     def portable(self):
-        return self.name.startswith("a") and re.match(
-            r"an? (thing (for|to)|tool|small|toy|instrument|soft thing)", self.kind) is not None \
-            and "animal" not in self.kind and self.bare not in ("star", "seed", "airplane")
+        """Something a person can carry, lose and give away."""
+        return (self.name.startswith("a") and not self.animal()
+                and re.match(r"an? (thing (for|to)|tool|small|toy|instrument|soft)", self.kind)
+                and "travelling" not in self.kind
+                and self.bare not in ("star", "seed", "piano", "swing"))
 
     def animal(self):
-        return re.search(r"animal|bird|pet|insect|cat$", self.kind) is not None
+        return re.search(r"animal|bird|pet|insect|cat$", self.kind) and " of " not in self.kind
 
 
 def read_things():
@@ -107,6 +109,7 @@ LEXICON = {key: value.split("|") for key, value in {
     "food": "bread|soup|cheese|cake|apples|eggs|honey|potatoes|rice|butter and bread|fish|salad",
     "drink": "tea|milk|water|juice|hot milk",
     "said": "said|answered|replied|called|whispered",
+    "animal": "cat|dog|cow|horse|hen|duck|goat|rabbit|parrot|pig",
     "number": "two|three|four|five|six|seven|eight|ten|twelve",
     "softly": "slowly|quickly|carefully|quietly|gently|at once",
 }.items()}
@@ -146,20 +149,20 @@ class Writer:
             template = text
 
     def people(self):
-        """Two different people, bound as N he him his and M he2 him2 his2."""
+        """Two people, bound as N he him his and M he2 him2 his2, a relative and someone's job."""
         (one, one_he), (two, two_he) = self.some(PEOPLE, 2)
         he, him, his = PRONOUNS[one_he]
         he2, him2, his2 = PRONOUNS[two_he]
         return {"N": one, "he": he, "him": him, "his": his,
-                "M": two, "he2": he2, "him2": him2, "his2": his2}
+                "M": two, "he2": he2, "him2": him2, "his2": his2,
+                "relative": self.pick(LEXICON["relative"]), "job": self.pick(LEXICON["job"])}
 
 
 def sentence_case(text):
     """A capital at the start, after a full stop, and at the start of a quotation; a(n)."""
     text = re.sub(r"\b(a|A) (?=[aeiou](?!ne\b|nit))", r"\1n ", text)
-    text = re.sub(r"(^|[.!?] |[.!?]\" |\n|: |^\"|[.,!?] \")([a-z])",
-                  lambda m: m.group(1) + m.group(2).upper(), text)
-    return text
+    return re.sub(r"(^\"?|[.!?] \"?|\n|: )([a-z])", lambda m: m.group(1) + m.group(2).upper(),
+                  text)
 
 
 # -------------------------------------------------------------------------- facts about one thing
@@ -287,7 +290,7 @@ def groups(w):
 STORIES = [
     # something is lost and found
     ["{N} [lived|had a house] {far} with {his} {relative}. ", "{when} {N} could not find {the}. ",
-     "[{he} needed it to {use}. |It was {place} every day, but now it was gone. |]",
+     "[{he} needed it to {his_use}. |It was {place} every day, but now it was gone. |]",
      "{he} looked [under the bed|behind the door|in every room|in the drawer|on the shelf]. ",
      "[{he} looked in the {place2}, too. |Then {he} asked {his} {relative}. |]",
      "\"Have you seen my {bare}?\" {he} asked {M}. ",
@@ -298,7 +301,8 @@ STORIES = [
      "{N} was {glad}. ", "[\"Thank you,\" {he} said. |That evening they laughed about it. |"
      "From that day on {he} kept it {place}. |]"],
     # a gift
-    ["{when} {M} came to visit {N}. ", "[{weather}. |]", "{he2} had a {size} box under {his2} arm. ",
+    ["{when} {M} came to visit {N}. ", "[{weather}. |]",
+     "{he2} had a {size} box under {his2} arm. ",
      "\"What is in the box?\" asked {N}. ", "\"Open it and see,\" {said} {M}. ",
      "{N} opened it {softly}. ", "Inside was {a}. ", "It was {color} and very {nice}. ",
      "\"Now you can {use}!\" said {M}. ", "{N} was {glad}. ",
@@ -316,7 +320,8 @@ STORIES = [
     ["{weather} when {N} woke up. ", "It was {day}. ",
      "{he} [got up|jumped out of bed|washed {his} face|put on {his} clothes] and "
      "[went to the kitchen|looked out of the window|ate some {food}|drank a cup of {drink}]. ",
-     "[{his} {relative} was already at work. |The house was quiet. |The {animal} was still asleep. |]",
+     "[{his} {relative} was already at work. |The house was quiet. |"
+     "The {animal} was still asleep. |]",
      "\"[Today I want|I would like] to go to the {place2},\" {he} said to {his} {relative}. ",
      "\"[Good|Fine|Very well], but take {a} with you,\" said the {relative}. ",
      "So {N} took {the} and went out. ",
@@ -325,25 +330,27 @@ STORIES = [
      "It was a {nice} day. |]"],
     # work
     ["The {job} had {a}. ", "[It was old but good. |It was new. |It was {color} and {size}. |]",
-     "Every {day} {job_he} used it to {use}. ",
+     "[Nobody worked better with it. |It was needed every {day}. |]",
      "{when} it [broke|fell down|was gone|did not work]. ",
      "\"What shall I do [now|without it]?\" said the {job}. ",
      "{N}, who lived next door, heard it. ",
-     "\"You can have mine,\" {he} said. \"[I do not need it today|I have two of them|I bought a new "
-     "one].\" ", "The {job} thanked {him} and gave {him} some {food}. ",
+     "\"You can have mine,\" {he} said. \"[I do not need it today|I have two of them|"
+     "I bought a new one].\" ", "The {job} thanked {him} and gave {him} some {food}. ",
      "[So both were {glad}. |Now they are good friends. |]"],
     # a walk in nature
     ["{when} {N} and {M} walked [to the {place2}|through the forest|along the river|up the hill]. ",
      "{weather}. ", "They saw {beast}. ", "\"Look,\" {said} {N}, \"it {beast1}.\" ",
      "\"Yes,\" said {M}, \"and it {beast2}.\" ",
-     "[Then they sat down and ate some {food}. |They walked on {softly}. |They stood very still. |]",
+     "[Then they sat down and ate some {food}. |They walked on {softly}. |"
+     "They stood very still. |]",
      "Under a tree lay {a}. ", "\"Who left this here?\" asked {M}. ",
      "[Nobody knew. |\"Maybe the {job},\" {said} {N}. |They took it home. |They left it there. ]"],
     # a lesson about a thing
     ["\"What is this?\" asked {N}. ", "\"This is {a},\" said {his} {relative}. \"It {fact1}.\" ",
      "\"And what is it for?\" ", "\"[You use it|People use it|We use it] to {use}. It {fact2}, "
-     "too.\" ", "{N} looked at {the} {softly}. ", "[\"I want one,\" {he} said. |\"How {nice}!\" {he} "
-     "said. |\"May I hold it?\" {he} asked. |Now {he} knew it. ]"],
+     "too.\" ", "{N} looked at {the} {softly}. ",
+     "[\"I want one,\" {he} said. |\"How {nice}!\" {he} said. |"
+     "\"May I hold it?\" {he} asked. |Now {he} knew it. ]"],
 ]
 
 HOW_TO = [
@@ -353,40 +360,42 @@ HOW_TO = [
     "To bake bread, mix flour and water [in a bowl|with salt]. Wait until the dough rises. Put the "
     "[dough|bread] into the hot oven. [After an hour|When the crust is brown] the bread is ready. "
     "Cut it with a knife and eat it with [butter|cheese|honey].",
-    "To write a letter, take a pen and some paper. [Start with a hello.|Write the name first.] Tell "
-    "the [news|story]. End with your name. Put the letter into an envelope and do not forget the "
-    "stamp.", "To plant a [flower|tree|rose], dig a [small|deep] hole in the [ground|garden]. Put "
-    "the seed into the earth. Give it water every [day|morning]. [Soon|In spring|After some weeks] "
+    "To write a letter, take a pen and some paper. [Start with a hello.|Write the name first.] "
+    "Tell the [news|story]. End with your name. Put the letter into an envelope and do not "
+    "forget the stamp.",
+    "To plant a [flower|tree|rose], dig a [small|deep] hole in the [ground|garden]. Put the seed "
+    "into the earth. Give it water every [day|morning]. [Soon|In spring|After some weeks] "
     "a green leaf comes out.",
     "To build a snowman, roll three [big|white] balls of snow. Put [one ball on another|the "
     "smallest on top]. A carrot is the nose. [Give him an old hat|Stones are the eyes]. When the "
-    "sun comes, he melts.", "To wash your hands, [take|use] soap and [warm|clean] water. [Rub your "
-    "hands|Make bubbles]. Dry them with a towel.",
-    "To sew on a button, [take|you need] a needle and thread. Pull the thread through the eye of the "
-    "needle. [Go up and down|Sew] through the [four|small] holes. Cut the thread with a pair of "
-    "scissors.",
+    "sun comes, he melts.",
+    "To wash your hands, [take|use] soap and [warm|clean] water. [Rub your hands|Make bubbles]. "
+    "Dry them with a towel.",
+    "To sew on a button, [take|you need] a needle and thread. Pull the thread through the eye of "
+    "the needle. [Go up and down|Sew] through the [four|small] holes. Cut the thread with a pair "
+    "of scissors.",
     "To hang a picture, [take|you need] a hammer and a nail. [Stand on a chair or a ladder.|] Hit "
     "the nail [softly|carefully] with the hammer. Hang the picture on the nail.",
     "To cook soup, put water into a pot. Cut [a carrot|an onion|a potato] and [an onion|a tomato|a "
     "carrot] with a knife. Add salt. [Stir it with a spoon.|] Wait until the soup is hot. Eat it "
     "from a bowl.",
-    "To clean the floor, take a broom and sweep the dust away. Then fill a bucket with [warm|clean] "
-    "water. Wash the floor with a mop. [Now it shines.|Now the floor is clean.|]",
+    "To clean the floor, take a broom and sweep the dust away. Then fill a bucket with "
+    "[warm|clean] water. Wash the floor with a mop. [Now it shines.|Now the floor is clean.|]",
 ]
 
 CALENDAR = [
-    "In {season} the days are [long|short|warm|cold|bright]. [Children|The children|People] like to "
-    "[play outside|walk in the forest|swim in the lake|build a snowman|fly a kite|pick flowers]. "
-    "[After winter comes spring|After spring comes summer|After summer comes autumn|After autumn "
-    "comes winter].",
+    "In {season} the days are [long|short|warm|cold|bright]. [Children|The children|People] "
+    "like to [play outside|walk in the forest|swim in the lake|build a snowman|fly a kite|"
+    "pick flowers]. [After winter comes spring|After spring comes summer|"
+    "After summer comes autumn|After autumn comes winter].",
     "On {day} it was [cold|hot|sunny|wet|windy], and on the next day it was [cold|hot|sunny|wet|"
     "windy], too. The {job} [stayed at home|went to the market|worked in the garden]. {weather}.",
     "A week has seven days, and a year has twelve months. [An hour has sixty minutes.|A day has "
     "twenty-four hours.] [After {day} we rest.|On {day} we go to the market.|]",
-    "When it rains, [the streets get wet|people open an umbrella|the flowers grow|the river rises]. "
-    "When it snows, [the roofs are white|children build a snowman|the roads are slippery]. When "
-    "the wind blows, [the leaves fall|kites fly|the curtain moves]. When the sun shines, [the snow "
-    "melts|the clothes dry|people are {glad}].",
+    "When it rains, [the streets get wet|people open an umbrella|the flowers grow|"
+    "the river rises]. When it snows, [the roofs are white|children build a snowman|"
+    "the roads are slippery]. When the wind blows, [the leaves fall|kites fly|"
+    "the curtain moves]. When the sun shines, [the snow melts|the clothes dry|people are {glad}].",
     "When you are [hungry|very hungry], you eat {food}. When you are thirsty, you drink {drink}. "
     "When you are tired, you [go to bed|sleep]. When you are cold, you [put on a coat|sit by the "
     "fire|take a blanket].",
@@ -397,21 +406,21 @@ CALENDAR = [
     "six legs. [A spider has eight.|People have two legs.|]",
     "I have {number} {animal}s and you have {number}. [That is a lot.|We are both {glad}.|]",
 ]
-LEXICON["animal"] = "cat|dog|cow|horse|hen|duck|goat|rabbit|parrot|pig".split("|")
 
 TALK = [
     "{N}: [Hello|Good morning|Good evening], {M}. How are you?\n{M}: [I am fine|I am well|I am a "
     "little {mood}], thank you. And you?\n{N}: I am {mood}. [I am looking for {a}|I lost {the}].\n"
     "{M}: [It is {place}|Look {place}|Maybe it is {place}].\n{N}: [Thank you|Of course, there it "
     "is|You are right]!",
-    "{N}: What are you doing?\n{M}: I am using {a}. I want to {use}.\n{N}: [May I help|Can I try]?\n"
-    "{M}: [Yes, please|Of course|No, it is too hard for you]. It {fact1}.",
+    "{N}: What are you doing?\n{M}: I am using {a}. I want to {use}.\n"
+    "{N}: [May I help|Can I try]?\n{M}: [Yes, please|Of course|No, it is too hard for you]. "
+    "It {fact1}.",
     "{N}: Do you know what {fact1}?\n{M}: [Let me think|Give me a moment|Hm]. Is it {a}?\n"
     "{N}: [Yes, it is|That is right|Right]. It {fact2}, too.",
     "{N}: Where is {the}?\n{M}: [It is {place}|You left it {place}|I saw it {place}].\n{N}: [Thank "
     "you|I see]. I need it to {use}.",
-    "{N}: What is the weather like?\n{M}: {weather} [this morning|when I came in].\n{N}: Then I take "
-    "[my coat|an umbrella|my hat|my scarf] with me.",
+    "{N}: What is the weather like?\n{M}: {weather} [this morning|when I came in].\n"
+    "{N}: Then I take [my coat|an umbrella|my hat|my scarf] with me.",
     "{N}: Are you hungry?\n{M}: Yes, I am. [Is there any {food}|What do we have]?\n{N}: There is "
     "some {food} [on the table|in the kitchen|in the fridge]. [Take a plate|Sit down], please.",
 ]
@@ -422,13 +431,13 @@ def cast(w):
     thing = w.pick([thing for thing in w.portable if thing.use])
     one, two = w.some(w.animals, 2)
     facts, habits = w.some(thing.phrases, 2), w.some(one.phrases, 2)
-    job = w.pick(LEXICON["job"])
-    use = re.sub(r"\btheir\b", "your", thing.use)
-    use = re.sub(r"\bthemselves\b", "yourself", use)
-    return w.people() | {
-        "a": thing.name, "the": thing.the, "bare": thing.bare, "place": thing.place, "use": use,
-        "fact1": facts[0], "fact2": facts[1], "place2": w.pick(LEXICON["place"]), "job": job,
-        "job_he": w.pick(["he", "she"]), "relative": w.pick(LEXICON["relative"]),
+    names = w.people()
+    own = "himself" if names["he"] == "he" else "herself"
+    return names | {
+        "his_use": thing.use.replace("their", names["his"]).replace("themselves", own),
+        "use": thing.use.replace("their", "your").replace("themselves", "yourself"),
+        "a": thing.name, "the": thing.the, "bare": thing.bare, "place": thing.place,
+        "fact1": facts[0], "fact2": facts[1], "place2": w.pick(LEXICON["place"]),
         "beast": one.name, "the_beast": one.the, "beast1": habits[0], "beast2": habits[1],
         "beast_me": w.me(habits[0]), "beast_b": two.name, "beast_b_me": w.me(w.pick(two.phrases))}
 

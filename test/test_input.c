@@ -1,7 +1,7 @@
-// Bad input: each kind is one clear line that names file, place, what was expected and what was found,
-// and never a crash, a leak or a model computed a little wrongly. Most tests are tables: one change is
-// made to a copy of a good directory, and the message must hold the words given. Run under ASan and
-// UBSan these tests also prove that nothing outside a file is read.
+// Bad input: each kind is one clear line that names file, place, what was expected and what was
+// found, and never a crash, a leak or a model computed a little wrongly. Most tests are tables: one
+// change is made to a copy of a good directory, and the message must hold the words given. Run
+// under ASan and UBSan these tests also prove that nothing outside a file is read.
 
 #define INPUT "build/input-%d"              // + process id: where copies live
 
@@ -40,7 +40,8 @@ static void ledger_release(void *user, void *memory, size_t bytes) {
 }
 
 static qlora_options ledger_options(Ledger *ledger) {
-    return (qlora_options){.quant = QLORA_QUANT_NF4, .double_quant = 1, .compute = QLORA_COMPUTE_F32,
+    return (qlora_options){.quant = QLORA_QUANT_NF4, .double_quant = 1,
+                           .compute = QLORA_COMPUTE_F32,
                            .threads = 1, .allocator = {ledger_allocate, ledger_release, ledger}};
 }
 
@@ -49,7 +50,7 @@ static void check_ledger(Test *t, const Ledger *l, const char *what) {
     check(t, !l->wrong_size, "%s: memory is given back with another size than it had", what);
 }
 
-// ------------------------------------------------------------------------------------- files, copies
+// ----------------------------------------------------------------------------------- files, copies
 
 typedef struct { char text[320]; } Path;
 
@@ -77,7 +78,10 @@ static char *load_bytes(const char *path, size_t *n) {
 
 static void save_bytes(const char *path, const void *data, size_t n) {
     FILE *f = fopen(path, "wb");
-    if (!f || fwrite(data, 1, n, f) != n || fclose(f)) { printf("cannot write %s\n", path); exit(2); }
+    if (!f || fwrite(data, 1, n, f) != n || fclose(f)) {
+        printf("cannot write %s\n", path);
+        exit(2);
+    }
 }
 
 static void save_text(const char *path, const char *text) { save_bytes(path, text, strlen(text)); }
@@ -99,7 +103,8 @@ static void copy_tree(const char *from, const char *to) {
         Path a = path_of("%s/%s", from, e->d_name), b = path_of("%s/%s", to, e->d_name);
         struct stat info;
         size_t n;
-        if (e->d_name[0] == '.' || strncmp(e->d_name, "ref", 3) == 0 || stat(a.text, &info)) continue;
+        if (e->d_name[0] == '.' || strncmp(e->d_name, "ref", 3) == 0 ||
+            stat(a.text, &info)) continue;
         if (S_ISDIR(info.st_mode)) { copy_tree(a.text, b.text); continue; }
         char *data = load_bytes(a.text, &n);
         if (data) save_bytes(b.text, data, n);
@@ -166,7 +171,7 @@ static void patch_bytes(const char *path, size_t offset, const void *bytes, size
     close(fd);
 }
 
-// ----------------------------------------------------------------------------------------- messages
+// ---------------------------------------------------------------------------------------- messages
 
 // One line, valid UTF-8, no control characters (DEL and U+0080 to U+009F steer terminals too).
 static void check_line(Test *t, const char *message, const char *what) {
@@ -175,7 +180,7 @@ static void check_line(Test *t, const char *message, const char *what) {
     for (size_t at = 0, length; at < n; at += length) {
         uint32_t code = 0;
         length = utf8_decode(message + at, n - at, &code);
-        if (!check(t, length > 0, "%s: the message is not UTF-8 at byte %zu of %zu", what, at, n)) return;
+        if (!check(t, length > 0, "%s: the message is not UTF-8 at byte %zu", what, at)) return;
         if (!check(t, code >= 0x20 && !(code >= 0x7F && code < 0xA0),
                    "%s: U+%04X stands raw in the message", what, code)) return;
     }
@@ -185,8 +190,8 @@ static void check_message(Test *t, const char *message, const char *const *says,
                           const char *what) {
     check_line(t, message, what);
     for (size_t i = 0; i < n && says[i]; i++)
-        check(t, strstr(message, says[i]) != NULL, "%s: the message lacks \"%s\": %s", what, says[i],
-              message);
+        check(t, strstr(message, says[i]) != NULL, "%s: the message lacks \"%s\": %s", what,
+              says[i], message);
 }
 
 // -------------------------------------------------------------------------------------- the tables
@@ -226,8 +231,8 @@ static bool do_deed(Test *t, const BadInput *c, const char *directory, const cha
     return check(t, done, "%s: the case is stale: there is nothing to change", what);
 }
 
-// Copies, spoils, opens; the refusal must be clear and leave nothing behind. A model whose adapter is
-// refused goes on working without one.
+// Copies, spoils, opens; the refusal must be clear and leave nothing behind. A model whose adapter
+// is refused goes on working without one.
 static void run_case(Test *t, const BadInput *c, const char *base, Action action, size_t number) {
     Path root = path_of(INPUT, (int)getpid()), copy = path_of(INPUT "/copy", (int)getpid());
     Path adapter = path_of("%s/adapter", copy.text);
@@ -235,8 +240,8 @@ static void run_case(Test *t, const BadInput *c, const char *base, Action action
     qlora_error err = {{0}};
     Ledger ledger = {0};
     qlora_options opt = ledger_options(&ledger);
-    snprintf(what, sizeof what, "case %zu (%s: %.60s -> %.60s)", number, c->file ? c->file : "", c->from
-             ? c->from : "", c->to ? c->to : "");
+    snprintf(what, sizeof what, "case %zu (%s: %.60s -> %.60s)", number, c->file ? c->file : "",
+             c->from ? c->from : "", c->to ? c->to : "");
     for (char *p = what; *p; p++)
         if ((unsigned char)*p < 0x20 || (unsigned char)*p > 0x7E) *p = '?';
     mkdir("build", 0777);
@@ -253,14 +258,16 @@ static void run_case(Test *t, const BadInput *c, const char *base, Action action
                 check(t, (qlora_load_adapter(q, adapter.text, NULL) == -1) == refused,
                       "%s: the verdict depends on the place for the message", what);
                 if (refused)
-                    check(t, qlora_info(q).adapter_parameters == 0, "%s: half an adapter stays", what);
+                    check(t, qlora_info(q).adapter_parameters == 0, "%s: half an adapter stays",
+                          what);
                 check(t, !qlora_logits(q, &id, 1, logits, NULL) && isfinite(logits[0]),
                       "%s: the model is broken", what);
                 free(logits);
             }
         } else {
             refused = q == NULL;
-            if (!q) check(t, !qlora_open(action == OPEN_ADAPTER ? adapter.text : copy.text, &opt, NULL),
+            if (!q) check(t, !qlora_open(action == OPEN_ADAPTER ? adapter.text : copy.text, &opt,
+                                         NULL),
                           "%s: the verdict depends on the place for the message", what);
         }
         qlora_close(q);
@@ -271,8 +278,8 @@ static void run_case(Test *t, const BadInput *c, const char *base, Action action
     remove_tree(root.text);
 }
 
-#define RUN_TABLE(t, table, base, action)                                                           \
-    for (size_t i = 0; i < sizeof(table) / sizeof *(table); i++)                                    \
+#define RUN_TABLE(t, table, base, action)                                                          \
+    for (size_t i = 0; i < sizeof(table) / sizeof *(table); i++)                                   \
         run_case(t, &(table)[i], base, action, i)
 
 #define LLAMA MODELS "llama"
@@ -286,12 +293,14 @@ static void test_bad_files(Test *t) {
         {.deed = TRUNCATE, .file = WEIGHTS, .n = 0, .says = {WEIGHTS, "0 bytes", "too short"}},
         {.deed = TRUNCATE, .file = WEIGHTS, .n = 7, .says = {WEIGHTS, "7 bytes", "too short"}},
         {.deed = TRUNCATE, .file = WEIGHTS, .n = 8, .says = {WEIGHTS, "header of 2144 bytes"}},
-        {.deed = TRUNCATE, .file = WEIGHTS, .n = 2151, .says = {WEIGHTS, "header of 2144 bytes", "2151"}},
+        {.deed = TRUNCATE, .file = WEIGHTS, .n = 2151,
+         .says = {WEIGHTS, "header of 2144 bytes", "2151"}},
         {.deed = TRUNCATE, .file = WEIGHTS, .n = 2152, .says = {WEIGHTS, "625920 bytes", "has 0"}},
         {.deed = TRUNCATE, .file = WEIGHTS, .n = 400000, .says = {WEIGHTS, "has 397848"}},
         {.deed = TRUNCATE, .file = WEIGHTS, .n = 628071, .says = {WEIGHTS, "has 625919"}},
         {.deed = APPEND, .file = WEIGHTS, .to = "?", .says = {WEIGHTS, "625920", "has 625921"}},
-        {.deed = CONTENT, .file = WEIGHTS, .to = "PK\003\004, a torch file", .says = {WEIGHTS, "header"}},
+        {.deed = CONTENT, .file = WEIGHTS, .to = "PK\003\004, a torch file",
+         .says = {WEIGHTS, "header"}},
         {.deed = CONTENT, .file = WEIGHTS, .to = "version https://git-lfs.github.com/spec/v1\n",
          .says = {WEIGHTS, "header"}},
         {.deed = TRUNCATE, .file = "config.json", .n = 0, .says = {"config.json:1:1", "end"}},
@@ -303,7 +312,8 @@ static void test_bad_files(Test *t) {
     RUN_TABLE(t, cases, LLAMA, OPEN_MODEL);
 
     // Places where no model is at all.
-    static const char *const nowhere[] = {"build/no-such-model", "", "test/test.c", "/", "\x01\x1B[2J"};
+    static const char *const nowhere[] = {"build/no-such-model", "", "test/test.c", "/",
+                                          "\x01\x1B[2J"};
     for (size_t i = 0; i < 5; i++) {
         qlora_error err = {{0}};
         check(t, !qlora_open(nowhere[i], NULL, &err), "%s is a model", nowhere[i]);
@@ -318,18 +328,23 @@ static void test_bad_headers(Test *t) {
     static const BadInput cases[] = {
         {.deed = LENGTH, .file = WEIGHTS, .n = (uint64_t)1 << 60,
          .says = {WEIGHTS, "1152921504606846976", "628072"}},
-        {.deed = LENGTH, .file = WEIGHTS, .n = UINT64_MAX, .says = {WEIGHTS, "18446744073709551615"}},
+        {.deed = LENGTH, .file = WEIGHTS, .n = UINT64_MAX,
+         .says = {WEIGHTS, "18446744073709551615"}},
         {.deed = LENGTH, .file = WEIGHTS, .n = 628065, .says = {WEIGHTS, "628065", "628072"}},
         {.deed = LENGTH, .file = WEIGHTS, .n = 0, .says = {WEIGHTS, "'{'"}},
         {.deed = LENGTH, .file = WEIGHTS, .n = 1, .says = {WEIGHTS ":1:2"}},
         {.deed = LENGTH, .file = WEIGHTS, .n = 1900, .says = {WEIGHTS ":1:"}},
         {.deed = LENGTH, .file = WEIGHTS, .n = 2160, .says = {WEIGHTS ":1:"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = "{\"__meta", .to = "[\"__meta", .says = {WEIGHTS, "'{'"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = "{\"__meta", .to = " {\"__meta", .says = {WEIGHTS, "'{'"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = "a__\":", .to = "a__\"!", .says = {WEIGHTS ":1:16", "':'"}},
+        {.deed = HEADER, .file = WEIGHTS, .from = "{\"__meta", .to = "[\"__meta",
+         .says = {WEIGHTS, "'{'"}},
+        {.deed = HEADER, .file = WEIGHTS, .from = "{\"__meta", .to = " {\"__meta",
+         .says = {WEIGHTS, "'{'"}},
+        {.deed = HEADER, .file = WEIGHTS, .from = "a__\":", .to = "a__\"!",
+         .says = {WEIGHTS ":1:16", "':'"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "lm_head", .to = "lm_\xFFhead",
          .says = {WEIGHTS ":1:", "UTF-8"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = "lm_head", .to = "lm_\\ud800head", .says = {WEIGHTS ":1:"}},
+        {.deed = HEADER, .file = WEIGHTS, .from = "lm_head", .to = "lm_\\ud800head",
+         .says = {WEIGHTS ":1:"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "lm_head.weight", .to = "lm_head\\u0000.weight",
          .says = {WEIGHTS, "NUL"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "{\"format\":\"pt\"}", .to = "7",
@@ -342,14 +357,17 @@ static void test_bad_headers(Test *t) {
          .says = {WEIGHTS, "lm_head.weight", "dtype", "none"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "F32", .to = "F33",
          .says = {WEIGHTS, "lm_head.weight", "dtype", "F33"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = "F32", .to = "f32", .says = {WEIGHTS, "dtype", "f32"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = "\"F32\"", .to = "32", .says = {WEIGHTS, "dtype"}},
+        {.deed = HEADER, .file = WEIGHTS, .from = "F32", .to = "f32",
+         .says = {WEIGHTS, "dtype", "f32"}},
+        {.deed = HEADER, .file = WEIGHTS, .from = "\"F32\"", .to = "32",
+         .says = {WEIGHTS, "dtype"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "[512,64]", .to = "7",
          .says = {WEIGHTS, "lm_head.weight", "shape"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "[512,64]", .to = "[1,1,1,1,1,1,1,512,64]",
          .says = {WEIGHTS, "lm_head.weight", "shape"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "[512,64]",
-         .to = "[1152921504606846976,1152921504606846976]", .says = {WEIGHTS, "lm_head.weight", "overflow"}},
+         .to = "[1152921504606846976,1152921504606846976]",
+         .says = {WEIGHTS, "lm_head.weight", "overflow"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "[512,64]", .to = "[4611686018427387904,4]",
          .says = {WEIGHTS, "lm_head.weight", "overflow"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "[512,64]", .to = "[4611686018427387904]",
@@ -376,20 +394,24 @@ static void test_bad_headers(Test *t) {
          .says = {WEIGHTS, "lm_head.weight", "data_offsets"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "[0,131072]", .to = "[-1,131071]",
          .says = {WEIGHTS, "lm_head.weight", "data_offsets"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = "[0,131072]", .to = "[9223372036854644736,9223372036854775808]",
+        {.deed = HEADER, .file = WEIGHTS, .from = "[0,131072]",
+         .to = "[9223372036854644736,9223372036854775808]",
          .says = {WEIGHTS, "lm_head.weight", "data_offsets"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "[0,131072]", .to = "[628072,759144]",
          .says = {WEIGHTS, "model.embed_tokens.weight", "offset 0", "131072"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = "[0,131072]", .to = "[9223372036854644735,9223372036854775807]",
+        {.deed = HEADER, .file = WEIGHTS, .from = "[0,131072]",
+         .to = "[9223372036854644735,9223372036854775807]",
          .says = {WEIGHTS, "offset 0", "131072"}},
         {.deed = HEADER, .file = WEIGHTS, .from = NEXT, .to = "\"data_offsets\":[131068,262140]",
-         .says = {WEIGHTS, "model.embed_tokens.weight", "131072", "131068"}},          // overlap
+         .says = {WEIGHTS, "model.embed_tokens.weight", "131072", "131068"}}, // overlap
         {.deed = HEADER, .file = WEIGHTS, .from = NEXT, .to = "\"data_offsets\":[0,131072]",
-         .says = {WEIGHTS, "131072", "at 0"}},                                         // the same place
+         .says = {WEIGHTS, "131072", "at 0"}},              // the same place
         {.deed = HEADER, .file = WEIGHTS, .from = NEXT, .to = "\"data_offsets\":[131076,262148]",
-         .says = {WEIGHTS, "model.embed_tokens.weight", "131072", "131076"}},          // hole
-        {.deed = HEADER, .file = WEIGHTS, .from = HEAD ",", .to = "", .says = {WEIGHTS, "offset 0", "131072"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = "model.embed_tokens.weight", .to = "lm_head.weight",
+         .says = {WEIGHTS, "model.embed_tokens.weight", "131072", "131076"}}, // hole
+        {.deed = HEADER, .file = WEIGHTS, .from = HEAD ",", .to = "",
+         .says = {WEIGHTS, "offset 0", "131072"}},
+        {.deed = HEADER, .file = WEIGHTS, .from = "model.embed_tokens.weight",
+         .to = "lm_head.weight",
          .says = {WEIGHTS, "lm_head.weight", "twice"}},
         {.deed = HEADER, .file = WEIGHTS, .from = HEAD, .to = HEAD "," HEAD,
          .says = {WEIGHTS, "lm_head.weight"}}};
@@ -419,20 +441,21 @@ static void test_truncations(Test *t) {
     qlora_model *q = qlora_open(root.text, &opt, &err);
     if (!check(t, q != NULL, "%s", err.text)) return;
     check(t, !qlora_load_adapter(q, directory.text, &err), "%s", err.text);
-    check(t, truncate(weights.text, 40479) == 0 && qlora_load_adapter(q, directory.text, &err) == -1,
-          "the last byte is not missed");
+    check(t, truncate(weights.text, 40479) == 0 &&
+          qlora_load_adapter(q, directory.text, &err) == -1, "the last byte is not missed");
     for (size_t left = 3600; left-- > 0;) {
         err.text[0] = 0;
         if (truncate(weights.text, (off_t)left)) { check(t, false, "cannot truncate"); break; }
-        if (!check(t, qlora_load_adapter(q, directory.text, &err) == -1, "%zu bytes load", left)) break;
-        check_message(t, err.text, (const char *const[]){"adapter_model.safetensors"}, 1, "truncation");
+        if (!check(t, qlora_load_adapter(q, directory.text, &err) == -1, "%zu bytes", left)) break;
+        check_message(t, err.text, (const char *const[]){"adapter_model.safetensors"}, 1,
+                      "truncation");
     }
     char *text = load_bytes(config.text, &n);
-    while (n && (text[n - 1] == '\n' || text[n - 1] == '}')) n--;     // to where the last '}' is needed
+    while (n && (text[n - 1] == '\n' || text[n - 1] == '}')) n--;     // the last '}' is needed
     for (size_t left = n + 1; left-- > 0;) {
         err.text[0] = 0;
         if (truncate(config.text, (off_t)left)) { check(t, false, "cannot truncate"); break; }
-        if (!check(t, qlora_load_adapter(q, directory.text, &err) == -1, "%zu bytes load", left)) break;
+        if (!check(t, qlora_load_adapter(q, directory.text, &err) == -1, "%zu bytes", left)) break;
         check_message(t, err.text, (const char *const[]){"adapter_config.json:"}, 1, "truncation");
     }
     free(text);
@@ -446,12 +469,14 @@ static void test_bad_tensors(Test *t) {
     static const BadInput cases[] = {
         {.deed = HEADER, .file = WEIGHTS, .from = "model.norm.weight", .to = "model.norm.weights",
          .says = {WEIGHTS, "model.norm.weight expected, not found"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = "layers.1.self_attn.o_proj", .to = "layers.1.self_attn.x_proj",
+        {.deed = HEADER, .file = WEIGHTS, .from = "layers.1.self_attn.o_proj",
+         .to = "layers.1.self_attn.x_proj",
          .says = {WEIGHTS, "model.layers.1.self_attn.o_proj.weight", "not found"}},
         {.deed = HEADER, .file = WEIGHTS, .from = HEAD,
          .to = HEAD ",\"extra.weight\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}",
          .says = {WEIGHTS, "extra.weight", "not part"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = HEAD, .to = HEAD ",\"model.layers.0.self_attn.q_proj.bias\":"
+        {.deed = HEADER, .file = WEIGHTS, .from = HEAD,
+         .to = HEAD ",\"model.layers.0.self_attn.q_proj.bias\":"
          "{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}",
          .says = {WEIGHTS, "model.layers.0.self_attn.q_proj.bias"}},
         {.deed = HEADER, .file = WEIGHTS, .from = "[512,64]", .to = "[64,512]",
@@ -465,7 +490,8 @@ static void test_bad_tensors(Test *t) {
         {.deed = HEADER, .file = WEIGHTS, .from = "F32", .to = "I32",
          .says = {WEIGHTS, "lm_head.weight", "F32, F16 or BF16", "I32"}},
         {.deed = TEXT, .file = "config.json", .from = "\"intermediate_size\": 172",
-         .to = "\"intermediate_size\": 171", .says = {WEIGHTS, "_proj.weight", "[171, 64]", "[172, 64]"}},
+         .to = "\"intermediate_size\": 171",
+         .says = {WEIGHTS, "_proj.weight", "[171, 64]", "[172, 64]"}},
         {.deed = TEXT, .file = "config.json", .from = "\"num_hidden_layers\": 2",
          .to = "\"num_hidden_layers\": 3", .says = {WEIGHTS, "model.layers.2.", "not found"}},
         {.deed = TEXT, .file = "config.json", .from = "\"num_hidden_layers\": 2",
@@ -487,8 +513,10 @@ static void test_bad_tensors(Test *t) {
          .says = {"model-00003-of-00003.safetensors", "header"}},
         {.deed = CONTENT, .file = INDEX, .to = "[]", .says = {INDEX, "weight_map"}},
         {.deed = CONTENT, .file = INDEX, .to = "{}", .says = {INDEX, "weight_map"}},
-        {.deed = CONTENT, .file = INDEX, .to = "{\"weight_map\": {}}", .says = {INDEX, "weight_map"}},
-        {.deed = CONTENT, .file = INDEX, .to = "{\"weight_map\": [\"a\"]}", .says = {INDEX, "weight_map"}},
+        {.deed = CONTENT, .file = INDEX, .to = "{\"weight_map\": {}}",
+         .says = {INDEX, "weight_map"}},
+        {.deed = CONTENT, .file = INDEX, .to = "{\"weight_map\": [\"a\"]}",
+         .says = {INDEX, "weight_map"}},
         {.deed = CONTENT, .file = INDEX, .to = "{\"weight_map\"", .says = {INDEX ":1:14"}},
         {.deed = TEXT, .file = INDEX, .from = FIRST, .to = NAMED("\"../shards/a.safetensors\""),
          .says = {INDEX, "model.embed_tokens.weight", "plain file name"}},
@@ -506,9 +534,11 @@ static void test_bad_tensors(Test *t) {
          .says = {INDEX, "model.embed_tokens.weight", "plain file name"}},
         {.deed = TEXT, .file = INDEX, .from = FIRST, .to = NAMED("\"adapter\""),     // a directory
          .says = {"adapter", "regular file"}},
-        {.deed = TEXT, .file = INDEX, .from = FIRST, .to = NAMED("\"model-00004-of-00003.safetensors\""),
+        {.deed = TEXT, .file = INDEX, .from = FIRST,
+         .to = NAMED("\"model-00004-of-00003.safetensors\""),
          .says = {"model-00004-of-00003.safetensors"}},
-        {.deed = TEXT, .file = INDEX, .from = FIRST, .to = NAMED("\"model-00002-of-00003.safetensors\""),
+        {.deed = TEXT, .file = INDEX, .from = FIRST,
+         .to = NAMED("\"model-00002-of-00003.safetensors\""),
          .says = {"model-00002-of-00003.safetensors", "model.embed_tokens.weight", INDEX}},
         {.deed = TEXT, .file = INDEX, .from = FIRST,
          .to = FIRST ", \"model.more.weight\": \"model-00001-of-00003.safetensors\"",
@@ -523,7 +553,8 @@ static void test_bad_tensors(Test *t) {
 static void check_not_finite(Test *t, const char *directory, const char *file, qlora_model *q,
                              const char *adapter) {
     static const uint32_t bad32[] = {0x7FC00000, 0xFF800000, 0x7F800001};
-    static const uint16_t bad_bf16[] = {0x7FC0, 0xFF80, 0x7F81}, bad_f16[] = {0x7E00, 0xFC00, 0x7C01};
+    static const uint16_t bad_bf16[] = {0x7FC0, 0xFF80, 0x7F81};
+    static const uint16_t bad_f16[] = {0x7E00, 0xFC00, 0x7C01};
     Ledger ledger = {0};
     qlora_options opt = ledger_options(&ledger);
     qlora_error err = {{0}};
@@ -562,8 +593,8 @@ static void check_not_finite(Test *t, const char *directory, const char *file, q
         check_message(t, err.text, (const char *const[]){file, stem, "NaN"}, 3, tensor->name);
         done++;
     }
-    check(t, accepted == 0, "%s: NaN or infinity is accepted in %zu tensors; the first is %s", path.text,
-          accepted, first);
+    check(t, accepted == 0, "%s: NaN or infinity is accepted in %zu tensors; the first is %s",
+          path.text, accepted, first);
     check(t, done > 8, "%s: only %zu tensors were refused", path.text, done);
     check_ledger(t, &ledger, path.text);
     tensors_close(files);
@@ -601,9 +632,11 @@ static void test_bad_quantised(Test *t) {
          .says = {WEIGHTS, DOWN ".absmax", "none"}},
         {.deed = HEADER, .file = WEIGHTS, .from = DOWN ".quant_map", .to = DOWN ".quant_mop",
          .says = {WEIGHTS, DOWN ".quant_map", "none"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = DOWN ".nested_quant_map", .to = DOWN ".nested_quant_mop",
+        {.deed = HEADER, .file = WEIGHTS, .from = DOWN ".nested_quant_map",
+         .to = DOWN ".nested_quant_mop",
          .says = {WEIGHTS, DOWN ".nested_quant_map", "none"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = DOWN ".nested_absmax", .to = DOWN ".nested_absmix",
+        {.deed = HEADER, .file = WEIGHTS, .from = DOWN ".nested_absmax",
+         .to = DOWN ".nested_absmix",
          .says = {WEIGHTS, DOWN}},
         {.deed = HEADER, .file = WEIGHTS, .from = DOWN ".quant_state.bitsandbytes__nf4",
          .to = DOWN ".quant_state.bitsandbytes__nf3", .says = {WEIGHTS, DOWN}},
@@ -613,19 +646,24 @@ static void test_bad_quantised(Test *t) {
          .says = {WEIGHTS, DOWN, "none"}},
         {.deed = TEXT, .file = WEIGHTS, .from = "\"blocksize\": 64", .to = "\"blocksize\": 32",
          .says = {WEIGHTS, "quant_state", "blocks of 64", "32"}},
-        {.deed = TEXT, .file = WEIGHTS, .from = "\"quant_type\": \"nf4\"", .to = "\"quant_type\": \"nf5\"",
+        {.deed = TEXT, .file = WEIGHTS, .from = "\"quant_type\": \"nf4\"",
+         .to = "\"quant_type\": \"nf5\"",
          .says = {WEIGHTS, "quant_state", "nf5"}},
-        {.deed = TEXT, .file = WEIGHTS, .from = "\"shape\": [64, 172]", .to = "\"shape\": [64, 173]",
+        {.deed = TEXT, .file = WEIGHTS, .from = "\"shape\": [64, 172]",
+         .to = "\"shape\": [64, 173]",
          .says = {WEIGHTS, "quant_state", "[64, 172]", "[64, 173]"}},
-        {.deed = TEXT, .file = WEIGHTS, .from = "\"shape\": [64, 172]", .to = "\"shape\": [64, -12]",
+        {.deed = TEXT, .file = WEIGHTS, .from = "\"shape\": [64, 172]",
+         .to = "\"shape\": [64, -12]",
          .says = {WEIGHTS, "quant_state"}},
-        {.deed = TEXT, .file = WEIGHTS, .from = "\"nested_blocksize\": 256", .to = "\"nested_blocksize\": 255",
+        {.deed = TEXT, .file = WEIGHTS, .from = "\"nested_blocksize\": 256",
+         .to = "\"nested_blocksize\": 255",
          .says = {WEIGHTS, "quant_state", "nested_blocksize"}},
         {.deed = TEXT, .file = WEIGHTS, .from = "\"nested_offset\"", .to = "\"nested_offsat\"",
          .says = {WEIGHTS, "quant_state", "nested_offset"}},
         {.deed = TEXT, .file = WEIGHTS, .from = "{\"quant_type\"", .to = "[\"quant_type\"",
          .says = {DOWN, "quant_state"}},
-        {.deed = TEXT, .file = "config.json", .from = "\"load_in_4bit\": true", .to = "\"load_in_4bit\": false",
+        {.deed = TEXT, .file = "config.json", .from = "\"load_in_4bit\": true",
+         .to = "\"load_in_4bit\": false",
          .says = {"config.json", "quantization_config"}}};
     Path root = path_of(INPUT "-base", (int)getpid());
     qlora_options opt = {.quant = QLORA_QUANT_NF4, .double_quant = 1, .threads = 1};
@@ -644,11 +682,14 @@ static void test_bad_config(Test *t) {
 #define SIZE(to_) CONFIG, .from = "\"hidden_size\": 64", .to = "\"hidden_size\": " to_
 #define ROPE(to_) CONFIG, .from = "\"rope_scaling\": null", .to = "\"rope_scaling\": " to_
     static const BadInput cases[] = {
-        {CONFIG, .from = "\"llama\"", .to = "\"gemma2\"", .says = {"config.json", "model_type", "gemma2"}},
-        {CONFIG, .from = "\"model_type\"", .to = "\"model_tipe\"", .says = {"config.json", "model_type"}},
+        {CONFIG, .from = "\"llama\"", .to = "\"gemma2\"",
+         .says = {"config.json", "model_type", "gemma2"}},
+        {CONFIG, .from = "\"model_type\"", .to = "\"model_tipe\"",
+         .says = {"config.json", "model_type"}},
         {CONFIG, .from = "\"llama\"", .to = "[\"llama\"]", .says = {"config.json", "model_type"}},
         {CONFIG, .from = "LlamaForCausalLM", .to = "LlamaForSequenceClassification",
-         .says = {"config.json", "architectures", "LlamaForCausalLM", "LlamaForSequenceClassification"}},
+         .says = {"config.json", "architectures", "LlamaForCausalLM",
+                  "LlamaForSequenceClassification"}},
         {SIZE("0"), .says = {"config.json", "hidden_size", "found 0"}},
         {SIZE("-64"), .says = {"config.json", "hidden_size", "-64"}},
         {SIZE("64.0"), .says = {"config.json", "hidden_size", "64.0"}},
@@ -658,7 +699,8 @@ static void test_bad_config(Test *t) {
         {SIZE("null"), .says = {"config.json", "hidden_size", "null"}},
         {SIZE("[64]"), .says = {"config.json", "hidden_size", "an array"}},
         {SIZE("1000000"), .says = {"config.json", "hidden_size", "1000000"}},
-        {SIZE("18446744073709551680"), .says = {"config.json", "hidden_size", "18446744073709551680"}},
+        {SIZE("18446744073709551680"),
+         .says = {"config.json", "hidden_size", "18446744073709551680"}},
         {SIZE("99999999999999999999999999999"), .says = {"config.json", "hidden_size"}},
         {CONFIG, .from = "\"vocab_size\": 512", .to = "\"vocab_size\": 0",
          .says = {"config.json", "vocab_size"}},
@@ -677,10 +719,12 @@ static void test_bad_config(Test *t) {
         {CONFIG, .from = "\"num_key_value_heads\": 2", .to = "\"num_key_value_heads\": 8",
          .says = {"config.json", "num_key_value_heads", "divisor", "found 8"}},
         {.base = MODELS "qwen2", CONFIG, .from = "\"num_attention_heads\": 6",
-         .to = "\"num_attention_heads\": 10", .says = {"config.json", "num_attention_heads", "found 10"}},
+         .to = "\"num_attention_heads\": 10",
+         .says = {"config.json", "num_attention_heads", "found 10"}},
         {CONFIG, .from = "\"head_dim\": 16", .to = "\"head_dim\": 15",
          .says = {"config.json", "head_dim", "even", "15"}},
-        {CONFIG, .from = "\"head_dim\": 16", .to = "\"head_dim\": 1000000", .says = {"config.json", "head_dim"}},
+        {CONFIG, .from = "\"head_dim\": 16", .to = "\"head_dim\": 1000000",
+         .says = {"config.json", "head_dim"}},
         {CONFIG, .from = "\"max_position_embeddings\": 128", .to = "\"max_position_embeddings\": 0",
          .says = {"config.json", "max_position_embeddings"}},
         {CONFIG, .from = "\"rms_norm_eps\": 1e-05", .to = "\"rms_norm_eps\": -1e-05",
@@ -693,62 +737,78 @@ static void test_bad_config(Test *t) {
          .says = {"config.json", "rope_theta"}},
         {CONFIG, .from = "\"rope_theta\": 10000.0", .to = "\"rope_theta\": {}",
          .says = {"config.json", "rope_theta"}},
-        {ROPE("{\"rope_type\": \"yarn\", \"factor\": 4.0}"), .says = {"config.json", "rope_scaling", "yarn"}},
-        {ROPE("{\"type\": \"yarn\", \"factor\": 4.0}"), .says = {"config.json", "rope_scaling", "yarn"}},
+        {ROPE("{\"rope_type\": \"yarn\", \"factor\": 4.0}"),
+         .says = {"config.json", "rope_scaling", "yarn"}},
+        {ROPE("{\"type\": \"yarn\", \"factor\": 4.0}"),
+         .says = {"config.json", "rope_scaling", "yarn"}},
         {ROPE("{\"rope_type\": \"longrope\", \"long_factor\": [1.0]}"),
          .says = {"config.json", "rope_scaling", "longrope"}},
-        {ROPE("{\"type\": \"dynamic\", \"factor\": 2.0}"), .says = {"config.json", "rope_scaling", "dynamic"}},
+        {ROPE("{\"type\": \"dynamic\", \"factor\": 2.0}"),
+         .says = {"config.json", "rope_scaling", "dynamic"}},
         {ROPE("{\"type\": \"linear\"}"), .says = {"config.json", "rope_scaling", "factor"}},
         {ROPE("{\"type\": \"linear\", \"factor\": 0}"), .says = {"config.json", "factor"}},
         {ROPE("{\"rope_type\": \"llama3\", \"original_max_position_embeddings\": 32}"),
          .says = {"config.json", "rope_scaling", "factor"}},
         {ROPE("{\"rope_type\": \"llama3\", \"factor\": 8.0}"),
          .says = {"config.json", "rope_scaling", "original_max_position_embeddings"}},
-        {ROPE("{\"rope_type\": \"llama3\", \"factor\": 8.0, \"original_max_position_embeddings\": 32, "
-              "\"low_freq_factor\": 4.0, \"high_freq_factor\": 4.0}"),
+        {ROPE("{\"rope_type\": \"llama3\", \"factor\": 8.0, "
+              "\"original_max_position_embeddings\": 32, \"low_freq_factor\": 4.0, "
+              "\"high_freq_factor\": 4.0}"),
          .says = {"config.json", "rope_scaling", "high_freq_factor"}},
         {ROPE("{\"factor\": 4.0}"), .says = {"config.json", "rope_scaling"}},          // of no type
         {ROPE("{\"rope_type\": 3, \"factor\": 4.0}"), .says = {"config.json", "rope_scaling"}},
         {ROPE("\"yarn\""), .says = {"config.json", "rope_scaling"}},
         {ADD("\"rope_parameters\": {\"rope_type\": \"yarn\"}"), .says = {"config.json", "yarn"}},
-        {CONFIG, .from = "\"silu\"", .to = "\"gelu\"", .says = {"config.json", "hidden_act", "silu", "gelu"}},
+        {CONFIG, .from = "\"silu\"", .to = "\"gelu\"",
+         .says = {"config.json", "hidden_act", "silu", "gelu"}},
         {CONFIG, .from = "\"silu\"", .to = "7", .says = {"config.json", "hidden_act", "7"}},
-        {ADD("\"partial_rotary_factor\": 0.5"), .says = {"config.json", "partial_rotary_factor", "0.5"}},
-        {ADD("\"attn_logit_softcapping\": 50.0"), .says = {"config.json", "attn_logit_softcapping", "50.0"}},
-        {ADD("\"final_logit_softcapping\": 30"), .says = {"config.json", "final_logit_softcapping", "30"}},
+        {ADD("\"partial_rotary_factor\": 0.5"),
+         .says = {"config.json", "partial_rotary_factor", "0.5"}},
+        {ADD("\"attn_logit_softcapping\": 50.0"),
+         .says = {"config.json", "attn_logit_softcapping", "50.0"}},
+        {ADD("\"final_logit_softcapping\": 30"),
+         .says = {"config.json", "final_logit_softcapping", "30"}},
         {ADD("\"num_local_experts\": 8"), .says = {"config.json", "num_local_experts", "8"}},
         {ADD("\"use_qk_norm\": true"), .says = {"config.json", "use_qk_norm"}},
         {CONFIG, .from = "\"attention_dropout\": 0.0", .to = "\"attention_dropout\": 0.1",
          .says = {"config.json", "attention_dropout", "0.1"}},
         {ADD("\"quantization_config\": {\"quant_method\": \"gptq\", \"bits\": 4}"),
          .says = {"config.json", "quantization_config", "gptq"}},
-        {ADD("\"quantization_config\": {\"quant_method\": \"awq\"}"), .says = {"config.json", "awq"}},
-        {ADD("\"quantization_config\": {\"quant_method\": \"bitsandbytes\", \"load_in_8bit\": true}"),
+        {ADD("\"quantization_config\": {\"quant_method\": \"awq\"}"),
+         .says = {"config.json", "awq"}},
+        {ADD("\"quantization_config\": {\"quant_method\": \"bitsandbytes\", "
+             "\"load_in_8bit\": true}"),
          .says = {"config.json", "quantization_config"}},
         {ADD("\"quantization_config\": 4"), .says = {"config.json", "quantization_config"}},
         {CONFIG, .from = "\"tie_word_embeddings\": false", .to = "\"tie_word_embeddings\": 1",
          .says = {"config.json", "tie_word_embeddings"}},
         {CONFIG, .from = "\"attention_bias\": false", .to = "\"attention_bias\": \"yes\"",
          .says = {"config.json", "attention_bias"}},
-        {.base = MODELS "mistral", CONFIG, .from = "\"sliding_window\": 8", .to = "\"sliding_window\": -8",
+        {.base = MODELS "mistral", CONFIG, .from = "\"sliding_window\": 8",
+         .to = "\"sliding_window\": -8",
          .says = {"config.json", "sliding_window", "-8"}},
-        {.base = MODELS "mistral", CONFIG, .from = "\"sliding_window\": 8", .to = "\"sliding_window\": 0",
+        {.base = MODELS "mistral", CONFIG, .from = "\"sliding_window\": 8",
+         .to = "\"sliding_window\": 0",
          .says = {"config.json", "sliding_window", "found 0"}},
         {.base = MODELS "qwen2", CONFIG, .from = "\"full_attention\",", .to = "",
          .says = {"config.json", "layer_types"}},
         {.base = MODELS "qwen2", CONFIG, .from = "\"full_attention\"", .to = "\"linear_attention\"",
          .says = {"config.json", "layer_types"}},
-        {.base = MODELS "qwen2", CONFIG, .from = "\"max_window_layers\": 28", .to = "\"max_window_layers\": -1",
+        {.base = MODELS "qwen2", CONFIG, .from = "\"max_window_layers\": 28",
+         .to = "\"max_window_layers\": -1",
          .says = {"config.json", "max_window_layers"}},
-        {.deed = CONTENT, .file = "config.json", .to = "[]", .says = {"config.json", "object", "array"}},
+        {.deed = CONTENT, .file = "config.json", .to = "[]",
+         .says = {"config.json", "object", "array"}},
         {.deed = CONTENT, .file = "config.json", .to = "{}", .says = {"config.json", "model_type"}},
         {.deed = APPEND, .file = "config.json", .to = "{}", .says = {"config.json:", "end"}},
         {CONFIG, .from = "\"silu\"", .to = "\"si\xFFlu\"", .says = {"config.json:11:20", "UTF-8"}},
         {CONFIG, .from = "\"silu\"", .to = "\"si\nlu\"", .says = {"config.json:11:20", "control"}},
         {CONFIG, .from = "\"silu\"", .to = "'silu'", .says = {"config.json:11:17", "value"}},
         {CONFIG, .from = "\"silu\",", .to = "\"silu\",,", .says = {"config.json:11:", "key"}},
-        {CONFIG, .from = "\"hidden_size\": 64", .to = "\"hidden_size\": 064", .says = {"config.json:", "zero"}},
-        {CONFIG, .from = "\"hidden_size\": 64", .to = "\"hidden_size\": NaN", .says = {"config.json:"}},
+        {CONFIG, .from = "\"hidden_size\": 64", .to = "\"hidden_size\": 064",
+         .says = {"config.json:", "zero"}},
+        {CONFIG, .from = "\"hidden_size\": 64", .to = "\"hidden_size\": NaN",
+         .says = {"config.json:"}},
         {CONFIG, .from = "\"vocab_size\": 512", .to = "\"vocab_size\": 500",
          .says = {"tokenizer", "511", "vocab_size", "500"}}};
     RUN_TABLE(t, cases, LLAMA, OPEN_MODEL);
@@ -767,14 +827,16 @@ static void test_bad_config(Test *t) {
         check(t, replace_in_file(config.text, "{", nested), "the case is stale");
         qlora_model *q = qlora_open(root.text, NULL, &err);
         check(t, !q == (deep > 127), "%d levels: %s", deep + 1, err.text);
-        if (!q) check_message(t, err.text, (const char *const[]){"config.json:1:", "128"}, 2, "depth");
+        if (!q) check_message(t, err.text, (const char *const[]){"config.json:1:", "128"}, 2,
+                              "depth");
         qlora_close(q);
         remove_tree(root.text);
     }
 
     // Of duplicate keys the last counts, as for Python; unknown keys are fine.
     copy_tree(LLAMA, root.text);
-    check(t, replace_in_file(config.text, "\"hidden_size\": 64", "\"hidden_size\": 63, \"who\": [1e3, {}],"
+    check(t, replace_in_file(config.text, "\"hidden_size\": 64",
+                             "\"hidden_size\": 63, \"who\": [1e3, {}],"
                              " \"hidden_size\": 64"), "the case is stale");
     qlora_model *q = qlora_open(root.text, NULL, &err);
     check(t, q != NULL, "duplicate and unknown keys: %s", err.text);
@@ -789,12 +851,15 @@ static void test_bad_adapter(Test *t) {
 #define A_HEADER .deed = HEADER, .file = A_WEIGHTS
 #define A_FIRST "\"base_model.model.model.layers.0.mlp.down_proj.lora_A.weight\""
     static const BadInput cases[] = {
-        {.deed = REMOVE, .file = "adapter/adapter_config.json", .says = {"adapter_config.json", "not found"}},
+        {.deed = REMOVE, .file = "adapter/adapter_config.json",
+         .says = {"adapter_config.json", "not found"}},
         {.deed = REMOVE, .file = A_WEIGHTS, .says = {"adapter", "adapter_model.safetensors"}},
         {.deed = CONTENT, .file = "adapter/adapter_config.json", .to = "[]",
          .says = {"adapter_config.json", "peft_type"}},
-        {.deed = CONTENT, .file = "adapter/adapter_config.json", .to = "{", .says = {"adapter_config.json:1:2"}},
-        {TELLS, .from = "\"LORA\"", .to = "\"IA3\"", .says = {"adapter_config.json", "peft_type", "LORA", "IA3"}},
+        {.deed = CONTENT, .file = "adapter/adapter_config.json", .to = "{",
+         .says = {"adapter_config.json:1:2"}},
+        {TELLS, .from = "\"LORA\"", .to = "\"IA3\"",
+         .says = {"adapter_config.json", "peft_type", "LORA", "IA3"}},
         {TELLS, .from = "\"LORA\"", .to = "null", .says = {"adapter_config.json", "peft_type"}},
         {TELLS, .from = "\"use_dora\": false", .to = "\"use_dora\": true",
          .says = {"adapter_config.json", "use_dora"}},
@@ -808,7 +873,8 @@ static void test_bad_adapter(Test *t) {
          .says = {"adapter_config.json", "fan_in_fan_out"}},
         {TELLS, .from = "\"layer_replication\": null", .to = "\"layer_replication\": [[0, 2]]",
          .says = {"adapter_config.json", "layer_replication"}},
-        {TELLS, .from = "\"alpha_pattern\": {}", .to = "\"alpha_pattern\": {\"^model.*q_proj$\": 4}",
+        {TELLS, .from = "\"alpha_pattern\": {}",
+         .to = "\"alpha_pattern\": {\"^model.*q_proj$\": 4}",
          .says = {"adapter_config.json", "alpha_pattern", "^model.*q_proj$", "regular expression"}},
         {TELLS, .from = "\"alpha_pattern\": {}", .to = "\"alpha_pattern\": {\"q_proj\": \"4\"}",
          .says = {"adapter_config.json", "alpha_pattern", "number"}},
@@ -816,24 +882,28 @@ static void test_bad_adapter(Test *t) {
          .says = {"adapter_config.json", "lora_alpha", "number"}},
         {TELLS, .from = "\"lora_alpha\": 8", .to = "\"lora_alpha\": 1e999",
          .says = {"adapter_config.json", "lora_alpha"}},
-        {TELLS, .from = "\"lora_alpha\": 8", .to = "\"lora_alpha\": 1e300",           // infinite as float
-         .says = {"adapter_config.json", "lora_alpha"}},
-        {TELLS, .from = "\"r\": 4", .to = "\"r\": 8", .says = {"adapter", "8", "4"}},  // shapes say 4
+        {TELLS, .from = "\"lora_alpha\": 8", .to = "\"lora_alpha\": 1e300",
+         .says = {"adapter_config.json", "lora_alpha"}},          // infinite as a float
+        {TELLS, .from = "\"r\": 4", .to = "\"r\": 8",
+         .says = {"adapter", "8", "4"}},                           // the shapes say 4
         {TELLS, .from = "\"use_rslora\": false", .to = "\"use_rslora\": 1",
          .says = {"adapter_config.json", "use_rslora"}},
         {A_HEADER, .from = "[4,172]", .to = "[8,86]",
          .says = {"adapter_model.safetensors", "down_proj.lora_A", "[8, 172] expected", "[8, 86]"}},
         {A_HEADER, .from = "[64,4]", .to = "[128,2]",
          .says = {"adapter_model.safetensors", "down_proj.lora_B", "[64, 4] expected", "[128, 2]"}},
-        {A_HEADER, .from = "[4,172]", .to = "[688]", .says = {"adapter_model.safetensors", "lora_A", "rank"}},
+        {A_HEADER, .from = "[4,172]", .to = "[688]",
+         .says = {"adapter_model.safetensors", "lora_A", "rank"}},
         {A_HEADER, .from = "lora_B", .to = "lora_C",
          .says = {"adapter_model.safetensors", "layers.0.mlp.down_proj", "lora_A", "lora_B"}},
         {A_HEADER, .from = "lora_A", .to = "lora_C",
          .says = {"adapter_model.safetensors", "layers.0.mlp.down_proj", "lora_A", "lora_B"}},
-        {A_HEADER, .from = A_FIRST, .to = "\"base_model.model.model.layers.9.mlp.down_proj.lora_A.weight\":"
+        {A_HEADER, .from = A_FIRST,
+         .to = "\"base_model.model.model.layers.9.mlp.down_proj.lora_A.weight\":"
          "{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}," A_FIRST,
          .says = {"adapter_model.safetensors", "28 of 29"}},
-        {A_HEADER, .from = "F32", .to = "I32", .says = {"adapter_model.safetensors", "lora_A", "I32"}},
+        {A_HEADER, .from = "F32", .to = "I32",
+         .says = {"adapter_model.safetensors", "lora_A", "I32"}},
         {.deed = TRUNCATE, .file = A_WEIGHTS, .n = 40000, .says = {"adapter_model.safetensors"}},
         {.deed = LENGTH, .file = A_WEIGHTS, .n = (uint64_t)1 << 60,
          .says = {"adapter_model.safetensors", "1152921504606846976"}},
@@ -848,9 +918,11 @@ static void test_bad_adapter(Test *t) {
         {TELLS, .from = "\"../\"", .to = "null", .says = {"adapter_config.json", "base model"}},
         {TELLS, .from = "\"../\"", .to = "\"\"", .says = {"adapter_config.json", "base model"}},
         {TELLS, .from = "\"../\"", .to = "7", .says = {"adapter_config.json", "base model"}},
-        {.deed = REMOVE, .file = "config.json", .says = {"adapter_config.json", "base model", "../"}},
+        {.deed = REMOVE, .file = "config.json",
+         .says = {"adapter_config.json", "base model", "../"}},
         {.deed = REMOVE, .file = A_WEIGHTS, .says = {"adapter_model.safetensors"}},
-        {.deed = CONTENT, .file = "adapter/adapter_config.json", .to = "{}", .says = {"adapter_config.json"}},
+        {.deed = CONTENT, .file = "adapter/adapter_config.json", .to = "{}",
+         .says = {"adapter_config.json"}},
         {TELLS, .from = "\"use_dora\": false", .to = "\"use_dora\": true", .says = {"use_dora"}}};
     RUN_TABLE(t, bases, LLAMA, OPEN_ADAPTER);
 
@@ -869,15 +941,39 @@ static void test_bad_adapter(Test *t) {
     }
     qlora_close(q);
 
+    // Of several patterns that fit the first counts, as peft's get_pattern_key has it.
+    Path root = path_of(INPUT, (int)getpid()), adapter = path_of("%s/adapter", root.text);
+    mkdir("build", 0777);
+    copy_tree(LLAMA, root.text);
+    check(t, replace_in_file(path_of("%s/adapter_config.json", adapter.text).text,
+                             "\"alpha_pattern\": {}",
+          "\"alpha_pattern\": {\"layers.1.self_attn.q_proj\": 12, \"q_proj\": 24, "
+          "\"layers.0.self_attn.q_proj\": 48}"), "the case is stale");
+    q = open_test_model(t, root.text, QLORA_QUANT_NF4, 1, QLORA_COMPUTE_F32, 1);
+    qlora_error pattern_err = {{0}};
+    if (q && check(t, !qlora_load_adapter(q, adapter.text, &pattern_err), "%s", pattern_err.text)) {
+        const Layer *layers = q->transformer.layers;
+        check(t, layers[0].linear[LINEAR_Q].lora.scale == 6 &&
+              layers[1].linear[LINEAR_Q].lora.scale == 3 &&
+              layers[0].linear[LINEAR_K].lora.scale == 2, "alpha_pattern gives scales %g, %g, %g",
+              (double)layers[0].linear[LINEAR_Q].lora.scale,
+              (double)layers[1].linear[LINEAR_Q].lora.scale,
+              (double)layers[0].linear[LINEAR_K].lora.scale);
+    }
+    qlora_close(q);
+    remove_tree(root.text);
+
     // Targets: a name that nothing has must not be passed over in silence.
-    static const char *const targets[] = {"", ",", "nonsense", "q_proj,nonsense", "q_prj,v_proj", "proj",
-                                          "all-linear,nonsense", "layers.7.self_attn.q_proj"};
+    static const char *const targets[] = {"", ",", "nonsense", "q_proj,nonsense", "q_prj,v_proj",
+                                          "proj", "all-linear,nonsense",
+                                          "layers.7.self_attn.q_proj"};
     q = open_test_model(t, LLAMA, QLORA_QUANT_NF4, 1, QLORA_COMPUTE_F32, 1);
     for (size_t i = 0; q && i < 8; i++) {
         qlora_error err = {{0}};
         check(t, new_adapter(&q->transformer, targets[i], 4, 8, 0, 1, &heap, &err) == -1,
               "target_modules \"%s\" is accepted", targets[i]);
-        if (err.text[0]) check_message(t, err.text, (const char *const[]){"target_modules"}, 1, targets[i]);
+        if (err.text[0]) check_message(t, err.text, (const char *const[]){"target_modules"}, 1,
+                                       targets[i]);
         remove_adapter(&q->transformer, &heap);
     }
     qlora_close(q);
@@ -895,17 +991,18 @@ static void test_bad_calls(Test *t) {
     float *logits = grab(4 * V, sizeof *logits);
     static const struct { int32_t ids[3]; size_t n; const char *says[2]; } wrong[] = {
         {{1, 2, 512}, 3, {"token 2", "512"}}, {{-1, 2, 3}, 3, {"token 0", "-1"}},
-        {{1, INT32_MAX, 3}, 3, {"token 1", "2147483647"}}, {{1, 2, INT32_MIN}, 3, {"token 2", "-2147483648"}},
+        {{1, INT32_MAX, 3}, 3, {"token 1", "2147483647"}},
+        {{1, 2, INT32_MIN}, 3, {"token 2", "-2147483648"}},
         {{0, 0, 0}, 0, {"token", "at least one"}}};
     for (size_t i = 0; i < 5; i++) {
         int32_t *ids = NULL;
         size_t n = 1;
         err.text[0] = 0;
-        check(t, qlora_logits(q, wrong[i].ids, wrong[i].n, logits, &err) == -1, "ids %zu: logits", i);
+        check(t, qlora_logits(q, wrong[i].ids, wrong[i].n, logits, &err) == -1, "ids %zu", i);
         check_message(t, err.text, wrong[i].says, 2, "qlora_logits");
         err.text[0] = 0;
-        check(t, qlora_generate(q, wrong[i].ids, wrong[i].n, NULL, NULL, NULL, &ids, &n, &err) == -1,
-              "ids %zu: generate", i);
+        int bad = qlora_generate(q, wrong[i].ids, wrong[i].n, NULL, NULL, NULL, &ids, &n, &err);
+        check(t, bad == -1, "ids %zu: generate", i);
         check_message(t, err.text, wrong[i].says, 2, "qlora_generate");
         check(t, !ids && !n, "ids %zu: something is handed out", i);
     }
@@ -913,7 +1010,8 @@ static void test_bad_calls(Test *t) {
     int32_t full[128] = {0}, *ids = NULL;
     size_t n = 1;
     qlora_sampling none = {.top_p = 1, .repetition_penalty = 1};
-    check(t, qlora_generate(q, full, 128, NULL, NULL, NULL, &ids, &n, &err) == -1, "a full context");
+    check(t, qlora_generate(q, full, 128, NULL, NULL, NULL, &ids, &n, &err) == -1,
+          "a full context");
     check_message(t, err.text, (const char *const[]){"128", "context"}, 2, "a full context");
     check(t, !qlora_generate(q, full, 4, &none, NULL, NULL, &ids, &n, &err) && n == 0 && ids,
           "0 new tokens: %s", err.text);
@@ -938,7 +1036,8 @@ static void test_bad_calls(Test *t) {
     for (size_t i = 0; i < 3; i++) {
         Path place = path_of("%s/%s", root.text, places[i]);
         err.text[0] = 0;
-        check(t, qlora_save_adapter(q, place.text, &err) == -1, "an adapter is saved in %s", place.text);
+        check(t, qlora_save_adapter(q, place.text, &err) == -1, "an adapter is saved in %s",
+              place.text);
         check_message(t, err.text, (const char *const[]){place.text}, 1, "saving into a file");
     }
     qlora_close(q);
@@ -978,11 +1077,14 @@ static void test_bad_calls(Test *t) {
     err.text[0] = 0;
     check(t, qlora_quantize(LLAMA, out.text, &opt, &err) == -1, "quantised to nothing");
     check_message(t, err.text, (const char *const[]){"nf4", "none"}, 2, "quantised to nothing");
-    static const char *const configs[] = {"build/none", "build/none/config.json", "config.json", "", "/"};
+    static const char *const configs[] = {"build/none", "build/none/config.json", "config.json", "",
+                                          "/"};
     for (size_t i = 0; i < 5; i++) {
         err.text[0] = 0;
-        check(t, qlora_init(configs[i], out.text, 1, &opt, &err) == -1, "a model of \"%s\"", configs[i]);
-        check_message(t, err.text, (const char *const[]){"config.json", "not found"}, 2, configs[i]);
+        check(t, qlora_init(configs[i], out.text, 1, &opt, &err) == -1, "a model of \"%s\"",
+              configs[i]);
+        check_message(t, err.text, (const char *const[]){"config.json", "not found"}, 2,
+                      configs[i]);
     }
     check_ledger(t, &ledger, "writing");
     free(logits);
@@ -991,24 +1093,25 @@ static void test_bad_calls(Test *t) {
 
 // Text of a hostile file reaches the terminal escaped, however long it is.
 static void test_escaped_messages(Test *t) {
+#define EURO "\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC"
     static const BadInput cases[] = {
         {.deed = HEADER, .file = WEIGHTS, .from = "lm_head.weight", .to = "lm\\u001b[2J\\nhead",
          .says = {"lm_head.weight"}},
-        {.deed = HEADER, .file = WEIGHTS, .from = HEAD, .to = HEAD ",\"a\\u001b[31m\\r\\n\\u0007b\\u007f\":"
+        {.deed = HEADER, .file = WEIGHTS, .from = HEAD,
+         .to = HEAD ",\"a\\u001b[31m\\r\\n\\u0007b\\u007f\":"
          "{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}",
          .says = {"a\\x1B[31m\\x0D\\x0A\\x07b\\x7F"}},
         {.deed = HEADER, .file = WEIGHTS, .from = HEAD, .to = HEAD ",\"csi \\u009b2J\":"
          "{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}", .says = {"csi "}},
         {.deed = HEADER, .file = WEIGHTS, .from = "F32", .to = "F\\u001b]0;owned\\u0007",
          .says = {"dtype", "\\x1B]0;owned\\x07"}},
-        {CONFIG, .from = "\"llama\"", .to = "\"ll\\u0008\\u0000ama\"", .says = {"config.json", "ll\\x08"}},
+        {CONFIG, .from = "\"llama\"", .to = "\"ll\\u0008\\u0000ama\"",
+         .says = {"config.json", "ll\\x08"}},
         {CONFIG, .from = "\"silu\"", .to = "\"\\ngelu\"", .says = {"config.json", "\\x0Agelu"}},
-        {CONFIG, .from = "\"llama\"", .to = "\"x\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC"
-         "\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC"
-         "\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC"
-         "\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\xE2\x82\xAC\"",
+        {CONFIG, .from = "\"llama\"", .to = "\"x" EURO EURO EURO EURO "\"",
          .says = {"model_type", "x\xE2\x82\xAC"}},
-        {.base = MODELS "llama31", .deed = TEXT, .file = INDEX, .from = FIRST, .to = NAMED("\"\\u001b[2J\""),
+        {.base = MODELS "llama31", .deed = TEXT, .file = INDEX, .from = FIRST,
+         .to = NAMED("\"\\u001b[2J\""),
          .says = {"\\x1B[2J"}}};
     RUN_TABLE(t, cases, LLAMA, OPEN_MODEL);
     static const BadInput adapters[] = {
@@ -1023,8 +1126,10 @@ static void test_escaped_messages(Test *t) {
         memset(name, 0, 1100);
         memset(name, 'x', (size_t)shift);
         while (strlen(name) < 1000) strcat(name, "\xF0\x9F\x98\x80");
-        snprintf(to, 1400, HEAD ",\"%s\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}", name);
-        const BadInput c = {.deed = HEADER, .file = WEIGHTS, .from = HEAD, .to = to, .says = {WEIGHTS}};
+        snprintf(to, 1400, HEAD ",\"%s\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}",
+                 name);
+        const BadInput c = {.deed = HEADER, .file = WEIGHTS, .from = HEAD, .to = to,
+                            .says = {WEIGHTS}};
         run_case(t, &c, LLAMA, OPEN_MODEL, 100 + (size_t)shift);
     }
     free(name);
@@ -1035,8 +1140,8 @@ static void test_escaped_messages(Test *t) {
 
 #define HOSTILE "../shared/real/hostile"
 
-// JSONTestSuite: what must be accepted is, what must be refused is, the rest does not crash. The text
-// lies in a block of exactly its size, so that ASan sees a byte read behind it.
+// JSONTestSuite: what must be accepted is, what must be refused is, the rest does not crash. The
+// text lies in a block of exactly its size, so that ASan sees a byte read behind it.
 static void test_json_suite(Test *t) {
     static const char *const folders[] = {HOSTILE "/JSONTestSuite/test_parsing",
                                           HOSTILE "/JSONTestSuite/test_transform"};
@@ -1056,9 +1161,10 @@ static void test_json_suite(Test *t) {
             memcpy(exact, data, n);
             bool accepted = json_parse(exact, n, "text", 1, &region, &err) != NULL;
             if (!accepted) check_message(t, err.text, (const char *const[]){"text:"}, 1, e->d_name);
-            if (i == 0 && e->d_name[0] == 'y') { yes++; check(t, accepted, "%s: %s", e->d_name, err.text); }
-            else if (i == 0 && e->d_name[0] == 'n') { no++; check(t, !accepted, "%s is accepted", e->d_name); }
-            else either++;
+            char kind = i == 0 ? e->d_name[0] : 'i';
+            check(t, accepted || kind != 'y', "%s: %s", e->d_name, err.text);
+            check(t, !accepted || kind != 'n', "%s is accepted", e->d_name);
+            *(kind == 'y' ? &yes : kind == 'n' ? &no : &either) += 1;
             free(exact);
             free(data);
             region_free(&region);
@@ -1081,6 +1187,9 @@ static void test_safetensors_suite(Test *t) {
         *tab = 0;
         qlora_error err = {{0}};
         bool expected = strncmp(tab + 1, "accept", 6) == 0;
+        // The one pinned difference: the format's text says that the header must begin with '{';
+        // the library lets space through before it. No writer makes such files.
+        if (strcmp(at, "test_whitespace_leading_padded_header.safetensors") == 0) expected = false;
         TensorFiles *files = tensors_open(HOSTILE "/safetensors-spec", at, &heap, &err);
         check(t, (files != NULL) == expected, "%s: expected to %s: %s", at, tab + 1, err.text);
         if (!files) check_message(t, err.text, (const char *const[]){at}, 1, at);
@@ -1088,11 +1197,11 @@ static void test_safetensors_suite(Test *t) {
         tensors_close(files);
         at = end;
     }
-    check(t, accepted == 6 && refused == 12, "%zu to accept, %zu to refuse", accepted, refused);
+    check(t, accepted == 5 && refused == 13, "%zu to accept, %zu to refuse", accepted, refused);
     free(table);
 }
 
-// ------------------------------------------------------------------------------------ out of memory
+// ----------------------------------------------------------------------------------- out of memory
 
 typedef struct { Ledger ledger; float logits[4 * 512]; int32_t ids[4], *made; size_t n_made; }
     MemoryRun;
@@ -1103,13 +1212,14 @@ static int swallow(void *user, const char *text, size_t n) {
     return 0;
 }
 
-// Everything a conversation does. A call that is refused memory must say so; it is then made again, as
-// a program that has freed something would, and what comes of it must be what came without the
+// Everything a conversation does. A call that is refused memory must say so; it is then made again,
+// as a program that has freed something would, and what comes of it must be what came without the
 // failure. With fail_on all further allocations fail too, and all that is asked for is the message.
 static void memory_run(Test *t, MemoryRun *r, const MemoryRun *expected) {
     static const int32_t ids[] = {1, 7, 301, 44};
     qlora_options opt = ledger_options(&r->ledger);
-    qlora_sampling how = {.max_new_tokens = 4, .top_p = 1, .repetition_penalty = 1.3f, .ignore_eos = 1};
+    qlora_sampling how = {.max_new_tokens = 4, .top_p = 1, .repetition_penalty = 1.3f,
+                          .ignore_eos = 1};
     qlora_model *q = NULL;
     Path out = path_of(INPUT, (int)getpid());
     int32_t *tokens = NULL;
@@ -1125,7 +1235,8 @@ static void memory_run(Test *t, MemoryRun *r, const MemoryRun *expected) {
             if (call == 2) bad = qlora_logits(q, ids, 4, r->logits, &err);
             if (call == 3) bad = qlora_tokenize(q, "A b\xC3\xA9!", 6, 1, &tokens, &r->n_made, &err);
             if (call == 4) bad = qlora_detokenize(q, ids, 4, 0, &text, &n_text, &err);
-            if (call == 5) bad = qlora_generate(q, ids, 4, &how, swallow, &heard, &r->made, &r->n_made, &err);
+            if (call == 5) bad = qlora_generate(q, ids, 4, &how, swallow, &heard, &r->made,
+                                                &r->n_made, &err);
             if (call == 6) bad = qlora_save_adapter(q, out.text, &err);
             bool hit = failed && failed > calls && failed <= r->ledger.calls;
             if (call == 3) qlora_free(q, tokens);
@@ -1171,11 +1282,14 @@ static void test_out_of_memory(Test *t) {
     remove_tree(path_of(INPUT, (int)getpid()).text);
 }
 
-// ------------------------------------------------------------------------------------ changed bytes
+// ----------------------------------------------------------------------------------- changed bytes
 
 // Every byte of a file's first `n` changed to others, one at a time: loaded or refused with a line.
-static void change_bytes(Test *t, qlora_model *q, const char *directory, const char *file, size_t n) {
-    static const unsigned char others[] = {'"', '\\', '{', '}', ']', ',', '0', '-', 0, 0x1B, 0x80, 0xFF};
+// With a model an adapter is loaded, else a config.json is read up to where weights would be.
+static void change_bytes(Test *t, qlora_model *q, const qlora_options *opt, const char *directory,
+                         const char *file, size_t n) {
+    static const unsigned char others[] = {'"', '\\', '{', '}', ']', ',', '0', '-', 0, 0x1B, 0x80,
+                                           0xFF};
     Path path = path_of("%s/%s", directory, file);
     size_t size, refused = 0, changes = 0;
     char *data = load_bytes(path.text, &size);
@@ -1186,13 +1300,16 @@ static void change_bytes(Test *t, qlora_model *q, const char *directory, const c
             char other = k < sizeof others ? (char)others[k] : (char)(data[i] ^ 1);
             if (other == data[i]) continue;
             patch_bytes(path.text, i, &other, 1);
-            int bad = qlora_load_adapter(q, directory, &err);
+            qlora_model *handle = q ? NULL : open_handle(directory, opt, &err);
+            int bad = q ? qlora_load_adapter(q, directory, &err) : !handle;
+            qlora_close(handle);
             patch_bytes(path.text, i, data + i, 1);
             if (bad) check_line(t, err.text, file);
             refused += bad != 0;
             changes++;
         }
-    check(t, refused > changes / 4, "%s: only %zu of %zu changes are refused", file, refused, changes);
+    check(t, refused > changes / 4, "%s: only %zu of %zu changes are refused", file, refused,
+          changes);
     free(data);
 }
 
@@ -1205,8 +1322,9 @@ static void test_changed_bytes(Test *t) {
     copy_tree(LLAMA, root.text);
     qlora_model *q = qlora_open(root.text, &opt, &err);
     if (check(t, q != NULL, "%s", err.text)) {
-        change_bytes(t, q, adapter.text, "adapter_config.json", SIZE_MAX);
-        change_bytes(t, q, adapter.text, "adapter_model.safetensors", 400);
+        change_bytes(t, q, &opt, adapter.text, "adapter_config.json", SIZE_MAX);
+        change_bytes(t, q, &opt, adapter.text, "adapter_model.safetensors", 400);
+        change_bytes(t, NULL, &opt, root.text, "config.json", SIZE_MAX);
         check(t, !qlora_load_adapter(q, adapter.text, &err), "unchanged: %s", err.text);
     }
     qlora_close(q);
@@ -1214,18 +1332,18 @@ static void test_changed_bytes(Test *t) {
     remove_tree(root.text);
 }
 
-#define INPUT_TESTS                                                                                 \
-    {"bad_files", "missing, cut and foreign files are one clear line", test_bad_files},             \
-    {"bad_headers", "every rule of safetensors, one broken at a time", test_bad_headers},           \
-    {"truncations", "an adapter cut at every byte", test_truncations},                              \
-    {"bad_tensors", "missing, extra and misshapen tensors; shard indexes", test_bad_tensors},       \
-    {"not_finite", "NaN and infinity in any tensor are refused by name", test_not_finite},          \
-    {"bad_quantised", "4-bit files that bitsandbytes would not write", test_bad_quantised},         \
-    {"bad_config", "config.json: what is not implemented or cannot be", test_bad_config},           \
-    {"bad_adapter", "adapters that are not whole, not LoRA, not this model's", test_bad_adapter},   \
-    {"bad_calls", "wrong ids, options and places to write to", test_bad_calls},                     \
-    {"escaped_messages", "hostile names cannot steer a terminal", test_escaped_messages},           \
-    {"json_suite", "JSONTestSuite: 95 accepted, 188 refused", test_json_suite},                     \
-    {"safetensors_suite", "the reference library's own verdicts", test_safetensors_suite},          \
-    {"out_of_memory", "every allocation fails once: said, survived, not leaked", test_out_of_memory}, \
-    {"changed_bytes", "any changed byte of an adapter: loaded or one line", test_changed_bytes},
+#define INPUT_TESTS                                                                                \
+    {"bad_files", "missing, cut and foreign files are one clear line", test_bad_files},            \
+    {"bad_headers", "every rule of safetensors, one broken at a time", test_bad_headers},          \
+    {"truncations", "an adapter cut at every byte", test_truncations},                             \
+    {"bad_tensors", "missing, extra and misshapen tensors; shard indexes", test_bad_tensors},      \
+    {"not_finite", "NaN and infinity in any tensor are refused by name", test_not_finite},         \
+    {"bad_quantised", "4-bit files that bitsandbytes would not write", test_bad_quantised},        \
+    {"bad_config", "config.json: what is not implemented or cannot be", test_bad_config},          \
+    {"bad_adapter", "adapters that are not whole, not LoRA, not this model's", test_bad_adapter},  \
+    {"bad_calls", "wrong ids, options and places to write to", test_bad_calls},                    \
+    {"escaped_messages", "hostile names cannot steer a terminal", test_escaped_messages},          \
+    {"json_suite", "JSONTestSuite: 95 accepted, 188 refused", test_json_suite},                    \
+    {"safetensors_suite", "the reference library's own verdicts", test_safetensors_suite},         \
+    {"out_of_memory", "any allocation may fail: said, survived, not leaked", test_out_of_memory},  \
+    {"changed_bytes", "any changed byte: loaded or one line", test_changed_bytes},
