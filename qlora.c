@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <time.h>
@@ -9845,9 +9846,31 @@ static void print_duration(double seconds) {
     else printf("%lu:%02lu", s / 60, s % 60);
 }
 
-typedef struct { double start; size_t first; } ProgressView;   // of the first step that was reported
+// Most memory this process has had, in MB.
+static size_t peak_memory(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (size_t)usage.ru_maxrss >> 20;                     // bytes there, KiB elsewhere
+#else
+    return (size_t)usage.ru_maxrss >> 10;
+#endif
+}
+
+// On a terminal a bar that is drawn over itself; elsewhere a line for each step.
+typedef struct {
+    bool terminal, open;                    // open: the cursor stands in a bar
+    double start;
+    size_t first;                           // of the steps that were reported
+} ProgressView;
+
+static void close_bar(ProgressView *view) {
+    if (view->open) printf("\n");
+    view->open = false;
+}
 
 static void print_progress(void *user, const qlora_progress *p) {
+    enum { WIDTH = 24 };
     ProgressView *view = user;
     if (!view->first) {
         view->first = p->step;
@@ -9855,15 +9878,24 @@ static void print_progress(void *user, const qlora_progress *p) {
     }
     double elapsed = now_seconds() - view->start;
     double left = elapsed / (double)(p->step - view->first + 1) * (double)(p->steps - p->step);
-    printf("step %zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  ", p->step, p->steps,
-           p->epoch, p->loss, p->grad_norm, p->learning_rate, (double)p->tokens / p->seconds);
+    if (view->terminal) {
+        size_t full = WIDTH * p->step / p->steps;
+        printf("\r\033[K[");
+        for (size_t i = 0; i < WIDTH; i++) putchar(i < full ? '=' : i == full ? '>' : ' ');
+        printf("] ");
+    } else printf("step ");
+    printf("%zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  %zu MB  ", p->step,
+           p->steps, p->epoch, p->loss, p->grad_norm, p->learning_rate, (double)p->tokens / p->seconds,
+           peak_memory());
     print_duration(left);
-    printf(" left\n");
+    printf(" left");
+    view->open = view->terminal && p->step < p->steps;
+    if (!view->open) printf("\n");
     fflush(stdout);
 }
 
 static void print_message(void *user, const char *line) {
-    (void)user;
+    if (user) close_bar(user);
     print_safely(stdout, line, strlen(line));
     printf("\n");
     fflush(stdout);
@@ -10167,7 +10199,7 @@ static qlora_model *open_model(Arguments *a, qlora_error *err) {
 static int run_train(Arguments *a, qlora_error *err) {
     qlora_model *q = open_model(a, err);
     if (!q) return -1;
-    ProgressView view = {0};
+    ProgressView view = {.terminal = isatty(STDOUT_FILENO)};
     print_banner(q);
     if (a->output) a->train.output_dir = a->output;
     if (a->resume) {
@@ -10179,9 +10211,11 @@ static int run_train(Arguments *a, qlora_error *err) {
     a->train.message = print_message;
     a->train.user = &view;
     int bad = qlora_train(q, a->data, &a->train, err);
+    close_bar(&view);
     if (!bad)
-        printf("the adapter is in %s. Next:\n  ./qlora chat %s\n", a->train.output_dir,
-               a->train.output_dir);
+        printf("the adapter is in %s, its losses in %s/loss.svg. Next:\n  ./qlora chat %s\n"
+               "  ./qlora merge %s %s merged/\n", a->train.output_dir, a->train.output_dir,
+               a->train.output_dir, a->path, a->train.output_dir);
     qlora_close(q);
     return bad;
 }

@@ -85,6 +85,50 @@ same "quantised ahead = on the fly" "$W/a/adapter_model.safetensors" "$W/f/adapt
 check "init" 0 "" $Q init $M "$W/random" --seed 5 --quant nf4
 check "a random model computes" 0 "Hello" $Q generate "$W/random" --prompt "Hello" --max-new-tokens 2
 
+check "eval" 0 "perplexity" $Q eval "$W/a" "$W/data.jsonl"
+check "eval as JSON" 0 '"bits_per_byte": ' $Q eval $M "$W/data.jsonl" --adapter "$W/a" --json --batch 1
+check "merge" 0 "merged 25600 parameters" $Q merge $M "$W/a" "$W/merged" --max-shard-size 50K
+check "the merged model" 0 "Question" $Q generate "$W/merged" --prompt "Question" --max-new-tokens 4
+check "merge onto another model" 1 "there is a model in this directory" $Q merge $M "$W/a" "$W/q4"
+check "merge onto itself" 0 "merged" $Q merge "$W/merged" "$W/a" "$W/merged" --max-shard-size 1M
+check "and it is whole" 0 "qwen2: 2 layers" $Q info "$W/merged"
+check "an adapter for another model" 1 "another model" $Q generate test/fixtures/models/llama \
+    --adapter "$W/a" --prompt x
+
+# Datasets that cannot be trained on.
+: >"$W/empty.jsonl"
+check "empty dataset" 1 "empty.jsonl" $Q train $M "$W/empty.jsonl" --output "$W/none"
+head -n 3 "$W/data.jsonl" >"$W/bad.jsonl"
+echo '{"messages": [{"role": "user" "content": "x"}]}' >>"$W/bad.jsonl"
+check "malformed line" 1 "bad.jsonl:4:31: expected" $Q train $M "$W/bad.jsonl" --output "$W/none"
+check "--skip-bad-lines" 0 "1 malformed record" $Q train $M "$W/bad.jsonl" --output "$W/skipped" \
+    --skip-bad-lines --max-steps 1
+echo '{"question": "x", "answer": "y"}' >"$W/keys.jsonl"
+check "unknown columns" 1 "question" $Q train $M "$W/keys.jsonl" --output "$W/none"
+check "samples too long" 1 "max-length" $Q train $M "$W/data.jsonl" --output "$W/none" --max-length 8
+echo '{"messages": [{"role": "user", "content": "x"}]}' >"$W/unsupervised.jsonl"
+check "nothing to learn" 1 "supervised" $Q train $M "$W/unsupervised.jsonl" --output "$W/none"
+check "too little disk" 1 "MB are free" $Q train $M "$W/data.jsonl" --output "$W/none" \
+    --max-steps 1000000000 --save-steps 1
+check "a loss that explodes" 1 "is not a finite number and was not applied; samples of lines" \
+    $Q train $M "$W/data.jsonl" --output "$W/explodes" --lr 1000 --max-steps 400 --max-grad-norm 1e9 \
+    --lr-scheduler-type constant --compute f32
+
+# Ctrl-C saves the last completed step; --resume goes on from it.
+$Q train $M "$W/data.jsonl" --output "$W/long" --max-steps 1000000 --save-steps 100000 >"$W/out" 2>&1 &
+pid=$!
+i=0
+while [ $i -lt 100 ] && ! grep -q "step 3/" "$W/out"; do sleep 0.1; i=$((i + 1)); done
+kill -INT $pid
+wait $pid
+if [ $? = 130 ] && ls "$W/long" | grep -q checkpoint; then passed=$((passed + 1)); else
+    failed=$((failed + 1))
+    echo "  FAILED cli: interrupt"
+    tail -n 3 "$W/out"
+fi
+check "resume with other settings" 1 "other settings" $Q train $M "$W/data.jsonl" --resume "$W/long" \
+    --max-steps 5
+
 printf 'Hello there,\n  two  lines: \303\251\344\275\240\n' >"$W/text"
 $Q tokenize $M <"$W/text" | sed -n 's/^ *\([0-9][0-9]*\) .*/\1/p' | $Q tokenize $M --decode >"$W/back"
 same "tokenize and back" "$W/text" "$W/back"

@@ -610,6 +610,49 @@ static void test_quantized_directory(Test *t) {
     }
 }
 
+// Merged files compute what base + adapter do: exactly up to float32 rounding for a float32 base, up to
+// one rounding of each weight for 16-bit ones (2^-9 of a weight in bf16, 2^-12 in float16; through two
+// layers that is at most a few times as much of the logits). In shards and in one file alike.
+static void test_merge(Test *t) {
+    static const double limits[] = {1e-5, 2e-2, 1e-5, 3e-3};          // f32, bf16, f32, f16
+    for (size_t i = 0; i < N_TEST_MODELS; i++)
+        for (int sharded = 0; sharded < 2; sharded++) {
+            char directory[256], adapter[300], out[96];
+            qlora_error err = {{0}};
+            qlora_merge_report report = {0};
+            int32_t ids[] = {1, 5, 9, 2, 77, 30};
+            snprintf(directory, sizeof directory, MODELS "%s", model_names[i]);
+            snprintf(adapter, sizeof adapter, "%s/adapter", directory);
+            snprintf(out, sizeof out, "build/adapter-merged-%d-%zu-%d", (int)getpid(), i, sharded);
+            qlora_options opt = {.quant = QLORA_QUANT_NONE, .threads = 2, .compute = QLORA_COMPUTE_F32};
+            check(t, !qlora_merge(directory, adapter, out, sharded ? 60000 : SIZE_MAX, &opt, &report,
+                                  &err), "%s", err.text);
+            qlora_model *a = qlora_open(directory, &opt, &err), *b = qlora_open(out, &opt, &err);
+            if (!check(t, a && b, "%s", err.text)) return;
+            check(t, !qlora_load_adapter(a, adapter, &err), "%s", err.text);
+            size_t V = a->transformer.config.V;
+            float *x = grab(6 * V, sizeof *x), *y = grab(6 * V, sizeof *y);
+            check(t, !qlora_logits(a, ids, 6, x, &err) && !qlora_logits(b, ids, 6, y, &err), "%s",
+                  err.text);
+            double error = max_err(y, x, 6 * V);
+            check(t, error <= limits[i], "%s: merged logits differ by %.2e", model_names[i], error);
+            check(t, report.adapter_parameters == qlora_info(a).adapter_parameters &&
+                  report.relative_change > 0.01, "%s: the report says %zu parameters, change %.2e",
+                  model_names[i], report.adapter_parameters, report.relative_change);
+            free(x);
+            free(y);
+            qlora_close(a);
+            qlora_close(b);
+        }
+    // Every float16 survives narrowing, and halves between them go to the even one.
+    for (uint32_t h = 0; h < 0x7C00; h++) {
+        float value = f16_to_float((uint16_t)h), next = f16_to_float((uint16_t)(h + 1));
+        check(t, float_to_f16(value) == h && float_to_f16(-value) == (h | 0x8000), "f16 %04X", h);
+        if (h + 1 < 0x7C00)
+            check(t, float_to_f16((value + next) / 2) == h + h % 2, "between f16 %04X and the next", h);
+    }
+}
+
 // A really trained model that nobody here wrote: logits in float64, per-token losses, and the 200
 // greedy tokens whose text llama2.c prints, byte for byte.
 static int collect_text_piece(void *user, const char *utf8, size_t n) {
@@ -686,6 +729,7 @@ static void test_stories260K(Test *t) {
     {"adamw_steps", "10 AdamW steps equal PyTorch's: losses, norms, parameters", test_adamw_steps}, \
     {"bf16_bounds", "bf16 is as near to float32 as torch's bf16", test_bf16_bounds},                \
     {"greedy", "20 greedy tokens equal transformers'", test_greedy},                                \
+    {"merge", "merged files compute what base + adapter do", test_merge},                           \
     {"stories260K", "a real trained model: golden logits, losses, greedy text", test_stories260K},  \
     {"threads", "1, 2, 3, 4, 7 threads give the same bits", test_threads},                          \
     {"batch_shape", "packed = apart, recomputed = stored, bit for bit", test_batch_shape},          \

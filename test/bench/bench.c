@@ -9,8 +9,6 @@
 // programs may take cores and bandwidth at any time.
 #include "../../qlora.c"
 
-#include <sys/resource.h>
-
 static const char default_config[] =
     "{\"architectures\": [\"Qwen2ForCausalLM\"], \"model_type\": \"qwen2\", \"vocab_size\": 151936,\n"
     " \"hidden_size\": 896, \"intermediate_size\": 4864, \"num_hidden_layers\": 24,\n"
