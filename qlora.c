@@ -1,3 +1,39 @@
+// qlora.c: QLoRA fine-tuning of language models, in one file.
+//
+// Reads a Hugging Face model directory, quantises it to 4 bits while reading, learns a low-rank
+// adapter from a dataset, and writes what peft and transformers take as it is. Needs a C11
+// compiler, POSIX threads and libm; nothing else, no Python anywhere. It is not a framework: no
+// plug-ins, no downloads, no other file formats, and what it does not implement it refuses by name.
+//
+// Build the program:  make          Use it as a library:  cc yours.c qlora.c -lm -pthread (qlora.h)
+//
+//  Part I, the idea: read this and you know QLoRA
+//      1  Conventions: letters, contracts, errors, memory, threads, random numbers
+//      2  Numbers: bf16, NF4, double quantisation
+//      3  Kernels: each operation forward, then at once backward
+//      4  The transformer: one forward, one backward, for every architecture and device
+//      5  AdamW and the schedules
+//  Part II, the files
+//      6  JSON
+//      7  Files and safetensors
+//      8  Unicode and regular expressions
+//      9  The tokenizer
+//     10  From config.json and weight files to a model
+//     11  Chat templates and loss masks
+//     12  Datasets
+//     13  Adapters, model directories, the model handle, merging
+//  Part III, the program
+//     14  The trainer
+//     15  Generation
+//     16  What a person sees
+//     17  Command line and chat
+//  Part IV, the machine
+//     18  Fast kernels
+//     Generated tables
+//
+// To follow one token from its JSON line to the updated weight, read in this order: dataset_open
+// (12), template_apply (11), tokenizer_encode (9), make_batch and train_step (14),
+// loss_and_gradients (4), the kernels it calls (3), adamw (5).
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE
 #endif
@@ -24,7 +60,13 @@
 
 #define QLORA_INTERNAL
 #include "qlora.h"
+
+#if QLORA_VERSION_MAJOR != 0 || QLORA_VERSION_MINOR != 1
+#error "qlora.c and qlora.h are of different versions"
+#endif
+
 enum { MAX_THREADS = 256 };
+
 // =================================================================================================
 //  1. Conventions: letters, contracts, errors, memory, threads, random numbers
 //
@@ -39,9 +81,9 @@ enum { MAX_THREADS = 256 };
 //
 //  Names: a leading d means "gradient of the loss with respect to".
 //  Arguments: outputs, inputs, saved values, sizes, in this order.
-//  The gradient contract: gradients of activations are written (=), with one exception, the residual
-//  stream's dh, to which every block adds (+=). Gradients of parameters are added to (+=), sequence
-//  after sequence, each sequence's sum formed on its own first. The trainer zeroes them.
+//  The gradient contract: gradients of activations are written (=), with one exception, the
+//  residual stream's dh, to which every block adds (+=). Gradients of parameters are added to (+=),
+//  sequence after sequence, each sequence's sum formed on its own first. The trainer zeroes them.
 //
 //  Determinism: work is split over outputs, never over a sum. Whatever thread computes an element,
 //  it adds the same terms in the same order.
@@ -60,7 +102,8 @@ enum { MAX_THREADS = 256 };
 static size_t utf8_decode(const char *text, size_t n, uint32_t *code);     // chapter 6
 
 // Writes the message and returns -1. Names from hostile files are made harmless: control characters
-// (C0, DEL, C1) and bytes that are no UTF-8 are shown as \xHH, and the text ends between characters.
+// (C0, DEL, C1) and bytes that are no UTF-8 are shown as \xHH, and the text ends between
+// characters.
 __attribute__((format(printf, 2, 3)))
 static int fail(qlora_error *err, const char *format, ...) {
     if (!err) return -1;
@@ -274,7 +317,8 @@ static void *pool_worker(void *pointer) {
     return NULL;
 }
 
-// Calls function(arguments, task, thread) for every task in 0..n_tasks-1 and returns when all ended.
+// Calls function(arguments, task, thread) for every task in 0..n_tasks-1 and returns when all
+// ended.
 static void parallel_for(Pool *pool, size_t n_tasks, TaskFunction function, void *arguments) {
     if (pool->threads == 1 || n_tasks < 2) {
         for (size_t task = 0; task < n_tasks; task++) function(arguments, task, 0);
@@ -371,8 +415,8 @@ static float unit_float(uint32_t bits) { return (float)(bits >> 8) * 0x1p-24f; }
 //  A weight of a 7B model costs 28 GB in float32, 14 in bf16, 3.6 in NF4: that is why QLoRA fits.
 //  bf16 is a float32 with its lower 16 bits cut off. NF4 stores, for 64 weights at a time, their
 //  largest magnitude and for each weight the nearest of 16 fixed levels, which lie where normally
-//  distributed weights are equally likely to fall. The frozen weights are read through these formats
-//  and never updated; what is trained stays float32.
+//  distributed weights are equally likely to fall. The frozen weights are read through these
+//  formats and never updated; what is trained stays float32.
 // =================================================================================================
 
 static uint32_t float_bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
@@ -421,14 +465,14 @@ static real as_act(DType act, real x) {
     return act == DT_BF16 ? bf16_to_float(float_to_bf16((float)x)) : x;
 }
 
-// ------------------------------------------------------------------------------- NF4 and FP4 blocks
+// ------------------------------------------------------------------------------ NF4 and FP4 blocks
 
 enum { QUANT_BLOCK = 64, SCALE_BLOCK = 256 };
 
 // The levels (QLoRA, appendix E): quantiles of the normal distribution, scaled to [-1, 1], with an
-// exact zero. `thresholds` are their midpoints in float32, as bitsandbytes' CPU code forms them (a few
-// of its CUDA constants differ in the last bit): x above one means the next level, x equal to it the
-// lower.
+// exact zero. `thresholds` are their midpoints in float32, as bitsandbytes' CPU code forms them (a
+// few of its CUDA constants differ in the last bit): x above one means the next level, x equal to
+// it the lower.
 static const float nf4_levels[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
@@ -472,7 +516,7 @@ static float quantize_block(uint8_t *packed, const float *x, size_t n, DType typ
     bool full = n == QUANT_BLOCK;
     float divisor = fmaxf(absmax, smallest), reciprocal = 1.0f / divisor;
     uint8_t codes[QUANT_BLOCK + 1] = {0};
-    codes[n] = type == DT_NF4 ? 7 : 0;                        // an odd tail's partner is the value 0
+    codes[n] = type == DT_NF4 ? 7 : 0;                       // an odd tail's partner is the value 0
     for (size_t i = 0; i < n; i++) {
         float scaled = full ? x[i] * reciprocal : x[i] / divisor;
         scaled = fminf(fmaxf(scaled, -1.0f), 1.0f);
@@ -482,12 +526,12 @@ static float quantize_block(uint8_t *packed, const float *x, size_t n, DType typ
     return full ? absmax : divisor;
 }
 
-// ------------------------------------------------------------------------------ double quantisation
+// ----------------------------------------------------------------------------- double quantisation
 
-// The 256 levels scales are quantised to (Dettmers 2015, dynamic 8-bit type, signed): for each power
-// of ten from 1e-6 to 1 the means of neighbouring points of 2^i equal intervals of [0.1, 1], their
-// negatives, 0 and 1. PyTorch forms the points from the nearer end, with one rounding (a fused
-// multiply-add); double arithmetic rounded once is the same.
+// The 256 levels scales are quantised to (Dettmers 2015, dynamic 8-bit type, signed): for each
+// power of ten from 1e-6 to 1 the means of neighbouring points of 2^i equal intervals of [0.1, 1],
+// their negatives, 0 and 1. PyTorch forms the points from the nearer end, with one rounding (a
+// fused multiply-add); double arithmetic rounded once is the same.
 static void dynamic_map(float map[256]) {
     const float start = 0.1f, end = 1.0f;
     size_t n = 128;
@@ -518,9 +562,9 @@ static uint8_t nearest_level(const float map[256], float x) {
     return (uint8_t)(x > (map[low] + map[high]) / 2 ? high : low);
 }
 
-// Scales (n) to 8-bit codes (n), one float32 per 256 of them, and their common offset, the mean. The
-// mean is summed in double and rounded once; bitsandbytes sums in float32 in an order of its own, so
-// the offset's last bit may differ from its files.
+// Scales (n) to 8-bit codes (n), one float32 per 256 of them, and their common offset, the mean.
+// The mean is summed in double and rounded once; bitsandbytes sums in float32 in an order of its
+// own, so the offset's last bit may differ from its files.
 static float quantize_scales(uint8_t *codes, float *absmax2, const float *absmax, size_t n,
                              const float map[256]) {
     double sum = 0;
@@ -607,7 +651,7 @@ enum { ROWS_PER_TASK = 8 };
 static inline float exp_float(float x) {
     x = x > 88.0f ? 88.0f : x;                                // a NaN fails both and stays one
     x = x < -87.0f ? -87.0f : x;
-    const float shift = 12582912.0f;                          // 1.5 * 2^23: adding it rounds to integer
+    const float shift = 12582912.0f;                      // 1.5 * 2^23: adding it rounds to integer
     float shifted = x * 1.44269504f + shift, n = shifted - shift;
     float r = x - n * 0.693145752f - n * 1.42860677e-6f;      // ln 2 in two parts
     float p = 1.0f / 720;
@@ -976,8 +1020,8 @@ static void rope(Device *dev, void *x, size_t heads, size_t hd, const float *fre
 
 // ------------------------------------------------------------------------------------- attention
 //
-// Causal, grouped-query (Ainslie 2023), over sequences laid end to end: a query sees the keys of its
-// own sequence up to its own place, and with a window only the last `window` of them.
+// Causal, grouped-query (Ainslie 2023), over sequences laid end to end: a query sees the keys of
+// its own sequence up to its own place, and with a window only the last `window` of them.
 //     1   s_j = scale q . k_j            2   p = softmax(s), lse = log sum exp s
 //     3   out = sum_j p_j v_j
 
@@ -1006,7 +1050,8 @@ static real dot_rows(const real *a, const real *b, size_t n) {
 // A task is one head of one sequence.
 static void attention_forward_task(void *arguments, size_t task, int thread) {
     AttentionTask *a = arguments;
-    size_t H = a->shape.H, G = a->shape.G, hd = a->shape.hd, head = task % H, group = head / (H / G);
+    size_t H = a->shape.H, G = a->shape.G, hd = a->shape.hd, head = task % H,
+           group = head / (H / G);
     const Span *span = &a->batch->spans[task / H];
     DType act = a->dev->act;
     real *q = thread_rows(a->dev, thread), *out = q + hd, *row = out + hd, *p = row + hd;
@@ -1043,8 +1088,8 @@ static void attention_forward_plain(Device *dev, void *out, real *lse, const voi
 //     3   dv_j += p_j dout              dp_j = dout . v_j
 //     2   ds_j = p_j (dp_j - sum_i p_i dp_i),    and that sum is dout . out
 //     1   dq = scale sum_j ds_j k_j     dk_j += scale ds_j q
-// A task is one key/value head of one sequence with all the query heads that share it, so that dk and
-// dv are summed by one thread, head after head.
+// A task is one key/value head of one sequence with all the query heads that share it, so that dk
+// and dv are summed by one thread, head after head.
 static void attention_backward_task(void *arguments, size_t task, int thread) {
     AttentionTask *a = arguments;
     size_t H = a->shape.H, G = a->shape.G, hd = a->shape.hd, group = task % G;
@@ -1143,14 +1188,15 @@ static void swiglu_backward(Device *dev, void *dgate, void *dup, const void *dy,
 
 // ----------------------------------------------------------------------------- gather and scatter
 
-static void gather(Device *dev, void *out, const void *x, const int32_t *index, size_t n, size_t D) {
+static void gather(Device *dev, void *out, const void *x, const int32_t *index, size_t n,
+                   size_t D) {
     size_t bytes = D * act_size(dev->act);
     for (size_t i = 0; i < n; i++)
         memcpy((char *)out + i * bytes, (const char *)x + (size_t)index[i] * bytes, bytes);
 }
 
-static void scatter(Device *dev, real *dh, const real *dout, const int32_t *index, size_t n, size_t T,
-                    size_t D) {
+static void scatter(Device *dev, real *dh, const real *dout, const int32_t *index, size_t n,
+                    size_t T, size_t D) {
     (void)dev;
     memset(dh, 0, T * D * sizeof *dh);
     for (size_t i = 0; i < n; i++)
@@ -1160,7 +1206,8 @@ static void scatter(Device *dev, real *dh, const real *dout, const int32_t *inde
 // ---------------------------------------------------------------------- output head, cross-entropy
 //
 // The head is a linear whose logits stay unrounded and are only ever held for a slice of the
-// vocabulary. Over slices the softmax is kept as a running maximum and a running sum of exp(z - max).
+// vocabulary. Over slices the softmax is kept as a running maximum and a running sum of exp(z -
+// max).
 //     nll = log sum exp z - z_target         dz = softmax(z) - onehot(target)
 
 static void head_logits_plain(Device *dev, real *logits, const Product *slice, const void *x,
@@ -1217,8 +1264,9 @@ static void cross_entropy_backward_task(void *arguments, size_t s, int thread) {
 static void cross_entropy_backward(Device *dev, void *dlogits, const real *logits, const real *max,
                                    const real *sum, const int32_t *target, real scale, size_t first,
                                    size_t C, size_t S) {
-    CrossEntropyTask a = {dev, dlogits, logits, (real *)(uintptr_t)max, (real *)(uintptr_t)sum, NULL,
-                          target, scale, first, C};
+    CrossEntropyTask a = {
+        dev,   dlogits, logits, (real *)(uintptr_t)max, (real *)(uintptr_t)sum, NULL, target,
+        scale, first,   C};
     parallel_for(dev->pool, S, cross_entropy_backward_task, &a);
 }
 
@@ -1226,7 +1274,7 @@ static void round_rows(Device *dev, void *y, const real *x, size_t n) {
     store_row(dev->act, y, 0, x, n);
 }
 
-// ------------------------------------------------------------------------------- the plain op table
+// ------------------------------------------------------------------------------ the plain op table
 
 static double sum_of_squares(Device *dev, const real *x, size_t n);      // chapter 5
 static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr,
@@ -1371,8 +1419,8 @@ static void carve_layer(LayerActs *a, const Transformer *m, size_t l, size_t T, 
 
 // Lays out a workspace in the arena. `layers` (L) is memory of the caller; training adds what
 // backward needs. Layers that recompute share one set of buffers and keep only their input.
-static void workspace_carve(Workspace *w, const Transformer *m, LayerActs *layers, size_t T, size_t S,
-                            size_t kept, bool training, Arena *arena) {
+static void workspace_carve(Workspace *w, const Transformer *m, LayerActs *layers, size_t T,
+                            size_t S, size_t kept, bool training, Arena *arena) {
     const Config *c = &m->config;
     size_t size = act_size(m->dev->act), D = c->D, F = c->F, query = c->H * c->hd;
     LayerActs shared = {0};
@@ -1510,7 +1558,7 @@ static void layer_backward(const Transformer *m, size_t l, Workspace *w, const B
     LayerActs *a = &w->layers[l];
     Product p[3];
     size_t n, T = b->T;
-    int last = l == m->lowest_layer ? m->lowest_group : -1;   // the group after which nothing learns
+    int last = l == m->lowest_layer ? m->lowest_group : -1;  // the group after which nothing learns
     if (l < c->L - w->kept) layer_forward(m, l, w, a->h, NULL, b);
     // feed-forward block; the norm's and swiglu's outputs are cheaper to compute again than to keep
     op->swiglu_forward(dev, w->y, a->gate, a->up, T, c->F);
@@ -1522,7 +1570,8 @@ static void layer_backward(const Transformer *m, size_t l, Workspace *w, const B
     n = group_products(p, m, l, GROUP_GATE_UP, a, w->dgate, w->dup, NULL);
     op->linears_backward(dev, last == GROUP_GATE_UP ? NULL : w->dx, p, n, w->x, b);
     if (last == GROUP_GATE_UP) return;
-    op->residual_norm_backward(dev, w->dh, w->dadd, w->dx, a->mid, layer->mlp_norm, T, c->D, c->eps);
+    op->residual_norm_backward(dev, w->dh, w->dadd, w->dx, a->mid, layer->mlp_norm, T, c->D,
+                               c->eps);
     // attention block
     n = group_products(p, m, l, GROUP_O, a, w->dadd, NULL, NULL);
     op->linears_backward(dev, last == GROUP_O ? NULL : w->dattended, p, n, a->attended, b);
@@ -1554,9 +1603,9 @@ static Linear head_slice(const Linear *head, size_t first, size_t C) {
 }
 
 // Cross-entropy of the rows w->xs (S, D) with their targets: nll (S) and, with `gradient`, scale
-// times its gradient in w->dxs_sum. The vocabulary is walked twice in chunks, first for the softmax's
-// denominator, then for the gradient; the second walk computes a chunk's logits again unless there is
-// only one.
+// times its gradient in w->dxs_sum. The vocabulary is walked twice in chunks, first for the
+// softmax's denominator, then for the gradient; the second walk computes a chunk's logits again
+// unless there is only one.
 static void head_loss(const Transformer *m, Workspace *w, real *nll, uint8_t *hit,
                       const int32_t *target, real scale, bool gradient, const Batch *rows) {
     const Ops *op = m->dev->ops;
@@ -1688,7 +1737,8 @@ static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t 
 typedef enum { SCHEDULE_CONSTANT, SCHEDULE_CONSTANT_WITH_WARMUP, SCHEDULE_LINEAR, SCHEDULE_COSINE }
     Schedule;
 
-static const char *const schedule_names[] = {"constant", "constant_with_warmup", "linear", "cosine"};
+static const char *const schedule_names[] = {"constant", "constant_with_warmup", "linear",
+                                             "cosine"};
 
 // The share of the learning rate that step t (from 0) of T uses, with W steps of warmup. Warmup
 // counts from 1: step 0 at rate 0, as transformers has it, would teach nothing. `constant` warms up
@@ -1703,9 +1753,9 @@ static double schedule_factor(Schedule schedule, size_t t, size_t T, size_t W) {
 // =================================================================================================
 //  6. JSON
 //
-//  A strict reader (RFC 8259) that turns a text into a tree inside a region. Numbers keep their text,
-//  so that 64-bit offsets are exact; objects keep their order and refuse duplicate keys only where
-//  the caller asks (safetensors does). Errors name line and column.
+//  A strict reader (RFC 8259) that turns a text into a tree inside a region. Numbers keep their
+//  text, so that 64-bit offsets are exact; objects keep their order and refuse duplicate keys only
+//  where the caller asks (safetensors does). Errors name line and column.
 // =================================================================================================
 
 typedef enum { JSON_NULL, JSON_FALSE, JSON_TRUE, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT }
@@ -1869,7 +1919,8 @@ static int json_number(JsonParser *p, Json *value) {
     if (*p->at == '-') p->at++;
     const char *digits = p->at;
     if (!json_digits(p)) return json_fail(p, start, "expected a value");
-    if (*digits == '0' && p->at - digits > 1) return json_fail(p, start, "number with leading zero");
+    if (*digits == '0' && p->at - digits > 1)
+        return json_fail(p, start, "number with leading zero");
     if (p->at < p->end && *p->at == '.') {
         p->at++;
         if (!json_digits(p)) return json_fail(p, p->at, "expected a digit after the point");
@@ -2040,9 +2091,9 @@ static int json_write(Buffer *b, const Json *value, int indent, qlora_error *err
 //  7. Files and safetensors
 //
 //  The one reader and the one writer of this program. Files from outside are read with pread, never
-//  mapped, so that a file that shrinks meanwhile is an error and not a crash; every length is checked
-//  against the bytes that are there before anything is allocated. A file of ours appears under its
-//  name only when it is complete and on the disk.
+//  mapped, so that a file that shrinks meanwhile is an error and not a crash; every length is
+//  checked against the bytes that are there before anything is allocated. A file of ours appears
+//  under its name only when it is complete and on the disk.
 // =================================================================================================
 
 typedef struct { int fd; size_t size; const char *path; } File;     // path: the caller's
@@ -2087,9 +2138,11 @@ static bool file_exists(const char *path) { return access(path, F_OK) == 0; }
 static int read_whole_file(const char *path, size_t most, Buffer *out, qlora_error *err) {
     File file = {0};
     if (file_open(&file, path, err)) return -1;
-    int bad = file.size > most ? fail(err, "%s: %zu bytes, expected at most %zu", path, file.size, most)
-            : buffer_reserve(out, file.size + 1, err) ? -1
-            : file_read(&file, out->data, file.size, 0, err);
+    int bad = file.size > most
+                  ? fail(err, "%s: %zu bytes, expected at most %zu", path, file.size, most)
+              : buffer_reserve(out, file.size + 1, err)
+                  ? -1
+                  : file_read(&file, out->data, file.size, 0, err);
     if (!bad) {
         out->size = file.size;
         out->data[file.size] = 0;                             // handy for text, not counted
@@ -2123,7 +2176,7 @@ static const Json *read_json(const char *directory, const char *name, size_t mos
     return json;
 }
 
-// ----------------------------------------------------------------------------------- the one writer
+// ---------------------------------------------------------------------------------- the one writer
 
 typedef struct {
     int fd;
@@ -2324,8 +2377,8 @@ static int read_shard(TensorFiles *t, size_t index, qlora_error *err) {
                             json_kind_name(entry->kind));
             for (const Json *m = entry->first; m; m = m->next)
                 if (m->kind != JSON_STRING)
-                    return fail(err, "%s: __metadata__: %s: expected a string, found %s", file->path,
-                                m->key, json_kind_name(m->kind));
+                    return fail(err, "%s: __metadata__: %s: expected a string, found %s",
+                                file->path, m->key, json_kind_name(m->kind));
             continue;
         }
         if (parse_tensor(&tensor, entry, file->path, err)) return -1;
@@ -2461,10 +2514,10 @@ static void describe_tensor(TensorInfo *t, const char *name, int type, size_t ra
     t->bytes = t->elements * safetensors_types[type].size;
 }
 
-// Writes a safetensors file as the reference library does: header sorted by type and name, padded to
-// eight bytes, {"format": "pt"}. Sorts `tensors`.
-static int write_tensors(const char *path, TensorInfo *tensors, size_t n, TensorFill fill, void *user,
-                         const qlora_allocator *allocator, qlora_error *err) {
+// Writes a safetensors file as the reference library does: header sorted by type and name, padded
+// to eight bytes, {"format": "pt"}. Sorts `tensors`.
+static int write_tensors(const char *path, TensorInfo *tensors, size_t n, TensorFill fill,
+                         void *user, const qlora_allocator *allocator, qlora_error *err) {
     Buffer header = {.allocator = allocator};
     size_t at = 0;
     qsort(tensors, n, sizeof *tensors, by_writing_order);
@@ -2477,7 +2530,8 @@ static int write_tensors(const char *path, TensorInfo *tensors, size_t n, Tensor
                             safetensors_types[t->type].name);
         for (size_t d = 0; d < t->rank && !bad; d++)
             bad = buffer_printf(&header, err, "%s%zu", d ? "," : "", t->shape[d]);
-        if (!bad) bad = buffer_printf(&header, err, "],\"data_offsets\":[%zu,%zu]}", at, at + t->bytes);
+        if (!bad)
+            bad = buffer_printf(&header, err, "],\"data_offsets\":[%zu,%zu]}", at, at + t->bytes);
         at += t->bytes;
     }
     if (!bad) bad = buffer_append(&header, "}", 1, err);
@@ -5972,9 +6026,9 @@ static Tokenizer *tokenizer_open(const char *directory, const qlora_allocator *a
 //  10. From config.json and weight files to a model
 //
 //  A configuration is read strictly: a field that changes the mathematics and is not implemented
-//  stops the run by name, for a model computed a little wrongly is worse than none. The tensors of a
-//  model are a list of slots made from one table; loading, `init`, `quantize` and the memory plan all
-//  walk this list, so name, shape and place of a tensor have one source.
+//  stops the run by name, for a model computed a little wrongly is worse than none. The tensors of
+//  a model are a list of slots made from one table; loading, `init`, `quantize` and the memory plan
+//  all walk this list, so name, shape and place of a tensor have one source.
 // =================================================================================================
 
 struct Architecture {
@@ -6056,14 +6110,17 @@ static int refuse_unknown_mathematics(const ConfigReader *r) {
     if (factor != 1) return config_fail(r, "partial_rotary_factor", "1 (other shares are not "
                                                                     "implemented for this model)");
     const char *act = json_get_text(r->json, "hidden_act");
-    if (config_get(r->json, "hidden_act") && (!act || (strcmp(act, "silu") && strcmp(act, "swish"))))
+    if (config_get(r->json, "hidden_act") &&
+        (!act || (strcmp(act, "silu") && strcmp(act, "swish"))))
         return config_fail(r, "hidden_act", "\"silu\"");
     const Json *quantization = config_get(r->json, "quantization_config");
     const char *method = json_get_text(quantization, "quant_method");
     if (quantization && ((method && strcmp(method, "bitsandbytes")) ||
                          !json_get_bool(quantization, "load_in_4bit", false)))
-        return fail(r->err, "%s/config.json: quantization_config: expected bitsandbytes 4-bit, found "
-                    "%s; start from the unquantised model", r->directory, method ? method : "other");
+        return fail(r->err,
+                    "%s/config.json: quantization_config: expected bitsandbytes 4-bit, found "
+                    "%s; start from the unquantised model",
+                    r->directory, method ? method : "other");
     return 0;
 }
 
@@ -6075,7 +6132,8 @@ static int read_rope(const ConfigReader *r, size_t hd, float *frequency) {
     double theta = 10000, factor = 1, low = 1, high = 4, original = 0;
     if (!type) type = json_get_text(scaling, "type");
     if (scaling && (scaling->kind != JSON_OBJECT || (!type && scaling->count)))
-        return config_fail(r, rope ? "rope_parameters" : "rope_scaling", "an object with a rope_type");
+        return config_fail(r, rope ? "rope_parameters" : "rope_scaling",
+                           "an object with a rope_type");
     if (!type) type = "default";
     if (config_number(r, r->json, "rope_theta", 1, 1e12, &theta) ||
         config_number(r, rope, "rope_theta", 1, 1e12, &theta) ||
@@ -6086,8 +6144,10 @@ static int read_rope(const ConfigReader *r, size_t hd, float *frequency) {
         return -1;
     bool llama3 = strcmp(type, "llama3") == 0, linear = strcmp(type, "linear") == 0;
     if (!llama3 && !linear && strcmp(type, "default"))
-        return fail(r->err, "%s/config.json: rope_scaling: \"%s\" is not implemented (default, linear "
-                    "and llama3 are)", r->directory, type);
+        return fail(r->err,
+                    "%s/config.json: rope_scaling: \"%s\" is not implemented (default, linear "
+                    "and llama3 are)",
+                    r->directory, type);
     if ((llama3 || linear) && !config_get(scaling, "factor"))
         return fail(r->err, "%s/config.json: rope_scaling: expected a \"factor\"", r->directory);
     if (llama3 && (original == 0 || !(high > low)))
@@ -6108,8 +6168,8 @@ static int read_rope(const ConfigReader *r, size_t hd, float *frequency) {
     return 0;
 }
 
-// Which layers have a sliding window: all (Mistral), those that layer_types names, or for Qwen2 with
-// use_sliding_window the ones from max_window_layers on.
+// Which layers have a sliding window: all (Mistral), those that layer_types names, or for Qwen2
+// with use_sliding_window the ones from max_window_layers on.
 static int read_windows(const ConfigReader *r, const Architecture *arch, size_t L, Layer *layers) {
     size_t window = 0, from = L;
     const Json *types = config_get(r->json, "layer_types");
@@ -6127,7 +6187,8 @@ static int read_windows(const ConfigReader *r, const Architecture *arch, size_t 
         bool slides = arch->window || (used && l >= from);
         if (type) {
             slides = json_is(type, JSON_STRING) && strcmp(type->text, "sliding_attention") == 0;
-            if (!slides && !(json_is(type, JSON_STRING) && strcmp(type->text, "full_attention") == 0))
+            if (!slides &&
+                !(json_is(type, JSON_STRING) && strcmp(type->text, "full_attention") == 0))
                 return config_fail(r, "layer_types", "full_attention or sliding_attention");
             type = type->next;
         }
@@ -6143,8 +6204,8 @@ static int read_architecture(const ConfigReader *r, const Architecture **out) {
         if (strcmp(architectures[i].type, type)) continue;
         if (json_is(classes, JSON_ARRAY) && json_is(classes->first, JSON_STRING) &&
             strcmp(classes->first->text, architectures[i].class_name))
-            return fail(r->err, "%s/config.json: architectures: expected %s, found %s", r->directory,
-                        architectures[i].class_name, classes->first->text);
+            return fail(r->err, "%s/config.json: architectures: expected %s, found %s",
+                        r->directory, architectures[i].class_name, classes->first->text);
         *out = &architectures[i];
         return 0;
     }
@@ -6224,7 +6285,8 @@ static int list_slots(SlotList *list, Transformer *m, const bool has_bias[N_LINE
     size_t query = c->H * c->hd, key = c->G * c->hd;
     const size_t rows[N_LINEARS] = {query, key, key, c->D, c->F, c->F, c->D};
     const size_t columns[N_LINEARS] = {c->D, c->D, c->D, query, c->D, c->D, c->F};
-    list->slots = region_alloc(list->region, c->L * (2 * N_LINEARS + 2) + 3, sizeof(Slot), list->err);
+    list->slots = region_alloc(list->region, c->L * (2 * N_LINEARS + 2) + 3, sizeof(Slot),
+                               list->err);
     if (!list->slots || add_slot(list, SLOT_MATRIX, c->V, c->D, &m->embedding, NULL,
                                  "model.embed_tokens.weight")) return -1;
     for (size_t l = 0; l < c->L; l++) {
@@ -6325,8 +6387,8 @@ static void finish_weight(Weight *w, const float *absmax) {
            sizeof nf4_levels);
     if (w->absmax8) {
         dynamic_map((float *)(uintptr_t)w->code8);
-        w->offset = quantize_scales((uint8_t *)(uintptr_t)w->absmax8, (float *)(uintptr_t)w->absmax2,
-                                    absmax, blocks, w->code8);
+        w->offset = quantize_scales((uint8_t *)(uintptr_t)w->absmax8,
+                                    (float *)(uintptr_t)w->absmax2, absmax, blocks, w->code8);
     } else memcpy((float *)(uintptr_t)w->absmax, absmax, blocks * sizeof *absmax);
 }
 
@@ -6431,7 +6493,8 @@ static int load_4bit(WeightLoader *l, const Slot *slot) {
     double offset = 0;
     int bad = -1;
     char *text = state->bytes <= 65536 ? region_alloc(&region, state->bytes + 1, 1, l->err) : NULL;
-    if (!text) fail(l->err, "%s: tensor %s%s is too large", tensor_path(l, state), slot->name, suffix);
+    if (!text)
+        fail(l->err, "%s: tensor %s%s is too large", tensor_path(l, state), slot->name, suffix);
     const Json *json = text && !tensor_read(l->files, state, text, 0, state->bytes, l->err)
                      ? json_parse(text, state->bytes, state->name, 1, &region, l->err) : NULL;
     const Json *shape = json_get(json, "shape");
@@ -6860,7 +6923,10 @@ static int template_apply(const ChatTemplate *c, const Tokenizer *t, const Messa
 static int jinja_literal(Buffer *b, const char *text, qlora_error *err) {
     if (buffer_append(b, "'", 1, err)) return -1;
     for (; *text; text++) {
-        const char *escaped = *text == '\n' ? "\\n" : *text == '\'' ? "\\'" : *text == '\\' ? "\\\\" : NULL;
+        const char *escaped = *text == '\n'   ? "\\n"
+                              : *text == '\'' ? "\\'"
+                              : *text == '\\' ? "\\\\"
+                                              : NULL;
         if (buffer_append(b, escaped ? escaped : text, escaped ? 2 : 1, err)) return -1;
     }
     return buffer_append(b, "'", 1, err);
@@ -6875,13 +6941,18 @@ static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err) {
         const TurnForm *form = &c->turns[role];
         if (buffer_printf(b, err, "{%% %s message['role'] == '%s' %%}{{ ", role ? "elif" : "if",
                           role_names[role]) ||
-            jinja_literal(b, form->before, err) || buffer_printf(b, err, " + message['content'] + ") ||
-            jinja_literal(b, form->end, err) || buffer_printf(b, err, " + ") ||
-            jinja_literal(b, form->after, err) || buffer_printf(b, err, " }}")) return -1;
+            jinja_literal(b, form->before, err) ||
+            buffer_printf(b, err, " + message['content'] + ") || jinja_literal(b, form->end, err) ||
+            buffer_printf(b, err, " + ") || jinja_literal(b, form->after, err) ||
+            buffer_printf(b, err, " }}"))
+            return -1;
     }
-    return buffer_printf(b, err, "{%% endif %%}{%% endfor %%}{%% if add_generation_prompt %%}{{ ") ||
-           jinja_literal(b, c->turns[ROLE_ASSISTANT].before, err) ||
-           buffer_printf(b, err, " }}{%% endif %%}") ? -1 : 0;
+    return buffer_printf(b, err,
+                         "{%% endif %%}{%% endfor %%}{%% if add_generation_prompt %%}{{ ") ||
+                   jinja_literal(b, c->turns[ROLE_ASSISTANT].before, err) ||
+                   buffer_printf(b, err, " }}{%% endif %%}")
+               ? -1
+               : 0;
 }
 
 // Writes chat_template.jinja beside a model that has no template of its own; one that has keeps it.
@@ -7306,17 +7377,18 @@ static int dataset_open(Dataset *d, const char *path, const ChatTemplate *chat, 
 //  13. Adapters, and writing models
 //
 //  A PEFT adapter is two files: adapter_config.json says how A and B are scaled, and
-//  adapter_model.safetensors holds them, named after the modules they belong to. What is written here
-//  loads in peft, vLLM and llama.cpp as it is.
+//  adapter_model.safetensors holds them, named after the modules they belong to. What is written
+//  here loads in peft, vLLM and llama.cpp as it is.
 // =================================================================================================
 
-// ------------------------------------------------------------------------- adapted linears, in order
+// ----------------------------------------------------------------------- adapted linears, in order
 
 // All linears that can carry an adapter: those of the layers and, last, the output head.
 static size_t n_modules(const Transformer *m) { return m->config.L * N_LINEARS + 1; }
 
 static Linear *module_linear(Transformer *m, size_t i) {
-    return i == m->config.L * N_LINEARS ? &m->head : &m->layers[i / N_LINEARS].linear[i % N_LINEARS];
+    return i == m->config.L * N_LINEARS ? &m->head
+                                        : &m->layers[i / N_LINEARS].linear[i % N_LINEARS];
 }
 
 // Its Hugging Face path; short: only the last part, as target_modules has it.
@@ -7412,8 +7484,10 @@ static int new_adapter(Transformer *m, const char *targets, size_t r, float alph
         }
         if (found) continue;
         for (size_t i = 0; i < n_modules(m); i++) module_linear(m, i)->lora.r = 0;
-        return fail(err, "target_modules: \"%.*s\" names no linear of this model (all-linear, q_proj, "
-                    "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head do)", (int)n, at);
+        return fail(err,
+                    "target_modules: \"%.*s\" names no linear of this model (all-linear, q_proj, "
+                    "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head do)",
+                    (int)n, at);
     }
     if (allocate_parameters(m, true, allocator, err)) { remove_adapter(m, allocator); return -1; }
     for (size_t i = 0; i < n_modules(m); i++) {
@@ -7428,7 +7502,7 @@ static int new_adapter(Transformer *m, const char *targets, size_t r, float alph
     return 0;
 }
 
-// ------------------------------------------------------------------------------- reading an adapter
+// ------------------------------------------------------------------------------ reading an adapter
 
 // Refuses what an adapter may ask for and is not implemented, by name.
 static int check_adapter_config(const Json *json, const char *directory, qlora_error *err) {
@@ -7437,37 +7511,44 @@ static int check_adapter_config(const Json *json, const char *directory, qlora_e
         "target_parameters", "megatron_config", "use_bdlora", "arrow_config"};
     const char *type = json_get_text(json, "peft_type"), *bias = json_get_text(json, "bias");
     if (!type || strcmp(type, "LORA"))
-        return fail(err, "%s/adapter_config.json: peft_type: expected \"LORA\", found %s", directory,
-                    type ? type : "none");
+        return fail(err, "%s/adapter_config.json: peft_type: expected \"LORA\", found %s",
+                    directory, type ? type : "none");
     if (bias && strcmp(bias, "none"))
-        return fail(err, "%s/adapter_config.json: bias: expected \"none\", found %s", directory, bias);
+        return fail(err, "%s/adapter_config.json: bias: expected \"none\", found %s", directory,
+                    bias);
     for (size_t i = 0; i < sizeof off / sizeof *off; i++) {
         const Json *value = config_get(json, off[i]);
         if (!value || value->kind == JSON_FALSE) continue;
         if ((value->kind == JSON_ARRAY || value->kind == JSON_OBJECT) && !value->count) continue;
-        return fail(err, "%s/adapter_config.json: %s is not implemented; merge this adapter with peft "
-                    "and open the merged model", directory, off[i]);
+        return fail(err,
+                    "%s/adapter_config.json: %s is not implemented; merge this adapter with peft "
+                    "and open the merged model",
+                    directory, off[i]);
     }
     return 0;
 }
 
-// Rank or alpha of a module: that of the first entry of the pattern whose key its name ends with, else
-// the general one. Keys that are regular expressions are refused.
+// Rank or alpha of a module: that of the first entry of the pattern whose key its name ends with,
+// else the general one. Keys that are regular expressions are refused.
 static int adapter_number(const Json *json, const char *key, const char *pattern_key,
-                          const char *module, const char *directory, double *out, qlora_error *err) {
+                          const char *module, const char *directory, double *out,
+                          qlora_error *err) {
     const Json *pattern = config_get(json, pattern_key), *value = config_get(json, key);
     *out = 8;                                                 // PEFT's default of both
     if (value && !(json_to_double(value, out) && fabs(*out) < 1e6))
-        return fail(err, "%s/adapter_config.json: %s: expected a number below a million", directory, key);
+        return fail(err, "%s/adapter_config.json: %s: expected a number below a million", directory,
+                    key);
     for (const Json *p = pattern ? pattern->first : NULL; p && p->key; p = p->next) {
         if (strspn(p->key, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.") !=
             p->key_length)
-            return fail(err, "%s/adapter_config.json: %s: \"%s\" is a regular expression, which is not "
-                        "implemented", directory, pattern_key, p->key);
+            return fail(err,
+                        "%s/adapter_config.json: %s: \"%s\" is a regular expression, which is not "
+                        "implemented",
+                        directory, pattern_key, p->key);
         if (!is_target(p->key, p->key_length, module)) continue;
         if (!(json_to_double(p, out) && fabs(*out) < 1e6))
-            return fail(err, "%s/adapter_config.json: %s: expected numbers below a million", directory,
-                        pattern_key);
+            return fail(err, "%s/adapter_config.json: %s: expected numbers below a million",
+                        directory, pattern_key);
         break;
     }
     return 0;
@@ -7482,7 +7563,8 @@ typedef struct {
     qlora_error *err;
 } AdapterReader;
 
-static const TensorInfo *adapter_tensor(const AdapterReader *a, const char *module, const char *part) {
+static const TensorInfo *adapter_tensor(const AdapterReader *a, const char *module,
+                                        const char *part) {
     char name[256];
     snprintf(name, sizeof name, "base_model.model.%s.%s", module, part);
     return tensors_find(a->files, name);
@@ -7490,9 +7572,11 @@ static const TensorInfo *adapter_tensor(const AdapterReader *a, const char *modu
 
 static int check_shape(const AdapterReader *a, const TensorInfo *t, size_t rows, size_t columns) {
     if (t->rank != 2 || t->shape[0] != rows || t->shape[1] != columns)
-        return fail(a->err, "%s/adapter_model.safetensors: %s: shape [%zu, %zu] expected by this model, "
-                    "found [%zu, %zu]: is it an adapter for another model?", a->directory, t->name,
-                    rows, columns, t->rank ? t->shape[0] : 0, t->rank > 1 ? t->shape[1] : 0);
+        return fail(a->err,
+                    "%s/adapter_model.safetensors: %s: shape [%zu, %zu] expected by this model, "
+                    "found [%zu, %zu]: is it an adapter for another model?",
+                    a->directory, t->name, rows, columns, t->rank ? t->shape[0] : 0,
+                    t->rank > 1 ? t->shape[1] : 0);
     if (safetensors_types[t->type].dtype == DT_OTHER)
         return fail(a->err, "%s/adapter_model.safetensors: %s: expected F32, F16 or BF16, found %s",
                     a->directory, t->name, safetensors_types[t->type].name);
@@ -7516,15 +7600,18 @@ static int read_module_shape(AdapterReader *a, size_t i) {
         return fail(a->err, "%s/adapter_model.safetensors: %s: rank %zu, expected 1 to 4096",
                     a->directory, A->name, r);
     if (check_shape(a, A, r, linear->weight.K) || check_shape(a, B, linear->weight.N, r) ||
-        adapter_number(a->config, "lora_alpha", "alpha_pattern", module, a->directory, &alpha, a->err) ||
-        adapter_number(a->config, "r", "rank_pattern", module, a->directory, &rank, a->err)) return -1;
+        adapter_number(a->config, "lora_alpha", "alpha_pattern", module, a->directory, &alpha,
+                       a->err) ||
+        adapter_number(a->config, "r", "rank_pattern", module, a->directory, &rank, a->err))
+        return -1;
     if (rank != (double)r)
-        return fail(a->err, "%s: %s has rank %zu, but adapter_config.json says %g", a->directory, A->name,
-                    r, rank);
+        return fail(a->err, "%s: %s has rank %zu, but adapter_config.json says %g", a->directory,
+                    A->name, r, rank);
     const Json *rslora_value = config_get(a->config, "use_rslora");
     bool rslora = json_is(rslora_value, JSON_TRUE);
     if (rslora_value && !rslora && rslora_value->kind != JSON_FALSE)
-        return fail(a->err, "%s/adapter_config.json: use_rslora: expected true or false", a->directory);
+        return fail(a->err, "%s/adapter_config.json: use_rslora: expected true or false",
+                    a->directory);
     a->used += 2;
     linear->lora.r = r;
     linear->lora.scale = (real)(alpha / (rslora ? sqrt((double)r) : (double)r));
@@ -7556,8 +7643,10 @@ static int check_head_copy(AdapterReader *a) {
     if (!t) return 0;
     a->used++;
     if (!head->data)
-        return fail(a->err, "%s/adapter_model.safetensors: %s: an adapter that brings a copy of the head "
-                    "cannot be merged here; remove that tensor or merge with peft", a->directory, t->name);
+        return fail(a->err,
+                    "%s/adapter_model.safetensors: %s: an adapter that brings a copy of the head "
+                    "cannot be merged here; remove that tensor or merge with peft",
+                    a->directory, t->name);
     if (check_shape(a, t, head->N, head->K)) return -1;
     DType type = safetensors_types[t->type].dtype;
     size_t size = dtype_size(type);
@@ -7587,9 +7676,10 @@ static int read_adapter_tensors(AdapterReader *a, const qlora_allocator *allocat
         if (read_module_shape(a, i)) return -1;
     if (check_head_copy(a)) return -1;
     if (a->used != a->files->n_tensors || !a->used)
-        return fail(a->err, "%s/adapter_model.safetensors: %zu of %zu tensors belong to linears of this "
-                    "model: is it an adapter for another model?", a->directory, a->used,
-                    a->files->n_tensors);
+        return fail(a->err,
+                    "%s/adapter_model.safetensors: %zu of %zu tensors belong to linears of this "
+                    "model: is it an adapter for another model?",
+                    a->directory, a->used, a->files->n_tensors);
     if (allocate_parameters(a->m, false, allocator, a->err)) return -1;
     for (size_t i = 0; i < n_modules(a->m); i++) {
         const Lora *lora = &module_linear(a->m, i)->lora;
@@ -7622,7 +7712,7 @@ static int load_adapter(Transformer *m, const char *directory, const qlora_alloc
     return bad;
 }
 
-// ------------------------------------------------------------------------------- writing an adapter
+// ------------------------------------------------------------------------------ writing an adapter
 
 static int fill_adapter(void *user, const TensorInfo *tensor, Writer *w) {
     Transformer *m = user;
@@ -7661,7 +7751,8 @@ static int write_targets(Buffer *b, Transformer *m, qlora_error *err) {
 }
 
 // PEFT's rank_pattern or alpha_pattern: the modules that differ from the first adapted one.
-static int write_pattern(Buffer *b, Transformer *m, const Lora *usual, bool alpha, qlora_error *err) {
+static int write_pattern(Buffer *b, Transformer *m, const Lora *usual, bool alpha,
+                         qlora_error *err) {
     bool first = true;
     char name[128];
     if (buffer_append(b, "{", 1, err)) return -1;
@@ -7686,21 +7777,25 @@ static int write_adapter_config(const char *directory, Transformer *m, const cha
         if (module_linear(m, i)->lora.r) lora = &module_linear(m, i)->lora;
     if (!lora) return fail(err, "the model has no adapter to save");
     double alpha = (double)lora->scale * (double)lora->r;
-    int bad = buffer_printf(&b, err, "{\n  \"alpha_pattern\": ") ||
-              write_pattern(&b, m, lora, true, err) ||
-              buffer_printf(&b, err, ",\n  \"base_model_name_or_path\": ") ||
-              json_write_string(&b, base, strlen(base), err) ||
-              buffer_printf(&b, err, ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": false,\n"
-                  "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
-                  "  \"layers_pattern\": null,\n  \"layers_to_transform\": null,\n"
-                  "  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n  \"modules_to_save\": null,\n"
-                  "  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  \"rank_pattern\": ", alpha,
-                  (double)dropout, lora->r) ||
-              write_pattern(&b, m, lora, false, err) ||
-              buffer_printf(&b, err, ",\n  \"revision\": null,\n  \"target_modules\": [") ||
-              write_targets(&b, m, err) ||
-              buffer_printf(&b, err, "\n  ],\n  \"task_type\": \"CAUSAL_LM\",\n  \"use_dora\": false,\n"
-                            "  \"use_rslora\": false\n}\n");
+    int bad =
+        buffer_printf(&b, err, "{\n  \"alpha_pattern\": ") ||
+        write_pattern(&b, m, lora, true, err) ||
+        buffer_printf(&b, err, ",\n  \"base_model_name_or_path\": ") ||
+        json_write_string(&b, base, strlen(base), err) ||
+        buffer_printf(
+            &b, err,
+            ",\n  \"bias\": \"none\",\n  \"fan_in_fan_out\": false,\n"
+            "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
+            "  \"layers_pattern\": null,\n  \"layers_to_transform\": null,\n"
+            "  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n  \"modules_to_save\": null,\n"
+            "  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  \"rank_pattern\": ",
+            alpha, (double)dropout, lora->r) ||
+        write_pattern(&b, m, lora, false, err) ||
+        buffer_printf(&b, err, ",\n  \"revision\": null,\n  \"target_modules\": [") ||
+        write_targets(&b, m, err) ||
+        buffer_printf(&b, err,
+                      "\n  ],\n  \"task_type\": \"CAUSAL_LM\",\n  \"use_dora\": false,\n"
+                      "  \"use_rslora\": false\n}\n");
     const char *path = bad ? NULL : path_join(region, directory, "adapter_config.json", err);
     if (path) bad = write_file(path, b.data, b.size, err);
     buffer_free(&b);
@@ -7724,7 +7819,8 @@ static int save_adapter(Transformer *m, const char *directory, const char *base,
                                   "AB"[part]);
             const char *copy = region_text(&region, name, (size_t)length, err);
             if (!copy) { bad = -1; break; }
-            describe_tensor(&tensors[n++], copy, ST_F32, 2, part ? linear->weight.N : linear->lora.r,
+            describe_tensor(&tensors[n++], copy, ST_F32, 2,
+                            part ? linear->weight.N : linear->lora.r,
                             part ? linear->lora.r : linear->weight.K);
         }
     }
@@ -7735,7 +7831,7 @@ static int save_adapter(Transformer *m, const char *directory, const char *base,
     return bad ? -1 : 0;
 }
 
-// ---------------------------------------------------------------------------------- writing a model
+// --------------------------------------------------------------------------------- writing a model
 
 // The files of a model directory besides its weights and config.json.
 static const char *const side_files[] = {"generation_config.json", "tokenizer.json",
@@ -7761,10 +7857,13 @@ static int write_values(Writer *w, const float *values, size_t n, int type) {
 // The quant_state JSON, byte for byte as bitsandbytes writes it.
 static int quant_state(Buffer *b, const Slot *slot, qlora_error *err) {
     const Weight *w = slot->weight;
-    const char *dtype = slot->file_type == ST_F32 ? "float32" : slot->file_type == ST_F16 ? "float16"
-                                                                                     : "bfloat16";
-    if (buffer_printf(b, err, "{\"quant_type\": \"%s\", \"blocksize\": 64, \"dtype\": \"%s\", "
-                      "\"shape\": [%zu, %zu]", w->dtype == DT_NF4 ? "nf4" : "fp4", dtype, w->N, w->K))
+    const char *dtype = slot->file_type == ST_F32   ? "float32"
+                        : slot->file_type == ST_F16 ? "float16"
+                                                    : "bfloat16";
+    if (buffer_printf(b, err,
+                      "{\"quant_type\": \"%s\", \"blocksize\": 64, \"dtype\": \"%s\", "
+                      "\"shape\": [%zu, %zu]",
+                      w->dtype == DT_NF4 ? "nf4" : "fp4", dtype, w->N, w->K))
         return -1;
     // Python prints the shortest text that reads back as the same double.
     double offset = (double)w->offset;
@@ -7772,8 +7871,11 @@ static int quant_state(Buffer *b, const Slot *slot, qlora_error *err) {
     char text[40];
     do snprintf(text, sizeof text, "%.*g", digits, offset);
     while (strtod(text, NULL) != offset && ++digits < 18);
-    if (w->absmax8 && buffer_printf(b, err, ", \"nested_blocksize\": 256, \"nested_dtype\": \"float32\","
-                                    " \"nested_offset\": %s", text)) return -1;
+    if (w->absmax8 && buffer_printf(b, err,
+                                    ", \"nested_blocksize\": 256, \"nested_dtype\": \"float32\","
+                                    " \"nested_offset\": %s",
+                                    text))
+        return -1;
     return buffer_append(b, "}", 1, err);
 }
 
@@ -7806,8 +7908,10 @@ static int fill_model(void *user, const TensorInfo *tensor, Writer *w) {
         size_t length = strlen(slot->name);
         if (strncmp(tensor->name, slot->name, length)) continue;
         const char *suffix = tensor->name + length;
-        if (slot->kind == SLOT_VECTOR) return write_values(w, *slot->vector, slot->rows, tensor->type);
-        if (!is_4bit(slot->weight->dtype)) return writer_write(w, slot->weight->data, tensor->bytes);
+        if (slot->kind == SLOT_VECTOR)
+            return write_values(w, *slot->vector, slot->rows, tensor->type);
+        if (!is_4bit(slot->weight->dtype))
+            return writer_write(w, slot->weight->data, tensor->bytes);
         if (strncmp(suffix, ".quant_state", 12)) return fill_4bit(slot, suffix, w);
         Buffer state = {.allocator = fill->allocator};
         int bad = quant_state(&state, slot, w->err) || writer_write(w, state.data, state.size);
@@ -7837,9 +7941,13 @@ static int describe_slot(TensorInfo *out, size_t *n, const Slot *slot, Region *r
     if (quant_state(&state, slot, err)) { buffer_free(&state); return -1; }
     size_t state_bytes = state.size;
     buffer_free(&state);
-    const struct { int type; size_t rank, rows, columns; } parts[] = {
-        {ST_U8, 2, (values + 1) / 2, 1}, {nested ? ST_U8 : ST_F32, 1, blocks, 1}, {ST_F32, 1, 16, 1},
-        {ST_F32, 1, ceil_div(blocks, SCALE_BLOCK), 1}, {ST_F32, 1, 256, 1}, {ST_U8, 1, state_bytes, 1}};
+    const struct { int type; size_t rank, rows, columns;
+    } parts[] = {{ST_U8, 2, (values + 1) / 2, 1},
+                 {nested ? ST_U8 : ST_F32, 1, blocks, 1},
+                 {ST_F32, 1, 16, 1},
+                 {ST_F32, 1, ceil_div(blocks, SCALE_BLOCK), 1},
+                 {ST_F32, 1, 256, 1},
+                 {ST_U8, 1, state_bytes, 1}};
     for (int i = 0; i < 6; i++) {
         const char *suffix = quant_suffixes[i + (i == 5 && w->dtype == DT_FP4)];
         if (!nested && (i == 3 || i == 4)) continue;
@@ -7867,9 +7975,12 @@ static int write_config(const char *path, const Json *config, const Weight *line
         first = false;
     }
     if (!bad && quantised)
-        bad = buffer_printf(&b, err, "%s\n  \"quantization_config\": {\n"
+        bad = buffer_printf(
+            &b, err,
+            "%s\n  \"quantization_config\": {\n"
             "    \"_load_in_4bit\": true,\n    \"_load_in_8bit\": false,\n"
-            "    \"bnb_4bit_compute_dtype\": \"bfloat16\",\n    \"bnb_4bit_quant_storage\": \"uint8\",\n"
+            "    \"bnb_4bit_compute_dtype\": \"bfloat16\",\n    \"bnb_4bit_quant_storage\": "
+            "\"uint8\",\n"
             "    \"bnb_4bit_quant_type\": \"%s\",\n    \"bnb_4bit_use_double_quant\": %s,\n"
             "    \"llm_int8_enable_fp32_cpu_offload\": false,\n"
             "    \"llm_int8_has_fp16_weight\": false,\n    \"llm_int8_skip_modules\": null,\n"
@@ -7906,13 +8017,20 @@ done:
     return bad;
 }
 
-// ------------------------------------------------------------------------------------ random models
+// ----------------------------------------------------------------------------------- random models
 
-typedef struct { uint64_t seed; uint32_t stream; float deviation; float *out; size_t n; } RandomTask;
+typedef struct {
+    uint64_t seed;
+    uint32_t stream;
+    float deviation;
+    float *out;
+    size_t n;
+} RandomTask;
 
 enum { RANDOM_PER_TASK = 1 << 16 };
 
-// Bell-shaped values: the sum of four uniform 16-bit numbers has variance 4/12 and costs no logarithm.
+// Bell-shaped values: the sum of four uniform 16-bit numbers has variance 4/12 and costs no
+// logarithm.
 static void random_values_task(void *arguments, size_t task, int thread) {
     RandomTask *a = arguments;
     size_t end = min_size(a->n, (task + 1) * RANDOM_PER_TASK);
@@ -7950,9 +8068,9 @@ static void random_slot(const Slot *slot, uint64_t seed, uint32_t stream, float 
     } else for (size_t i = 0; i < n; i++) half[i] = float_to_bf16(values[i]);
 }
 
-static int random_weights(const SlotList *list, const qlora_options *options, uint64_t seed, Pool *pool,
-                          void **weights, size_t *bytes, const qlora_allocator *allocator,
-                          qlora_error *err) {
+static int random_weights(const SlotList *list, const qlora_options *options, uint64_t seed,
+                          Pool *pool, void **weights, size_t *bytes,
+                          const qlora_allocator *allocator, qlora_error *err) {
     DType linear_type = options->quant == QLORA_QUANT_NF4 ? DT_NF4
                       : options->quant == QLORA_QUANT_FP4 ? DT_FP4 : DT_BF16;
     Arena arena = {NULL, 0};
@@ -7983,7 +8101,7 @@ static int random_weights(const SlotList *list, const qlora_options *options, ui
     return bad;
 }
 
-// --------------------------------------------------------------------------------- the model handle
+// -------------------------------------------------------------------------------- the model handle
 
 struct qlora_model {
     qlora_options options;
@@ -8010,7 +8128,8 @@ static int physical_cores(void) {
     for (int cpu = 0; cpu < online && cpu < MAX_THREADS; cpu++) {
         char path[96];
         int first = cpu;
-        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+        snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list",
+                 cpu);
         FILE *file = fopen(path, "re");
         if (file && fscanf(file, "%d", &first) != 1) first = cpu;
         if (file) fclose(file);
@@ -8034,7 +8153,8 @@ static size_t available_memory(void) {
 }
 
 qlora_options qlora_default_options(void) {
-    return (qlora_options){.quant = QLORA_QUANT_NF4, .double_quant = 1, .compute = QLORA_COMPUTE_AUTO};
+    return (qlora_options){
+        .quant = QLORA_QUANT_NF4, .double_quant = 1, .compute = QLORA_COMPUTE_AUTO};
 }
 
 static bool has_bf16_units(void) {
@@ -8076,7 +8196,8 @@ static qlora_model *open_handle(const char *directory, const qlora_options *opti
     q->config = read_json(directory, "config.json", 1 << 26, &q->region, &found, err);
     if (!found) fail(err, "%s/config.json: not found; expected a Hugging Face model directory",
                      directory);
-    if (!q->config || parse_config(&q->transformer, has_bias, q->config, directory, &q->region, err))
+    if (!q->config ||
+        parse_config(&q->transformer, has_bias, q->config, directory, &q->region, err))
         goto failed;
     q->slots = (SlotList){.region = &q->region, .err = err};
     if (list_slots(&q->slots, &q->transformer, has_bias)) goto failed;
@@ -8113,16 +8234,18 @@ static int has_tokenizer_files(const char *directory, Region *region, bool *has,
 // Tokenizer, template and generation settings. A model without tokenizer files still computes.
 static int open_text(qlora_model *q, const char *directory, qlora_error *err) {
     bool found;
-    q->generation = read_json(directory, "generation_config.json", 1 << 24, &q->region, &found, err);
+    q->generation = read_json(directory, "generation_config.json", 1 << 24, &q->region, &found,
+                              err);
     if (found && !q->generation) return -1;
     if (has_tokenizer_files(directory, &q->region, &found, err)) return -1;
     if (!found) return 0;
     q->tokenizer = tokenizer_open(directory, &q->allocator, err);
     if (!q->tokenizer) return -1;
     if (tokenizer_size(q->tokenizer) > q->transformer.config.V)
-        return fail(err, "%s: the tokenizer has ids up to %zu, but config.json says vocab_size %zu: do "
-                    "these files belong together?", directory, tokenizer_size(q->tokenizer) - 1,
-                    q->transformer.config.V);
+        return fail(err,
+                    "%s: the tokenizer has ids up to %zu, but config.json says vocab_size %zu: do "
+                    "these files belong together?",
+                    directory, tokenizer_size(q->tokenizer) - 1, q->transformer.config.V);
     return 0;
 }
 
@@ -8138,8 +8261,10 @@ static const char *find_base(const char *directory, Region *region, qlora_error 
         const char *config = candidate ? path_join(region, candidate, "config.json", err) : NULL;
         if (config && file_exists(config)) return candidate;
     }
-    fail(err, "%s/adapter_config.json: base model \"%s\" is not here; open the base model's directory "
-         "and give the adapter with --adapter", directory, base ? base : "(none)");
+    fail(err,
+         "%s/adapter_config.json: base model \"%s\" is not here; open the base model's directory "
+         "and give the adapter with --adapter",
+         directory, base ? base : "(none)");
     return NULL;
 }
 
@@ -8150,8 +8275,8 @@ qlora_model *qlora_open(const char *path, const qlora_options *options, qlora_er
     const char *base = !adapter ? NULL : is_adapter ? find_base(path, &region, err) : path;
     qlora_model *q = base ? open_handle(base, options, err) : NULL;
     if (q && (open_text(q, base, err) ||
-              load_weights(&q->transformer, &q->slots, base, &q->options, q->device.pool, &q->weights,
-                           &q->weight_bytes, &q->allocator, err) ||
+              load_weights(&q->transformer, &q->slots, base, &q->options, q->device.pool,
+                           &q->weights, &q->weight_bytes, &q->allocator, err) ||
               (is_adapter && load_adapter(&q->transformer, path, &q->allocator, err)))) {
         qlora_close(q);
         q = NULL;
@@ -8175,9 +8300,16 @@ int qlora_save_adapter(qlora_model *q, const char *directory, qlora_error *err) 
 
 qlora_model_info qlora_info(const qlora_model *q) {
     const Config *c = &q->transformer.config;
-    qlora_model_info info = {c->architecture->type, c->L, c->D, c->V, c->context, 0, q->weight_bytes,
-        count_parameters((Transformer *)(uintptr_t)&q->transformer),
-        q->device.act == DT_BF16 ? QLORA_COMPUTE_BF16 : QLORA_COMPUTE_F32, q->device.pool->threads};
+    qlora_model_info info = {c->architecture->type,
+                             c->L,
+                             c->D,
+                             c->V,
+                             c->context,
+                             0,
+                             q->weight_bytes,
+                             count_parameters((Transformer *)(uintptr_t)&q->transformer),
+                             q->device.act == DT_BF16 ? QLORA_COMPUTE_BF16 : QLORA_COMPUTE_F32,
+                             q->device.pool->threads};
     for (size_t i = 0; i < q->slots.n; i++)
         info.parameters += q->slots.slots[i].rows * q->slots.slots[i].columns;
     return info;
@@ -8203,12 +8335,15 @@ void qlora_free(qlora_model *q, void *memory) {
 }
 
 static int need_tokenizer(const qlora_model *q, qlora_error *err) {
-    return q->tokenizer ? 0 : fail(err, "%s: no tokenizer.json (nor tokenizer.model, nor vocab.json) in "
-                                   "this directory", q->directory);
+    return q->tokenizer ? 0
+                        : fail(err,
+                               "%s: no tokenizer.json (nor tokenizer.model, nor vocab.json) in "
+                               "this directory",
+                               q->directory);
 }
 
-// The chat template is looked for when something needs it: a base model that only continues text may
-// well have one that is not known here.
+// The chat template is looked for when something needs it: a base model that only continues text
+// may well have one that is not known here.
 static int open_chat(qlora_model *q, const char *name, qlora_error *err) {
     Buffer note = {.allocator = &q->allocator};
     q->has_chat = false;
@@ -8240,8 +8375,8 @@ int qlora_tokenize(qlora_model *q, const char *text, size_t n, int add_special, 
     return *ids ? 0 : -1;
 }
 
-int qlora_detokenize(qlora_model *q, const int32_t *ids, size_t n_ids, int skip_special, char **text,
-                     size_t *n_text, qlora_error *err) {
+int qlora_detokenize(qlora_model *q, const int32_t *ids, size_t n_ids, int skip_special,
+                     char **text, size_t *n_text, qlora_error *err) {
     Buffer out = {.allocator = &q->allocator};
     *text = NULL;
     *n_text = 0;
@@ -8288,7 +8423,7 @@ int qlora_quantize(const char *model_dir, const char *out_dir, const qlora_optio
     return bad ? -1 : 0;
 }
 
-// ----------------------------------------------------------------------------------------- sessions
+// ---------------------------------------------------------------------------------------- sessions
 
 // The memory of one activity on a model (training, scoring, generating): one arena, planned, then
 // allocated, then carved by the same code.
@@ -8359,9 +8494,10 @@ static int session_open(Session *s, qlora_model *q, SessionShape shape, qlora_er
         shape.kept--;
     }
     if (q->options.memory && s->bytes > budget)
-        fail(err, "memory: %zu MB are not enough: the model takes %zu MB and a batch of %zu tokens %zu "
-             "MB more; lower --batch or --max-length", q->options.memory >> 20, held >> 20, shape.T,
-             s->bytes >> 20);
+        fail(err,
+             "memory: %zu MB are not enough: the model takes %zu MB and a batch of %zu tokens %zu "
+             "MB more; lower --batch or --max-length",
+             q->options.memory >> 20, held >> 20, shape.T, s->bytes >> 20);
     else s->memory = mem_reserve(&q->allocator, s->bytes, 1, err);
     if (!s->memory) {
         mem_free(&q->allocator, s->layers, c->L, sizeof *s->layers);
@@ -8383,16 +8519,17 @@ static void session_close(Session *s) {
 
 // ----------------------------------------------------------------------------------------- merging
 //
-// W + s B A, formed in float32 and rounded once to the type the base has in its file. Tensors stream:
-// a few million values are read, changed and written at a time.
+// W + s B A, formed in float32 and rounded once to the type the base has in its file. Tensors
+// stream: a few million values are read, changed and written at a time.
 
 static uint16_t float_to_f16(float x) {
     uint32_t sign = float_bits(x) >> 16 & 0x8000;
     float magnitude = fabsf(x);
     if (isnan(x)) return (uint16_t)(sign | 0x7E00);
     if (magnitude >= 65520.0f) return (uint16_t)(sign | 0x7C00);
-    // Below 2^-14 float16 is a fixed-point number of step 2^-24; above, 11 significant bits are kept.
-    // Adding and subtracting 1.5 * 2^23 steps lets the float unit round to nearest, ties to even.
+    // Below 2^-14 float16 is a fixed-point number of step 2^-24; above, 11 significant bits are
+    // kept. Adding and subtracting 1.5 * 2^23 steps lets the float unit round to nearest, ties to
+    // even.
     int exponent;
     frexpf(magnitude, &exponent);
     float step = ldexpf(1, exponent - 11 > -24 ? exponent - 11 : -24);
@@ -8450,7 +8587,8 @@ static int write_narrow(Merger *a, Writer *w) {
     uint16_t *half = (uint16_t *)(void *)a->raw;
     if (size == 4) return writer_write(w, a->rows, n * 4);
     for (size_t i = 0; i < n; i++)
-        half[i] = a->slot->file_type == ST_F16 ? float_to_f16(a->rows[i]) : float_to_bf16(a->rows[i]);
+        half[i] = a->slot->file_type == ST_F16 ? float_to_f16(a->rows[i])
+                                               : float_to_bf16(a->rows[i]);
     return writer_write(w, half, n * size);
 }
 
@@ -8476,10 +8614,11 @@ static int read_rows(Merger *a, const TensorInfo *t, const Weight *packed) {
     }
     DType type = safetensors_types[t->type].dtype;
     size_t size = dtype_size(type);
-    if (tensor_read(a->loader.files, t, a->raw, a->first * K * size, n * size, a->loader.err)) return -1;
+    if (tensor_read(a->loader.files, t, a->raw, a->first * K * size, n * size, a->loader.err))
+        return -1;
     if (!all_finite(a->raw, type, n))
-        return fail(a->loader.err, "%s: tensor %s holds NaN or infinity", tensor_path(&a->loader, t),
-                    a->slot->name);
+        return fail(a->loader.err, "%s: tensor %s holds NaN or infinity",
+                    tensor_path(&a->loader, t), a->slot->name);
     widen_values(a->rows, a->raw, type, n);
     return 0;
 }
@@ -8494,7 +8633,8 @@ static int merge_rows(Merger *a, const TensorInfo *t, const Weight *packed, Writ
         for (size_t i = 0; a->lora && i < a->n_rows; i++)
             for (int k = 0; k < 4; k++) a->totals[k] += a->sums[4 * i + (size_t)k];
         if (a->lora && !all_finite(a->rows, DT_F32, a->n_rows * K))
-            return fail(a->loader.err, "tensor %s: the merged values are not finite", a->slot->name);
+            return fail(a->loader.err, "tensor %s: the merged values are not finite",
+                        a->slot->name);
         if (write_narrow(a, w)) return -1;
     }
     return 0;
@@ -8557,7 +8697,8 @@ static int write_merged_index(const SlotList *list, const size_t *shard, size_t 
                             "  \"weight_map\": {", total);
     for (size_t i = 0; i < list->n && !bad; i++) {
         shard_name(name, shard[i], n);
-        bad = buffer_printf(&b, err, "%s\n    \"%s\": \"%s\"", i ? "," : "", list->slots[i].name, name);
+        bad = buffer_printf(&b, err, "%s\n    \"%s\": \"%s\"", i ? "," : "", list->slots[i].name,
+                            name);
     }
     if (!bad) bad = buffer_printf(&b, err, "\n  }\n}\n") || write_file(path, b.data, b.size, err);
     buffer_free(&b);
@@ -8584,7 +8725,8 @@ static int write_merged_shards(Merger *a, const char *out, size_t most, Region *
                 describe_tensor(&tensors[n++], slot->name, slot->file_type,
                                 slot->kind == SLOT_VECTOR ? 1 : 2, slot->rows, slot->columns);
         }
-        if (!path || write_tensors(path, tensors, n, fill_merged, a, region->allocator, err)) return -1;
+        if (!path || write_tensors(path, tensors, n, fill_merged, a, region->allocator, err))
+            return -1;
     }
     // When the directory that was read is written to, what is no longer part of it goes last.
     if (shards == 1) { unlink(index); return 0; }
@@ -8598,8 +8740,9 @@ static int check_merge(qlora_model *q, const char *out, Region *region, qlora_er
     char from[PATH_MAX], to[PATH_MAX];
     const char *config = path_join(region, out, "config.json", err);
     if (q->transformer.config.tied && q->transformer.head.lora.r)
-        return fail(err, "the adapter changes lm_head, which is the embedding of this model too: merging "
-                    "would change both; use the adapter as it is");
+        return fail(
+            err, "the adapter changes lm_head, which is the embedding of this model too: merging "
+                 "would change both; use the adapter as it is");
     if (!config || make_directory(out, err)) return -1;
     bool same = realpath(q->directory, from) && realpath(out, to) && strcmp(from, to) == 0;
     if (!same && file_exists(config))
@@ -8629,17 +8772,21 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
     a.raw = mem_reserve(&q->allocator, values, sizeof(real), err);
     a.sums = mem_reserve(&q->allocator, 4 * tallest, sizeof *a.sums, err);
     if (!a.loader.used || !a.rows || !a.raw || !a.sums) goto done;
-    q->options.quant = QLORA_QUANT_NONE;                      // 16-bit tensors are merged as they are
+    q->options.quant = QLORA_QUANT_NONE;                    // 16-bit tensors are merged as they are
     Arena plan = {NULL, 0};
     for (size_t i = 0; i < q->slots.n; i++)
         if (place_slot(&a.loader, &q->slots.slots[i], &plan)) goto done;
     if (refuse_unused(&a.loader, q->transformer.config.tied)) goto done;
     const char *config = path_join(&q->region, out_dir, "config.json", err);
-    bad = !config || write_merged_shards(&a, out_dir, max_size(max_shard_bytes, 1), &q->region, err) ||
-          write_config(config, q->config, NULL, &q->allocator, err) ||
-          (strcmp(model_dir, out_dir) && copy_side_files(q->directory, out_dir, &q->region, err)) ||
-          (q->tokenizer && !open_chat(q, NULL, NULL) &&
-           write_chat_template(&q->chat, q->tokenizer, out_dir, &q->region, err)) ? -1 : 0;
+    bad = !config ||
+                  write_merged_shards(&a, out_dir, max_size(max_shard_bytes, 1), &q->region, err) ||
+                  write_config(config, q->config, NULL, &q->allocator, err) ||
+                  (strcmp(model_dir, out_dir) &&
+                   copy_side_files(q->directory, out_dir, &q->region, err)) ||
+                  (q->tokenizer && !open_chat(q, NULL, NULL) &&
+                   write_chat_template(&q->chat, q->tokenizer, out_dir, &q->region, err))
+              ? -1
+              : 0;
     if (report)
         *report = (qlora_merge_report){count_parameters(&q->transformer),
                                        a.totals[0] > 0 ? sqrt(a.totals[1] / a.totals[0]) : 0,
@@ -8655,17 +8802,18 @@ done:
 // =================================================================================================
 //  14. The trainer
 //
-//  A step draws batch x accumulation samples, runs them a micro-batch at a time, and applies AdamW to
-//  the gradient of their mean loss: the sum over all supervised tokens of the step divided by their
-//  number, whatever the micro-batches look like.
+//  A step draws batch x accumulation samples, runs them a micro-batch at a time, and applies AdamW
+//  to the gradient of their mean loss: the sum over all supervised tokens of the step divided by
+//  their number, whatever the micro-batches look like.
 // =================================================================================================
 
 qlora_train_options qlora_default_train_options(void) {
-    return (qlora_train_options){.output_dir = "out", .target_modules = "all-linear", .mask = "content",
-        .lora_r = 16, .lora_alpha = 32, .learning_rate = 2e-4f, .warmup_ratio = 0.03f,
-        .max_grad_norm = 1, .lr_scheduler_type = "cosine", .num_train_epochs = 3,
-        .per_device_train_batch_size = 4, .gradient_accumulation_steps = 4, .max_length = 1024,
-        .val_split = 0.1, .logging_steps = 1, .seed = 42};
+    return (qlora_train_options){
+        .output_dir = "out", .target_modules = "all-linear", .mask = "content", .lora_r = 16,
+        .lora_alpha = 32, .learning_rate = 2e-4f, .warmup_ratio = 0.03f, .max_grad_norm = 1,
+        .lr_scheduler_type = "cosine", .num_train_epochs = 3, .per_device_train_batch_size = 4,
+        .gradient_accumulation_steps = 4, .max_length = 1024, .val_split = 0.1, .logging_steps = 1,
+        .seed = 42};
 }
 
 // Samples of a dataset, by number: those to learn from, or those held out.
@@ -8795,13 +8943,16 @@ static double now_seconds(void) {
 }
 
 // What makes a step's loss or gradient useless is reported with the samples it came from.
-static int not_finite(Trainer *t, const char *what, size_t step, const uint32_t *samples, size_t n) {
+static int not_finite(Trainer *t, const char *what, size_t step, const uint32_t *samples,
+                      size_t n) {
     char lines[160] = "";
     for (size_t i = 0; i < n && strlen(lines) < 120; i++)
         snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%zu", i ? ", " : "",
                  t->data.samples[samples[i]].line);
-    return fail(t->err, "step %zu: the %s is not a finite number and was not applied; samples of lines "
-                "%s of %s; try a lower --learning-rate or --compute f32", step + 1, what, lines, t->path);
+    return fail(t->err,
+                "step %zu: the %s is not a finite number and was not applied; samples of lines "
+                "%s of %s; try a lower --learning-rate or --compute f32",
+                step + 1, what, lines, t->path);
 }
 
 static bool should_stop(const Trainer *t) {
@@ -8822,7 +8973,8 @@ static void tell(const qlora_train_options *o, const char *format, ...) {
 enum { STOPPED = 1 };                       // the stop callback asked for it: no error yet
 
 // One optimiser step over n samples. Nothing is changed when it fails or is stopped.
-static int train_step(Trainer *t, size_t step, const uint32_t *samples, size_t n, qlora_progress *p) {
+static int train_step(Trainer *t, size_t step, const uint32_t *samples, size_t n,
+                      qlora_progress *p) {
     const qlora_train_options *o = t->options;
     Transformer *m = &t->q->transformer;
     const Ops *op = m->dev->ops;
@@ -8835,8 +8987,8 @@ static int train_step(Trainer *t, size_t step, const uint32_t *samples, size_t n
     }
     memset(m->gradients, 0, m->n_parameters * sizeof(real));
     for (size_t at = 0; at < n; at += batch) {
-        LabelledBatch labelled = make_batch(t, &t->data, samples + at, min_size(batch, n - at), at, step,
-                                            true);
+        LabelledBatch labelled = make_batch(t, &t->data, samples + at, min_size(batch, n - at), at,
+                                            step, true);
         loss_and_gradients(m, &t->session.w, &labelled, t->nll, NULL, 1 / (real)supervised, true);
         for (size_t s = 0; s < labelled.rows.T; s++) loss += (double)t->nll[s];
         if (should_stop(t)) return STOPPED;
@@ -8904,11 +9056,12 @@ static int show_sample(Trainer *t, const SampleList *list, size_t i, const char 
     qlora_sampling how = {.max_new_tokens = min_size(2 * (end - start) + 8, 64), .top_p = 1,
                           .repetition_penalty = 1};
     int bad = tokenizer_decode(t->q->tokenizer, ids, start, true, &question, t->err) ||
-              tokenizer_decode(t->q->tokenizer, ids + start, end - start, true, &expected, t->err) ||
+              tokenizer_decode(t->q->tokenizer, ids + start, end - start, true, &expected,
+                               t->err) ||
               qlora_generate(t->q, ids, start, &how, collect_answer, &answer, NULL, NULL, t->err);
     if (!bad) {
-        tell(t->options, "  %s, line %zu: %.*s", kind, sample->line, (int)min_size(question.size, 400),
-             question.data ? question.data : "");
+        tell(t->options, "  %s, line %zu: %.*s", kind, sample->line,
+             (int)min_size(question.size, 400), question.data ? question.data : "");
         tell(t->options, "    expected: %.*s", (int)min_size(expected.size, 400),
              expected.data ? expected.data : "");
         tell(t->options, "    answer:   %.*s", (int)min_size(answer.size, 400),
@@ -8926,7 +9079,7 @@ static int show_samples(Trainer *t) {
            (t->val.n && show_sample(t, &t->val, 0, "held-out sample")) ? -1 : 0;
 }
 
-// -------------------------------------------------------------------- log.jsonl, loss.svg, run.json
+// ------------------------------------------------------------------- log.jsonl, loss.svg, run.json
 
 // log.jsonl is rewritten whole, at most every two seconds unless `now`.
 static int write_log(Trainer *t, bool now) {
@@ -8937,7 +9090,8 @@ static int write_log(Trainer *t, bool now) {
 }
 
 // The polyline of one curve, from the lines of the log that have the key.
-static int plot_curve(Trainer *t, Buffer *svg, const char *key, const char *colour, double highest) {
+static int plot_curve(Trainer *t, Buffer *svg, const char *key, const char *colour,
+                      double highest) {
     Region region = {.allocator = &t->q->allocator};
     int bad = buffer_printf(svg, t->err, "<polyline fill=\"none\" stroke=\"%s\" points=\"", colour);
     for (size_t at = 0; at < t->log.size && !bad;) {
@@ -9037,9 +9191,9 @@ static int write_run(Trainer *t, const char *directory) {
 
 // ------------------------------------------------------------------------------------- checkpoints
 //
-// checkpoint-N is a complete adapter directory and state.bin: magic, version, a JSON header, the log
-// so far, parameters and both moments (float32), and a checksum over all of it. The directory is
-// filled under another name and renamed when everything in it is on the disk. Since all random
+// checkpoint-N is a complete adapter directory and state.bin: magic, version, a JSON header, the
+// log so far, parameters and both moments (float32), and a checksum over all of it. The directory
+// is filled under another name and renamed when everything in it is on the disk. Since all random
 // numbers are functions of seed and step, nothing else is needed to go on as if never stopped.
 
 static const char state_magic[8] = {'Q', 'L', 'O', 'R', 'A', 'C', 'K', '1'};
@@ -9072,9 +9226,10 @@ static int write_state(Trainer *t, const char *path) {
     StateWriter s = {.hash = 1};
     Buffer header = {.allocator = &t->q->allocator};
     double best = isfinite(t->best_loss) ? t->best_loss : -1;
-    int bad = buffer_printf(&header, t->err, "{\"step\": %zu, \"evaluated\": %s, \"best_step\": %zu, "
-                            "\"best_loss\": %.17g, \"settings\": ", t->step,
-                            t->evaluated ? "true" : "false", t->best_step, best) ||
+    int bad = buffer_printf(&header, t->err,
+                            "{\"step\": %zu, \"evaluated\": %s, \"best_step\": %zu, "
+                            "\"best_loss\": %.17g, \"settings\": ",
+                            t->step, t->evaluated ? "true" : "false", t->best_step, best) ||
               json_write_string(&header, t->settings, strlen(t->settings), t->err) ||
               buffer_append(&header, "}", 1, t->err) || writer_open(&s.w, path, t->err);
     if (!bad) {
@@ -9132,7 +9287,8 @@ static int list_checkpoints(Trainer *t, const char *directory, Buffer *numbers) 
         } else if (!*end) bad = buffer_append(numbers, &step, sizeof step, t->err);
     }
     if (open_directory) closedir(open_directory);
-    if (numbers->size) qsort(numbers->data, numbers->size / sizeof(size_t), sizeof(size_t), by_number);
+    if (numbers->size)
+        qsort(numbers->data, numbers->size / sizeof(size_t), sizeof(size_t), by_number);
     return bad;
 }
 
@@ -9159,12 +9315,14 @@ static int remove_old_checkpoints(Trainer *t) {
 
 static int save_checkpoint(Trainer *t) {
     if (!t->options->output_dir || t->saved_step == t->step || t->step == 0) return 0;
-    const char *building = checkpoint_path(t, t->step, ".tmp"), *path = checkpoint_path(t, t->step, "");
+    const char *building = checkpoint_path(t, t->step, ".tmp"),
+               *path = checkpoint_path(t, t->step, "");
     const char *state = building ? path_join(&t->region, building, "state.bin", t->err) : NULL;
     if (!path || !state || save_outputs(t, building) || write_state(t, state)) return -1;
     if (rename(building, path) && (errno == EEXIST || errno == ENOTEMPTY)) {
         remove_directory(path, &t->region);                   // an older run's, or a damaged one
-        if (rename(building, path)) return fail(t->err, "%s: cannot rename: %s", path, strerror(errno));
+        if (rename(building, path))
+            return fail(t->err, "%s: cannot rename: %s", path, strerror(errno));
     }
     sync_directory(path);
     t->saved_step = t->step;
@@ -9182,7 +9340,8 @@ static bool state_read(const File *file, size_t *at, void *out, size_t n, uint64
 static bool state_read_block(const File *file, size_t *at, char **out, size_t *n, Region *region,
                              uint64_t *hash) {
     uint64_t length;
-    if (!state_read(file, at, &length, sizeof length, hash) || length > file->size - *at) return false;
+    if (!state_read(file, at, &length, sizeof length, hash) || length > file->size - *at)
+        return false;
     *n = (size_t)length;
     *out = region_alloc(region, *n + 1, 1, NULL);
     return *out && state_read(file, at, *out, *n, hash);
@@ -9207,8 +9366,8 @@ static bool read_state(const char *path, State *state, Region *region) {
              (i == 0 || n == state->value_size);
         state->value_size = n;
     }
-    ok = ok && file.size - at == sizeof stored && !file_read(&file, &stored, sizeof stored, at, NULL) &&
-         stored == hash;
+    ok = ok && file.size - at == sizeof stored &&
+         !file_read(&file, &stored, sizeof stored, at, NULL) && stored == hash;
     file_close(&file);
     return ok;
 }
@@ -9221,8 +9380,10 @@ static int apply_state(Trainer *t, const State *state, const char *path) {
         size_t i = 0;
         while (settings && settings[i] && settings[i] == t->settings[i]) i++;
         while (i && t->settings[i - 1] != ' ') i--;
-        return fail(t->err, "%s: this run was started with other settings: %.60s..., now %.60s...; resume "
-                    "with the same ones", path, settings ? settings + i : "none", t->settings + i);
+        return fail(t->err,
+                    "%s: this run was started with other settings: %.60s..., now %.60s...; resume "
+                    "with the same ones",
+                    path, settings ? settings + i : "none", t->settings + i);
     }
     if (state->value_size != m->n_parameters * sizeof(real) ||
         !json_to_size(json_get(state->header, "step"), &t->step) || t->step > t->steps ||
@@ -9260,15 +9421,17 @@ static int resume(Trainer *t) {
     return bad;
 }
 
-// ------------------------------------------------------------------------------------ the main loop
+// ----------------------------------------------------------------------------------- the main loop
 
 static int log_step(Trainer *t, const qlora_progress *p) {
     const qlora_train_options *o = t->options;
     if (p->step % o->logging_steps && p->step != p->steps) return 0;
     if (o->progress) o->progress(o->user, p);
-    return buffer_printf(&t->log, t->err, "{\"step\": %zu, \"epoch\": %.4f, \"loss\": %.6f, \"grad_norm\": "
-                         "%.6f, \"learning_rate\": %.9g, \"num_tokens\": %zu}\n", p->step, p->epoch,
-                         p->loss, p->grad_norm, p->learning_rate, p->tokens) || write_log(t, false);
+    return buffer_printf(&t->log, t->err,
+                         "{\"step\": %zu, \"epoch\": %.4f, \"loss\": %.6f, \"grad_norm\": "
+                         "%.6f, \"learning_rate\": %.9g, \"num_tokens\": %zu}\n",
+                         p->step, p->epoch, p->loss, p->grad_norm, p->learning_rate, p->tokens) ||
+           write_log(t, false);
 }
 
 // Scores the held-out samples, if there are any, and remembers the best step.
@@ -9278,8 +9441,9 @@ static int evaluate_and_log(Trainer *t) {
     int stopped = evaluate(t, &t->val, &score);
     if (stopped) return stopped;
     double loss = mean_loss(&score), accuracy = (double)score.hits / (double)score.tokens;
-    tell(t->options, "held-out loss %.4f +- %.4f, perplexity %.2f, %.1f %% of tokens right (step %zu)",
-         loss, standard_error(&score), exp(loss), 100 * accuracy, t->step);
+    tell(t->options,
+         "held-out loss %.4f +- %.4f, perplexity %.2f, %.1f %% of tokens right (step %zu)", loss,
+         standard_error(&score), exp(loss), 100 * accuracy, t->step);
     if (loss < t->best_loss && t->step) {
         t->best_loss = loss;
         t->best_step = t->step;
@@ -9293,12 +9457,12 @@ static int evaluate_and_log(Trainer *t) {
 static int stopped(Trainer *t) {
     if (save_checkpoint(t)) return -1;
     if (!t->options->output_dir) return fail(t->err, "stopped after step %zu", t->step);
-    return fail(t->err, "stopped after step %zu of %zu; continue with --resume %s", t->step, t->steps,
-                t->options->output_dir);
+    return fail(t->err, "stopped after step %zu of %zu; continue with --resume %s", t->step,
+                t->steps, t->options->output_dir);
 }
 
-// What is due when t->step steps are done: evaluation, a checkpoint, samples to look at. A resumed run
-// comes here first, so that an evaluation that was stopped is made up for.
+// What is due when t->step steps are done: evaluation, a checkpoint, samples to look at. A resumed
+// run comes here first, so that an evaluation that was stopped is made up for.
 static int after_step(Trainer *t) {
     const qlora_train_options *o = t->options;
     size_t step = t->step;
@@ -9339,7 +9503,7 @@ static int train_loop(Trainer *t) {
     return bad == STOPPED ? stopped(t) : bad;
 }
 
-// ---------------------------------------------------------------------------------------- preparing
+// --------------------------------------------------------------------------------------- preparing
 
 // Holds out a share of the samples, chosen by the seed alone, or takes all of --val.
 static int split_samples(Trainer *t) {
@@ -9361,7 +9525,8 @@ static int split_samples(Trainer *t) {
         SampleList *list = is_held[i] ? &t->val : &t->train;
         list->index[list->n++] = (uint32_t)i;
     }
-    for (size_t i = 0; o->val_file && i < t->val_data.n; i++) t->val.index[t->val.n++] = (uint32_t)i;
+    for (size_t i = 0; o->val_file && i < t->val_data.n; i++)
+        t->val.index[t->val.n++] = (uint32_t)i;
     return 0;
 }
 
@@ -9404,9 +9569,10 @@ static int check_output(Trainer *t) {
             if (old) remove_directory(old, &t->region);
         }
     else if (taken && !o->resume)
-        bad = fail(t->err, "%s: there is a run in this directory already; continue it with --resume %s, "
-                   "choose another with --output, or give --overwrite-output-dir", o->output_dir,
-                   o->output_dir);
+        bad = fail(t->err,
+                   "%s: there is a run in this directory already; continue it with --resume %s, "
+                   "choose another with --output, or give --overwrite-output-dir",
+                   o->output_dir, o->output_dir);
     if (!bad && access(o->output_dir, W_OK))
         bad = fail(t->err, "%s: cannot write here: %s", o->output_dir, strerror(errno));
     buffer_free(&numbers);
@@ -9423,29 +9589,35 @@ static int check_disk(Trainer *t) {
     double need = (double)t->q->transformer.n_parameters * 4 * (4 * (double)saves + 1);
     double room = (double)disk.f_bavail * (double)disk.f_frsize;
     if (need <= room) return 0;
-    return fail(t->err, "%s: %.0f MB are free, but %zu checkpoints and the adapter need %.0f MB; save less "
-                "often (--save-steps) or keep fewer (--save-total-limit)", o->output_dir, room * 1e-6,
-                saves, need * 1e-6);
+    return fail(t->err,
+                "%s: %.0f MB are free, but %zu checkpoints and the adapter need %.0f MB; save less "
+                "often (--save-steps) or keep fewer (--save-total-limit)",
+                o->output_dir, room * 1e-6, saves, need * 1e-6);
 }
 
 static void tell_plan(const Trainer *t) {
     const qlora_train_options *o = t->options;
     const Dataset *d = &t->data;
     if (*t->q->note) tell(o, "%s", t->q->note);
-    tell(o, "data: %zu samples (%zu held out), %zu tokens, %zu supervised, %zu ends of turn among them",
-         d->n, t->val.n, d->tokens, d->supervised, d->ends);
-    if (d->too_long) tell(o, "  left out: %zu samples longer than --max-length %zu (the longest has %zu)",
-                          d->too_long, o->max_length, d->longest);
-    if (d->unsupervised) tell(o, "  left out: %zu samples without a supervised token", d->unsupervised);
+    tell(
+        o,
+        "data: %zu samples (%zu held out), %zu tokens, %zu supervised, %zu ends of turn among them",
+        d->n, t->val.n, d->tokens, d->supervised, d->ends);
+    if (d->too_long)
+        tell(o, "  left out: %zu samples longer than --max-length %zu (the longest has %zu)",
+             d->too_long, o->max_length, d->longest);
+    if (d->unsupervised)
+        tell(o, "  left out: %zu samples without a supervised token", d->unsupervised);
     if (d->bad_lines) tell(o, "  left out: %zu malformed records, the first: %s", d->bad_lines,
                            d->first_bad.text);
-    if (d->doubled_ends) tell(o, "  warning: %zu answers bring an end token of their own: it is doubled",
-                              d->doubled_ends);
+    if (d->doubled_ends)
+        tell(o, "  warning: %zu answers bring an end token of their own: it is doubled",
+             d->doubled_ends);
     tell(o, "adapter: r %zu, alpha %g on %s: %zu parameters", o->lora_r, (double)o->lora_alpha,
          o->target_modules, count_parameters(&t->q->transformer));
     tell(o, "steps: %zu of %zu x %zu samples, %zu an epoch; learning rate %g, %s, %zu of warmup",
-         t->steps, o->per_device_train_batch_size, o->gradient_accumulation_steps, t->steps_per_epoch,
-         (double)o->learning_rate, o->lr_scheduler_type, t->warmup);
+         t->steps, o->per_device_train_batch_size, o->gradient_accumulation_steps,
+         t->steps_per_epoch, (double)o->learning_rate, o->lr_scheduler_type, t->warmup);
     tell(o, "memory: %zu MB weights, %zu MB activations (%zu of %zu layers kept, %zu recomputed)",
          t->q->weight_bytes >> 20, t->session.bytes >> 20, t->session.w.kept,
          t->q->transformer.config.L, t->q->transformer.config.L - t->session.w.kept);
@@ -9458,7 +9630,9 @@ static int open_data(Trainer *t, int mask) {
                           .mask = (MaskKind)mask, .skip_bad_lines = o->skip_bad_lines != 0,
                           .allocator = &q->allocator, .pool = q->device.pool};
     if (dataset_open(&t->data, t->path, &q->chat, q->tokenizer, how, t->err)) return -1;
-    return o->val_file ? dataset_open(&t->val_data, o->val_file, &q->chat, q->tokenizer, how, t->err) : 0;
+    return o->val_file
+               ? dataset_open(&t->val_data, o->val_file, &q->chat, q->tokenizer, how, t->err)
+               : 0;
 }
 
 // The run itself, when all is checked.
@@ -9468,16 +9642,20 @@ static int run_training(Trainer *t) {
     if (session_open(&t->session, t->q, shape, t->err)) return -1;
     tell_plan(t);
     describe_settings(t);
-    int bad = check_disk(t) || (o->output_dir && write_run(t, o->output_dir)) || (o->resume && resume(t)) ? -1 : 0;
+    int bad = check_disk(t) || (o->output_dir && write_run(t, o->output_dir)) ||
+                      (o->resume && resume(t))
+                  ? -1
+                  : 0;
     if (!bad) bad = train_loop(t);
     if (!bad && o->output_dir) {
         double highest = 0;
-        for (size_t at = 0; at < t->log.size; at++) {         // the first loss of the log scales the plot
+        for (size_t at = 0; at < t->log.size; at++) {   // the first loss of the log scales the plot
             const char *loss = strstr(t->log.data + at, "loss\": ");
             if (loss) highest = strtod(loss + 7, NULL);
             break;
         }
-        bad = save_outputs(t, o->output_dir) || write_log(t, true) || write_plot(t, highest * 1.05 + 1e-3);
+        bad = save_outputs(t, o->output_dir) || write_log(t, true) ||
+              write_plot(t, highest * 1.05 + 1e-3);
     }
     session_close(&t->session);
     return bad;
@@ -9505,7 +9683,7 @@ int qlora_train(qlora_model *q, const char *data, const qlora_train_options *opt
     return bad ? -1 : 0;
 }
 
-// ------------------------------------------------------------------------------------- scoring only
+// ------------------------------------------------------------------------------------ scoring only
 
 // Bytes of the text of all supervised tokens.
 static int supervised_bytes(const Trainer *t, size_t *bytes) {
@@ -9529,7 +9707,8 @@ int qlora_evaluate(qlora_model *q, const char *data, const qlora_train_options *
                    qlora_score *result, qlora_error *err) {
     static const char *const masks[] = {"content", "turn", "all"};
     qlora_train_options o = options ? *options : qlora_default_train_options();
-    Trainer t = {.q = q, .options = &o, .path = data, .err = err, .region.allocator = &q->allocator};
+    Trainer t = {
+        .q = q, .options = &o, .path = data, .err = err, .region.allocator = &q->allocator};
     int mask = find_name(masks, 3, o.mask, "mask", err);
     Score score;
     size_t bytes = 0;
@@ -9600,8 +9779,8 @@ static void session_logits(Session *s, size_t first, size_t rows) {
     Span span = {0, rows, 0, rows, 0};
     Batch batch = {.T = rows, .n_spans = 1, .spans = &span};
     Product p = {&m->head, NULL, s->w.head_u};
-    m->dev->ops->head_logits(m->dev, s->logits, &p, act_at(m->dev->act, s->w.x, first * m->config.D),
-                             &batch);
+    m->dev->ops->head_logits(m->dev, s->logits, &p,
+                             act_at(m->dev->act, s->w.x, first * m->config.D), &batch);
 }
 
 static int open_inference(Session *s, qlora_model *q, size_t tokens, size_t logit_rows,
@@ -9637,7 +9816,8 @@ qlora_sampling qlora_default_sampling(const qlora_model *q) {
     qlora_sampling how = {.max_new_tokens = 256, .top_p = 1, .repetition_penalty = 1, .seed = 42};
     double value;
     if (!json_get_bool(q->generation, "do_sample", false)) return how;
-    how.temperature = json_to_double(json_get(q->generation, "temperature"), &value) ? (float)value : 1;
+    how.temperature = json_to_double(json_get(q->generation, "temperature"), &value) ? (float)value
+                                                                                     : 1;
     how.top_k = json_to_double(json_get(q->generation, "top_k"), &value) && value < 1e6 ? (int)value
                                                                                      : 50;
     if (json_to_double(json_get(q->generation, "top_p"), &value)) how.top_p = (float)value;
@@ -9702,8 +9882,8 @@ static int32_t sample(const real *logits, size_t V, const qlora_sampling *how, f
     return scored[kept - 1].id;
 }
 
-// All ids that end an answer: eos_token_id of both configuration files, a number or a list each, the
-// tokenizer's eos token and the end of turn of the chat template.
+// All ids that end an answer: eos_token_id of both configuration files, a number or a list each,
+// the tokenizer's eos token and the end of turn of the chat template.
 static bool json_holds_id(const Json *value, int32_t id) {
     size_t number;
     if (json_is(value, JSON_ARRAY)) {
@@ -9739,7 +9919,8 @@ typedef struct {
 static int emit(Generation *g, int32_t id) {
     if (!g->text || !g->q->tokenizer) return 0;
     g->piece.size = 0;
-    if (token_stream_push(g->q->tokenizer, &g->stream, id, !g->how->keep_special, &g->piece, g->err))
+    if (token_stream_push(g->q->tokenizer, &g->stream, id, !g->how->keep_special, &g->piece,
+                          g->err))
         return -1;
     return g->piece.size && g->text(g->user, g->piece.data, g->piece.size) ? 1 : 0;
 }
@@ -9816,8 +9997,9 @@ int qlora_chat(qlora_model *q, const qlora_message *messages, size_t n, const ql
     int bad = !list || need_chat(q, err) ? -1 : 0;
     for (size_t i = 0; i < n && !bad; i++)
         list[i] = (Message){messages[i].role, messages[i].content, strlen(messages[i].content)};
-    if (!bad) bad = template_apply(&q->chat, q->tokenizer, list, n, MASK_CONTENT, true, &ids, &learn,
-                                   err);
+    if (!bad)
+        bad = template_apply(&q->chat, q->tokenizer, list, n, MASK_CONTENT, true, &ids, &learn,
+                             err);
     if (!bad) bad = qlora_generate(q, (const int32_t *)(const void *)ids.data,
                                    ids.size / sizeof(int32_t), how, text, user, NULL, NULL, err);
     buffer_free(&ids);
@@ -9830,8 +10012,8 @@ int qlora_chat(qlora_model *q, const qlora_message *messages, size_t n, const ql
 // =================================================================================================
 #ifdef QLORA_MAIN
 
-// Text from files and models may hold control characters, which must not drive the terminal: all but
-// newline and tab are shown escaped.
+// Text from files and models may hold control characters, which must not drive the terminal: all
+// but newline and tab are shown escaped.
 static void print_safely(FILE *out, const char *text, size_t n) {
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)text[i];
@@ -9885,8 +10067,8 @@ static void print_progress(void *user, const qlora_progress *p) {
         printf("] ");
     } else printf("step ");
     printf("%zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  %zu MB  ", p->step,
-           p->steps, p->epoch, p->loss, p->grad_norm, p->learning_rate, (double)p->tokens / p->seconds,
-           peak_memory());
+           p->steps, p->epoch, p->loss, p->grad_norm, p->learning_rate,
+           (double)p->tokens / p->seconds, peak_memory());
     print_duration(left);
     printf(" left");
     view->open = view->terminal && p->step < p->steps;
@@ -9953,7 +10135,8 @@ typedef struct {
 #define AT(field) offsetof(Arguments, field)
 static const Option option_table[] = {
     {"adapter", NULL, OPT_TEXT, AT(adapter), CMD_RUN, "PEFT adapter directory on top of the model"},
-    {"quant", NULL, OPT_TEXT, AT(quant), CMD_COMPUTE, "nf4, fp4 or none: the layers' frozen weights"},
+    {"quant", NULL, OPT_TEXT, AT(quant), CMD_COMPUTE,
+     "nf4, fp4 or none: the layers' frozen weights"},
     {"double-quant", NULL, OPT_SWITCH, AT(double_quant), CMD_COMPUTE,
      "true or false: quantise the scales too"},
     {"compute", NULL, OPT_TEXT, AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
@@ -9967,26 +10150,28 @@ static const Option option_table[] = {
     {"lora-dropout", NULL, OPT_FLOAT, AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
     {"target-modules", NULL, OPT_TEXT, AT(train.target_modules), CMD_TRAIN,
      "all-linear, or names such as q_proj,v_proj,lm_head"},
-    {"mask", NULL, OPT_TEXT, AT(train.mask), CMD_TRAIN | CMD_EVAL, "content, turn or all: what is learnt"},
+    {"mask", NULL, OPT_TEXT, AT(train.mask), CMD_TRAIN | CMD_EVAL,
+     "content, turn or all: what is learnt"},
     {"learning-rate", "lr", OPT_FLOAT, AT(train.learning_rate), CMD_TRAIN, "its peak"},
     {"lr-scheduler-type", NULL, OPT_TEXT, AT(train.lr_scheduler_type), CMD_TRAIN,
      "constant, constant_with_warmup, linear or cosine"},
     {"warmup-ratio", NULL, OPT_FLOAT, AT(train.warmup_ratio), CMD_TRAIN, "share of the steps"},
     {"weight-decay", NULL, OPT_FLOAT, AT(train.weight_decay), CMD_TRAIN, "AdamW's"},
-    {"max-grad-norm", NULL, OPT_FLOAT, AT(train.max_grad_norm), CMD_TRAIN, "gradients are clipped to it"},
+    {"max-grad-norm", NULL, OPT_FLOAT, AT(train.max_grad_norm), CMD_TRAIN,
+     "gradients are clipped to it"},
     {"num-train-epochs", "epochs", OPT_DOUBLE, AT(train.num_train_epochs), CMD_TRAIN,
      "passes over the data"},
     {"max-steps", NULL, OPT_SIZE, AT(train.max_steps), CMD_TRAIN, "0: as many as the epochs need"},
     {"per-device-train-batch-size", "batch", OPT_SIZE, AT(train.per_device_train_batch_size),
-     CMD_TRAIN | CMD_EVAL,
-     "samples at a time"},
-    {"gradient-accumulation-steps", "accum", OPT_SIZE, AT(train.gradient_accumulation_steps), CMD_TRAIN,
-     "batches in a step"},
+     CMD_TRAIN | CMD_EVAL, "samples at a time"},
+    {"gradient-accumulation-steps", "accum", OPT_SIZE, AT(train.gradient_accumulation_steps),
+     CMD_TRAIN, "batches in a step"},
     {"max-length", NULL, OPT_SIZE, AT(train.max_length), CMD_TRAIN | CMD_EVAL,
      "tokens of a sample; longer ones are left out and counted"},
     {"skip-bad-lines", NULL, OPT_FLAG, AT(train.skip_bad_lines), CMD_TRAIN | CMD_EVAL,
      "count malformed records instead of stopping"},
-    {"val-split", NULL, OPT_DOUBLE, AT(train.val_split), CMD_TRAIN, "share held out for evaluation"},
+    {"val-split", NULL, OPT_DOUBLE, AT(train.val_split), CMD_TRAIN,
+     "share held out for evaluation"},
     {"val", NULL, OPT_TEXT, AT(train.val_file), CMD_TRAIN, "a file to evaluate on instead"},
     {"eval-steps", NULL, OPT_SIZE, AT(train.eval_steps), CMD_TRAIN,
      "steps between evaluations; also after each epoch"},
@@ -10005,14 +10190,16 @@ static const Option option_table[] = {
     {"system", NULL, OPT_TEXT, AT(system), CMD_CHAT, "system message"},
     {"max-new-tokens", NULL, OPT_SIZE, AT(sampling.max_new_tokens), CMD_GENERATE | CMD_CHAT,
      "most tokens of an answer"},
-    {"temperature", NULL, OPT_FLOAT, AT(sampling.temperature), CMD_GENERATE | CMD_CHAT, "0: greedy"},
+    {"temperature", NULL, OPT_FLOAT, AT(sampling.temperature), CMD_GENERATE | CMD_CHAT,
+     "0: greedy"},
     {"top-k", NULL, OPT_INT, AT(sampling.top_k), CMD_GENERATE | CMD_CHAT, "0: off"},
     {"top-p", NULL, OPT_FLOAT, AT(sampling.top_p), CMD_GENERATE | CMD_CHAT, "1: off"},
     {"min-p", NULL, OPT_FLOAT, AT(sampling.min_p), CMD_GENERATE | CMD_CHAT, "0: off"},
-    {"repetition-penalty", NULL, OPT_FLOAT, AT(sampling.repetition_penalty), CMD_GENERATE | CMD_CHAT,
-     "1: off"},
+    {"repetition-penalty", NULL, OPT_FLOAT, AT(sampling.repetition_penalty),
+     CMD_GENERATE | CMD_CHAT, "1: off"},
     {"ids", NULL, OPT_TEXT, AT(ids), CMD_LOGITS, "token ids, e.g. 1,2,3"},
-    {"ids-only", "ids", OPT_SWITCH, AT(ids_only), CMD_TOKENIZE, "one line of ids for each line of text"},
+    {"ids-only", "ids", OPT_SWITCH, AT(ids_only), CMD_TOKENIZE,
+     "one line of ids for each line of text"},
     {"decode", NULL, OPT_SWITCH, AT(decode), CMD_TOKENIZE, "ids on standard input to text"},
     {"json", NULL, OPT_SWITCH, AT(json), CMD_GENERATE | CMD_EVAL, "JSON instead of text"},
     {"max-shard-size", NULL, OPT_BYTES, AT(max_shard), CMD_MERGE, "most bytes of a weight file"},
@@ -10105,16 +10292,19 @@ static int set_option(Arguments *a, const Option *option, const char *text, qlor
         else *(uint64_t *)to = value;
         ok &= option->kind != OPT_INT || value <= INT_MAX;
     }
-    static const char *const expected[] = {"a text", "a whole number", "a whole number", "a number",
-                                           "a number", "bytes such as 800M or 16G", "a whole number",
-                                           "true or false", "true or false"};
-    if (!ok) return fail(err, "--%s: expected %s, found \"%s\"", option->name, expected[option->kind],
-                         text);
+    static const char *const expected[] = {
+        "a text",         "a whole number", "a whole number",
+        "a number",       "a number",       "bytes such as 800M or 16G",
+        "a whole number", "true or false",  "true or false"};
+    if (!ok)
+        return fail(err, "--%s: expected %s, found \"%s\"", option->name, expected[option->kind],
+                    text);
     a->given[option - option_table] = true;
     return 0;
 }
 
-static int parse_option(Arguments *a, int command, char **argv, int argc, int *at, qlora_error *err) {
+static int parse_option(Arguments *a, int command, char **argv, int argc, int *at,
+                        qlora_error *err) {
     const char *name = argv[*at] + 2, *equals = strchr(name, '=');
     size_t n = equals ? (size_t)(equals - name) : strlen(name);
     for (size_t i = 0; i < N_OPTIONS; i++) {
@@ -10149,8 +10339,8 @@ static int recorded_quant(const Arguments *a, bool *double_quant, qlora_quant *q
     const qlora_allocator heap_allocator = {default_allocate, default_release, NULL};
     Region region = {.allocator = &heap_allocator};
     bool found;
-    const Json *run = read_json(a->adapter ? a->adapter : a->path, "run.json", 1 << 24, &region, &found,
-                                err);
+    const Json *run = read_json(a->adapter ? a->adapter : a->path, "run.json", 1 << 24, &region,
+                                &found, err);
     const char *name = json_get_text(run, "quant");
     *quant = name && strcmp(name, "nf4") == 0 ? QLORA_QUANT_NF4
            : name && strcmp(name, "fp4") == 0 ? QLORA_QUANT_FP4 : QLORA_QUANT_NONE;
@@ -10388,20 +10578,22 @@ static int run_eval(Arguments *a, qlora_error *err) {
     int bad = qlora_evaluate(q, a->data, &a->train, &s, err);
     qlora_close(q);
     if (bad) return -1;
-    printf(a->json ? "{\"loss\": %.6f, \"standard_error\": %.6f, \"perplexity\": %.4f, "
-                     "\"bits_per_byte\": %.4f, \"accuracy\": %.4f, \"tokens\": %zu, "
-                     "\"samples\": %zu}\n"
-                   : "loss %.6f +- %.6f, perplexity %.4f, %.4f bits a byte, accuracy %.4f (%zu tokens "
-                     "of %zu samples)\n", s.loss, s.standard_error, s.perplexity, s.bits_per_byte,
-           s.accuracy, s.tokens, s.samples);
+    printf(
+        a->json ? "{\"loss\": %.6f, \"standard_error\": %.6f, \"perplexity\": %.4f, "
+                  "\"bits_per_byte\": %.4f, \"accuracy\": %.4f, \"tokens\": %zu, "
+                  "\"samples\": %zu}\n"
+                : "loss %.6f +- %.6f, perplexity %.4f, %.4f bits a byte, accuracy %.4f (%zu tokens "
+                  "of %zu samples)\n",
+        s.loss, s.standard_error, s.perplexity, s.bits_per_byte, s.accuracy, s.tokens, s.samples);
     return 0;
 }
 
 static int run_merge(Arguments *a, qlora_error *err) {
     qlora_merge_report r;
     if (qlora_merge(a->path, a->data, a->third, a->max_shard, &a->options, &r, err)) return -1;
-    printf("merged %zu parameters: |change| / |weights| %.2e; rounding undid %.1f %% of the changes\n",
-           r.adapter_parameters, r.relative_change, 100 * r.lost_in_rounding);
+    printf(
+        "merged %zu parameters: |change| / |weights| %.2e; rounding undid %.1f %% of the changes\n",
+        r.adapter_parameters, r.relative_change, 100 * r.lost_in_rounding);
     return 0;
 }
 
@@ -10442,18 +10634,21 @@ static float *read_floats(const TensorFiles *files, const TensorInfo *t, Region 
 static int info_adapter(const Arguments *a, Region *region, qlora_error *err) {
     TensorFiles *files = tensors_open(a->path, "adapter_model.safetensors", region->allocator, err);
     bool found;
-    const Json *json = files ? read_json(a->path, "adapter_config.json", 1 << 24, region, &found, err)
-                             : NULL;
+    const Json *json = files
+                           ? read_json(a->path, "adapter_config.json", 1 << 24, region, &found, err)
+                           : NULL;
     double alpha = 8;
     size_t parameters = 0;
     int bad = json ? 0 : -1;
-    if (json && config_get(json, "lora_alpha")) json_to_double(json_get(json, "lora_alpha"), &alpha);
+    if (json && config_get(json, "lora_alpha"))
+        json_to_double(json_get(json, "lora_alpha"), &alpha);
     for (size_t i = 0; !bad && i < files->n_tensors; i++) {
         const TensorInfo *A = &files->tensors[i], *B = A + 1;         // sorted by name: B follows A
         const char *tail = strstr(A->name, ".lora_A.weight");
         parameters += A->elements;
         if (!tail || i + 1 == files->n_tensors || A->rank != 2 || B->rank != 2 ||
-            A->shape[0] != B->shape[1] || strncmp(A->name, B->name, (size_t)(tail - A->name))) continue;
+            A->shape[0] != B->shape[1] || strncmp(A->name, B->name, (size_t)(tail - A->name)))
+            continue;
         Region values = {.allocator = region->allocator};
         const float *a_values = read_floats(files, A, &values, err);
         const float *b_values = a_values ? read_floats(files, B, &values, err) : NULL;
@@ -10476,9 +10671,11 @@ static int info_model(Arguments *a, Region *region, qlora_error *err) {
     TensorFiles *files = tensors_open(a->path, "model.safetensors", region->allocator, err);
     const Config *c = &q->transformer.config;
     qlora_model_info info = qlora_info(q);
-    printf("%s: %zu layers, hidden %zu, feed-forward %zu, %zu heads of %zu (%zu for keys), vocabulary "
-           "%zu%s, context %zu\n%.1f M parameters\n", info.architecture, c->L, c->D, c->F, c->H, c->hd,
-           c->G, c->V, c->tied ? " (tied)" : "", c->context, (double)info.parameters * 1e-6);
+    printf(
+        "%s: %zu layers, hidden %zu, feed-forward %zu, %zu heads of %zu (%zu for keys), vocabulary "
+        "%zu%s, context %zu\n%.1f M parameters\n",
+        info.architecture, c->L, c->D, c->F, c->H, c->hd, c->G, c->V, c->tied ? " (tied)" : "",
+        c->context, (double)info.parameters * 1e-6);
     for (int type = 0; files && type < N_SAFETENSORS_TYPES; type++) {
         size_t n = 0, bytes = 0;
         for (size_t i = 0; i < files->n_tensors; i++)
@@ -10542,8 +10739,9 @@ static int chat_command(Chat *chat, char *line, const qlora_sampling *how, qlora
     bool has_system = chat->n && strcmp(chat->messages[0].role, "system") == 0;
     if (strcmp(line, "/exit") == 0 || strcmp(line, "/quit") == 0) return 2;
     if (strcmp(line, "/help") == 0)
-        printf("/reset      start again\n/system X  start again with system message X\n"
-               "/regen      another answer to the last message\n/exit       leave (so does Ctrl-D)\n");
+        printf(
+            "/reset      start again\n/system X  start again with system message X\n"
+            "/regen      another answer to the last message\n/exit       leave (so does Ctrl-D)\n");
     else if (strcmp(line, "/reset") == 0) chat->n = has_system ? 1 : 0;
     else if (strncmp(line, "/system ", 8) == 0) {
         chat->n = 0;
@@ -10571,7 +10769,8 @@ static int run_chat(Arguments *a, qlora_error *err) {
     if (!bad) {
         print_banner(q);
         if (*q->note) print_message(NULL, q->note);
-        *chat = (Chat){.q = q, .region.allocator = &q->allocator, .answer.allocator = &q->allocator};
+        *chat = (Chat){
+            .q = q, .region.allocator = &q->allocator, .answer.allocator = &q->allocator};
         if (a->system) bad = chat_push(chat, "system", a->system, strlen(a->system), err);
     }
     qlora_sampling how = chosen_sampling(a, q);
@@ -10611,7 +10810,8 @@ typedef struct {
 // In the order of the CMD_ bits.
 static const Command command_table[] = {
     {"train", "MODEL DATA", "fine-tune: learn an adapter from a dataset", 2, 2, run_train},
-    {"generate", "PATH [FILE]", "continue --prompt TEXT, or each line of a file", 1, 2, run_generate},
+    {"generate", "PATH [FILE]", "continue --prompt TEXT, or each line of a file", 1, 2,
+     run_generate},
     {"chat", "[PATH]", "talk with a model or adapter; out/ if none is named", 0, 1, run_chat},
     {"logits", "PATH", "logits of --ids to a safetensors file", 1, 1, run_logits},
     {"tokenize", "MODEL", "text on standard input to token ids, and back", 1, 1, run_tokenize},
@@ -10686,7 +10886,8 @@ int main(int argc, char **argv) {
     int bit = 1 << (command - command_table);
     for (int i = 0; i < argc; i++) {
         size_t used = strlen(a.command_line);
-        snprintf(a.command_line + used, sizeof a.command_line - used, "%s%s", i ? " " : "", argv[i]);
+        snprintf(a.command_line + used, sizeof a.command_line - used, "%s%s", i ? " " : "",
+                 argv[i]);
     }
     for (int i = 2; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
@@ -10697,7 +10898,8 @@ int main(int argc, char **argv) {
             if (parse_option(&a, bit, argv, argc, &i, &err)) return usage_error(&err);
         } else if (n < command->most) positional[n++] = argv[i];
         else {
-            fail(&err, "%s: expected %s, found also %s", command->name, command->positional, argv[i]);
+            fail(&err, "%s: expected %s, found also %s", command->name, command->positional,
+                 argv[i]);
             return usage_error(&err);
         }
     }

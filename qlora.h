@@ -59,8 +59,8 @@ extern "C" {
 // Where a failing call leaves its message. Start with qlora_error err = {{0}}.
 typedef struct { char text[1024]; } qlora_error;
 
-// Memory hook: every byte the library holds comes from here. allocate returns memory aligned for any
-// type, or NULL; release gets the size that was asked for.
+// Memory hook: every byte the library holds comes from here. allocate returns memory aligned for
+// any type, or NULL; release gets the size that was asked for.
 typedef struct {
     void *(*allocate)(void *user, size_t bytes);
     void (*release)(void *user, void *memory, size_t bytes);
@@ -71,7 +71,7 @@ typedef struct {
 // always keep the type they have in the file.
 typedef enum {
     QLORA_QUANT_NONE,   // as in the file (plain LoRA)
-    QLORA_QUANT_NF4,    // 4-bit NormalFloat, bit for bit bitsandbytes (Dettmers 2023, QLoRA, sec. 3)
+    QLORA_QUANT_NF4,   // 4-bit NormalFloat, bit for bit bitsandbytes (Dettmers 2023, QLoRA, sec. 3)
     QLORA_QUANT_FP4     // bitsandbytes' 4-bit float, the type its own default asks for
 } qlora_quant;
 
@@ -165,7 +165,8 @@ typedef struct {
 // The model's generation_config.json where it has one, else greedy; 256 new tokens, seed 42.
 qlora_sampling qlora_default_sampling(const qlora_model *model);
 
-// Called with each piece of text as it becomes certain: whole UTF-8 characters only. Non-zero stops.
+// Called with each piece of text as it becomes certain: whole UTF-8 characters only. Non-zero
+// stops.
 typedef int (*qlora_text_callback)(void *user, const char *utf8, size_t n);
 
 // Continues the ids. Ends at any of the model's end tokens, at max_new_tokens, at the end of the
@@ -177,7 +178,8 @@ int qlora_generate(qlora_model *model, const int32_t *ids, size_t n, const qlora
 
 typedef struct { const char *role, *content; } qlora_message;   // role: system, user, assistant
 
-// Applies the model's chat template to the messages, asks for the assistant's turn and generates it.
+// Applies the model's chat template to the messages, asks for the assistant's turn and generates
+// it.
 int qlora_chat(qlora_model *model, const qlora_message *messages, size_t n,
                const qlora_sampling *how, qlora_text_callback text, void *user, qlora_error *err);
 
@@ -200,7 +202,7 @@ typedef struct {
     int skip_bad_lines;             // 1: malformed records are counted instead of ending the run
     double val_split;               // share of the samples that is held out for evaluation
     const char *val_file;           // a file to evaluate on instead, or NULL
-    size_t eval_steps;              // evaluate every so many steps; always before the first and after
+    size_t eval_steps;            // evaluate every so many steps; always before the first and after
                                     // each epoch
     size_t save_steps;              // a checkpoint every so many steps; 0: after each epoch
     size_t save_total_limit;        // checkpoints that are kept besides the best; 0: all
@@ -217,19 +219,19 @@ typedef struct {
 // What is known after an optimiser step.
 typedef struct qlora_progress {
     size_t step, steps;             // done, in all
-    double epoch, loss;             // loss: mean over the step's supervised tokens, before the update
+    double epoch, loss;           // loss: mean over the step's supervised tokens, before the update
     double grad_norm;               // before clipping
     double learning_rate;           // used by this step
     size_t tokens, supervised;      // of this step
     double seconds;                 // it took
 } qlora_progress;
 
-// Defaults: r 16, alpha 32, dropout 0, all linears; lr 2e-4, cosine, warmup 3 %, clip 1.0; 3 epochs,
-// batch 4, accumulate 4; max_length 1024; 10 % held out; seed 42.
+// Defaults: r 16, alpha 32, dropout 0, all linears; lr 2e-4, cosine, warmup 3 %, clip 1.0; 3
+// epochs, batch 4, accumulate 4; max_length 1024; 10 % held out; seed 42.
 qlora_train_options qlora_default_train_options(void);
 
-// Fine-tunes a new adapter on a dataset file (JSONL or a JSON array; messages or Alpaca records) and
-// leaves it on the model. The loss of a step is the mean over all supervised tokens of its
+// Fine-tunes a new adapter on a dataset file (JSONL or a JSON array; messages or Alpaca records)
+// and leaves it on the model. The loss of a step is the mean over all supervised tokens of its
 // micro-batches. output_dir gets the adapter with tokenizer and configuration, log.jsonl, loss.svg,
 // run.json and checkpoint-N/ directories. When options->stop of the model asks, the last completed
 // step is saved and -1 returned; a resumed run ends with the same bits as one never stopped.
@@ -249,12 +251,12 @@ typedef struct {
 int qlora_evaluate(qlora_model *model, const char *data, const qlora_train_options *options,
                    qlora_score *score, qlora_error *err);
 
-// --------------------------------------------------------------------------------- model directories
+// ------------------------------------------------------------------------------- model directories
 
 typedef struct {
     size_t adapter_parameters;      // that went into the merged weights
     double relative_change;         // |s B A| / |W| over all merged matrices (Frobenius)
-    double lost_in_rounding;        // share of changed weights that rounding set back to the old value
+    double lost_in_rounding;     // share of changed weights that rounding set back to the old value
 } qlora_merge_report;
 
 // Writes base + adapter as a complete Hugging Face directory: W + s B A in float32, rounded once to
@@ -264,8 +266,8 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
                 size_t max_shard_bytes, const qlora_options *options, qlora_merge_report *report,
                 qlora_error *err);
 
-// Writes the model 4-bit, as transformers and bitsandbytes do (quant: NF4 or FP4): a directory of its
-// own with config, tokenizer and the other small files. Nothing is overwritten.
+// Writes the model 4-bit, as transformers and bitsandbytes do (quant: NF4 or FP4): a directory of
+// its own with config, tokenizer and the other small files. Nothing is overwritten.
 int qlora_quantize(const char *model_dir, const char *out_dir, const qlora_options *options,
                    qlora_error *err);
 
@@ -282,10 +284,10 @@ int qlora_init(const char *config, const char *out_dir, uint64_t seed, const qlo
 // =================================================================================================
 //  For qlora.c and qlora.cu only: the op table
 //
-//  The transformer of qlora.c is written once, against these operations. Chapter 3 holds their plain
-//  CPU versions, which are the specification; chapter 18 the fast ones; qlora.cu those on a GPU.
-//  Letters and contracts are in chapter 1. Activations ("act") are float32 or bf16, as the device was
-//  opened; arithmetic inside an op is float32 and every output is rounded once.
+//  The transformer of qlora.c is written once, against these operations. Chapter 3 holds their
+//  plain CPU versions, which are the specification; chapter 18 the fast ones; qlora.cu those on a
+//  GPU. Letters and contracts are in chapter 1. Activations ("act") are float32 or bf16, as the
+//  device was opened; arithmetic inside an op is float32 and every output is rounded once.
 // =================================================================================================
 #ifdef QLORA_INTERNAL
 
@@ -297,15 +299,15 @@ typedef float real;
 
 typedef enum { DT_REAL, DT_BF16, DT_F16, DT_F32, DT_NF4, DT_FP4, DT_OTHER } DType;
 
-// A frozen matrix (N, K), row-major. 4-bit: element i = row * K + column lies in byte i / 2, the even
-// one in the high nibble; its value is code[nibble] * scale of block i / 64.
+// A frozen matrix (N, K), row-major. 4-bit: element i = row * K + column lies in byte i / 2, the
+// even one in the high nibble; its value is code[nibble] * scale of block i / 64.
 typedef struct {
     DType dtype;                    // DT_F32, DT_BF16, DT_F16, DT_NF4, DT_FP4
     size_t N, K;
     const void *data;
     const float *code;              // (16) 4-bit: the values of the nibbles
     const float *absmax;            // (blocks) one scale a block, or NULL when they are quantised:
-    const uint8_t *absmax8;         // (blocks) scale = code8[absmax8] * absmax2[block / 256] + offset
+    const uint8_t *absmax8;       // (blocks) scale = code8[absmax8] * absmax2[block / 256] + offset
     const float *code8;             // (256)
     const float *absmax2;           // (blocks / 256, rounded up)
     float offset;
@@ -367,8 +369,8 @@ typedef struct {
     void (*linears_forward)(Device *dev, Product *products, size_t n, const void *x,
                             const Batch *batch);
     // dx (T, K) = sum over i of dy W + dropout(du A), du = s dy B; dA, dB += . dx may be NULL
-    void (*linears_backward)(Device *dev, void *dx, const Product *products, size_t n, const void *x,
-                             const Batch *batch);
+    void (*linears_backward)(Device *dev, void *dx, const Product *products, size_t n,
+                             const void *x, const Batch *batch);
 
     // rotates the heads of x (T, heads * hd) in place; sign -1 is the backward pass
     void (*rope)(Device *dev, void *x, size_t heads, size_t hd, const float *frequency, int sign,
@@ -382,7 +384,8 @@ typedef struct {
                                const real *lse, AttentionShape shape, const Batch *batch);
 
     // y (T, F) = silu(gate) * up
-    void (*swiglu_forward)(Device *dev, void *y, const void *gate, const void *up, size_t T, size_t F);
+    void (*swiglu_forward)(Device *dev, void *y, const void *gate, const void *up, size_t T,
+                           size_t F);
     void (*swiglu_backward)(Device *dev, void *dgate, void *dup, const void *dy, const void *gate,
                             const void *up, size_t T, size_t F);
 
@@ -391,14 +394,15 @@ typedef struct {
     void (*scatter)(Device *dev, real *dh, const real *dout, const int32_t *index, size_t n,
                     size_t T, size_t D);
 
-    // The head, a slice of C of its V rows at a time: logits (S, C) real of x (S, D), slice->u filled
+    // The head, a slice of C of its V rows at a time: logits (S, C) real of x (S, D), slice->u
+    // filled
     void (*head_logits)(Device *dev, real *logits, const Product *slice, const void *x,
                         const Batch *rows);
     // dx (S, D) real += dlogits W + du A for slice->y = dlogits (S, C) act; dA, dB +=
     void (*head_backward)(Device *dev, real *dx, const Product *slice, const void *x,
                           const Batch *rows);
-    // One slice of the softmax over columns first .. first+C-1: updates max, sum and chosen (S), the
-    // logit of the target; they start as -inf, 0 and 0
+    // One slice of the softmax over columns first .. first+C-1: updates max, sum and chosen (S),
+    // the logit of the target; they start as -inf, 0 and 0
     void (*cross_entropy_forward)(Device *dev, real *max, real *sum, real *chosen,
                                   const real *logits, const int32_t *target, size_t first, size_t C,
                                   size_t S);
@@ -413,8 +417,8 @@ typedef struct {
     // Of x (n), in double, in a fixed order
     double (*sum_of_squares)(Device *dev, const real *x, size_t n);
     // p, m, v (n): one AdamW step with gradient g * clip; step counts from 1
-    void (*adamw)(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr, real beta1,
-                  real beta2, real eps, real decay, real clip, size_t step);
+    void (*adamw)(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr,
+                  real beta1, real beta2, real eps, real decay, real clip, size_t step);
 } Ops;
 
 #endif // QLORA_INTERNAL

@@ -106,7 +106,7 @@ LEXICON = {key: value.split("|") for key, value in {
     "nice": "pretty|lovely|fine|good|beautiful|wonderful",
     "mood": "happy|sad|tired|angry|proud|hungry|afraid|surprised|bored|glad|quiet|thirsty",
     "glad": "happy|glad|proud|very happy|so glad|full of joy",
-    "food": "bread|soup|cheese|cake|apples|eggs|honey|potatoes|rice|butter and bread|fish|salad",
+    "food": "bread|soup|cheese|cake|apples|eggs|honey|potatoes|rice|fish|salad",
     "drink": "tea|milk|water|juice|hot milk",
     "said": "said|answered|replied|called|whispered",
     "animal": "cat|dog|cow|horse|hen|duck|goat|rabbit|parrot|pig",
@@ -421,7 +421,7 @@ TALK = [
     "you|I see]. I need it to {use}.",
     "{N}: What is the weather like?\n{M}: {weather} [this morning|when I came in].\n"
     "{N}: Then I take [my coat|an umbrella|my hat|my scarf] with me.",
-    "{N}: Are you hungry?\n{M}: Yes, I am. [Is there any {food}|What do we have]?\n{N}: There is "
+    "{N}: Are you hungry?\n{M}: Yes, I am. [Is there any {food}|What do we have]?\n{N}: We have "
     "some {food} [on the table|in the kitchen|in the fridge]. [Take a plate|Sit down], please.",
 ]
 

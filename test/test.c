@@ -73,7 +73,9 @@ static double l2_err(const real *a, const real *b, size_t n) {
 
 // A small generator for test inputs; the engine's own, so that runs repeat.
 typedef struct { uint64_t seed, count; } Random;
-static double uniform(Random *r) { return (double)random_u32(r->seed, 77, 0, r->count++) * 0x1p-32; }
+static double uniform(Random *r) {
+    return (double)random_u32(r->seed, 77, 0, r->count++) * 0x1p-32;
+}
 static double normal(Random *r) {                             // Box and Muller
     double u = uniform(r) + 0x1p-33, v = uniform(r);
     return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);

@@ -74,8 +74,8 @@ static void check_quantised(Test *t, Reference *r, Pool *pool, const char *name,
     if (!nested) {
         check(t, scales && memcmp(scales, absmax, blocks * sizeof *absmax) == 0, "%s differs", key);
     } else {
-        // Codes are equal. The offset is the mean, which torch sums in float32 in vector order and we
-        // in double: it may differ in the last bit, and so may the scales' scale.
+        // Codes are equal. The offset is the mean, which torch sums in float32 in vector order and
+        // we in double: it may differ in the last bit, and so may the scales' scale.
         size_t one, n_groups;
         wrong = 0;
         for (size_t i = 0; scales && i < blocks; i++)
@@ -83,14 +83,15 @@ static void check_quantised(Test *t, Reference *r, Pool *pool, const char *name,
         check(t, scales && wrong == 0, "%s: %zu of %zu codes differ", key, wrong, blocks);
         snprintf(key, sizeof key, "%s.%s.nested_offset", name, kind);
         const real *offset = reference_values(t, r, key, &one);
-        float ulp = offset ? nextafterf(fabsf((float)offset[0]), INFINITY) - fabsf((float)offset[0]) : 0;
-        check(t, offset && fabsf((float)offset[0] - w.offset) <= ulp, "%s: %.9g, expected %.9g", key,
-              (double)w.offset, offset ? (double)offset[0] : 0.0);
+        float ulp = offset ? nextafterf(fabsf((float)offset[0]), INFINITY) - fabsf((float)offset[0])
+                           : 0;
+        check(t, offset && fabsf((float)offset[0] - w.offset) <= ulp, "%s: %.9g, expected %.9g",
+              key, (double)w.offset, offset ? (double)offset[0] : 0.0);
         snprintf(key, sizeof key, "%s.%s.nested_absmax", name, kind);
         const real *absmax2 = reference_values(t, r, key, &n_groups);
         for (size_t i = 0; i < n_groups; i++)
-            check(t, fabsf((float)absmax2[i] - w.absmax2[i]) <= 2 * ulp, "%s[%zu]: %.9g, expected %.9g",
-                  key, i, (double)w.absmax2[i], (double)absmax2[i]);
+            check(t, fabsf((float)absmax2[i] - w.absmax2[i]) <= 2 * ulp,
+                  "%s[%zu]: %.9g, expected %.9g", key, i, (double)w.absmax2[i], (double)absmax2[i]);
     }
     // Values: exact without nesting; with it within the last bits of offset and scale.
     size_t count;
@@ -122,7 +123,8 @@ static void test_bitsandbytes(Test *t) {
     for (const Json *e = json_get(json, "tensors")->first; e; e = e->next, tensors++)
         for (int k = 0; k < 4; k++)
             if (k < 2 || json_get_bool(e, "fp4", false))
-                check_quantised(t, &r, pool, json_get_text(e, "name"), k < 2 ? DT_NF4 : DT_FP4, k % 2);
+                check_quantised(t, &r, pool, json_get_text(e, "name"), k < 2 ? DT_NF4 : DT_FP4,
+                                k % 2);
     check(t, tensors >= 8, "only %zu tensors", tensors);
     close_reference(&r);
     region_free(&region);
@@ -201,8 +203,10 @@ static void check_tokenizer(Test *t, const char *name) {
             }
         }
         token_stream_end(tokenizer, &stream, &pieces, &err);
-        check(t, pieces.size == text.size && memcmp(pieces.data ? pieces.data : "",
-              text.data ? text.data : "", text.size) == 0, "%s: text %zu streams other text", name, n);
+        check(t,
+              pieces.size == text.size && memcmp(pieces.data ? pieces.data : "",
+                                                 text.data ? text.data : "", text.size) == 0,
+              "%s: text %zu streams other text", name, n);
     }
     check(t, n > 100, "%s: only %zu texts", name, n);
     buffer_free(&ids);
@@ -221,14 +225,18 @@ static void test_tokenizers(Test *t) {
 static void test_real_tokenizers(Test *t) {
     static const struct { const char *name, *vectors; } cases[] = {
         {"qwen2.5-0.5b-instruct", "qwen2"}, {"llama-2", "llama-spm"}, {"gpt2", "gpt-2"}};
-    if (!file_exists("../shared/real/tokenizer_vectors")) { skip(t, "no ../shared/real here"); return; }
+    if (!file_exists("../shared/real/tokenizer_vectors")) {
+        skip(t, "no ../shared/real here");
+        return;
+    }
     for (size_t i = 0; i < 3; i++) {
         char path[256];
         qlora_error err = {{0}};
         Buffer in = {.allocator = &heap}, out = {.allocator = &heap}, ids = {.allocator = &heap};
         snprintf(path, sizeof path, "../shared/real/tokenizers/%s", cases[i].name);
         Tokenizer *tokenizer = tokenizer_open(path, &heap, &err);
-        snprintf(path, sizeof path, "../shared/real/tokenizer_vectors/llama.cpp/ggml-vocab-%s.gguf.inp",
+        snprintf(path, sizeof path,
+                 "../shared/real/tokenizer_vectors/llama.cpp/ggml-vocab-%s.gguf.inp",
                  cases[i].vectors);
         check(t, !read_whole_file(path, 1 << 24, &in, &err), "%s", err.text);
         memcpy(strstr(path, ".inp"), ".out", 4);
@@ -265,9 +273,10 @@ static void test_real_tokenizers(Test *t) {
     }
 }
 
-#define FORMAT_TESTS                                                                                \
-    {"bitsandbytes", "NF4, FP4, double quantisation equal bitsandbytes byte for byte",              \
-     test_bitsandbytes},                                                                            \
-    {"conversions", "bf16 and f16 are exact, ties to even", test_conversions},                      \
-    {"tokenizers", "ids, text and streams equal Hugging Face tokenizers", test_tokenizers},         \
-    {"real_tokenizers", "Qwen2.5, Llama-2, GPT-2 give llama.cpp's vectors", test_real_tokenizers},
+#define FORMAT_TESTS                                                                               \
+    {"bitsandbytes", "NF4, FP4, double quantisation equal bitsandbytes byte for byte",             \
+     test_bitsandbytes},                                                                           \
+        {"conversions", "bf16 and f16 are exact, ties to even", test_conversions},                 \
+        {"tokenizers", "ids, text and streams equal Hugging Face tokenizers", test_tokenizers},    \
+        {"real_tokenizers", "Qwen2.5, Llama-2, GPT-2 give llama.cpp's vectors",                    \
+         test_real_tokenizers},

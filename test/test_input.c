@@ -1026,7 +1026,7 @@ static void test_bad_calls(Test *t) {
     static const qlora_message alien = {"alien", "hello"};
     for (size_t i = 0; i < 2; i++) {
         err.text[0] = 0;
-        check(t, qlora_chat(q, &alien, i, &none, NULL, NULL, &err) == -1, "%zu strange messages", i);
+        check(t, qlora_chat(q, &alien, i, &none, NULL, NULL, &err) == -1, "%zu messages", i);
         check_message(t, err.text, (const char *const[]){i ? "\"alien\"" : "message"}, 1, "chat");
     }
     // No adapter to save; a place where no directory can be.
@@ -1053,19 +1053,22 @@ static void test_bad_calls(Test *t) {
     // Sampling as a hostile generation_config.json has it: whatever is taken from it is usable.
     copy_tree(LLAMA, out.text);
     save_text(path_of("%s/generation_config.json", out.text).text, "{\"do_sample\": true, "
-              "\"temperature\": 1e300, \"top_k\": -1e300, \"top_p\": -1e300, \"min_p\": 1e300, "
-              "\"repetition_penalty\": 1e300, \"eos_token_id\": [-1, 1e300, \"2\", [[]]]}");
+              "\"temperature\": 1e300, \"top_k\": -1e300, \"top_p\": -1e300, "
+              "\"min_p\": 1e300, \"repetition_penalty\": 1e300, "
+              "\"eos_token_id\": [-1, 1e300, \"2\", [[]]]}");
     q = qlora_open(out.text, &opt, &err);
     if (check(t, q != NULL, "%s", err.text)) {
         qlora_sampling how = qlora_default_sampling(q);
         check(t, isfinite(how.temperature) && how.temperature >= 0 && how.top_k >= 0 &&
               isfinite(how.top_p) && isfinite(how.min_p) && isfinite(how.repetition_penalty) &&
-              how.repetition_penalty > 0, "temperature %g, top_k %d, top_p %g, min_p %g, penalty %g",
+              how.repetition_penalty > 0, "temperature %g, top_k %d, top_p %g, min_p %g, by %g",
               (double)how.temperature, how.top_k, (double)how.top_p, (double)how.min_p,
               (double)how.repetition_penalty);
         how.max_new_tokens = 3;
-        check(t, !qlora_generate(q, full, 4, &how, NULL, NULL, &ids, &n, &err) && n == 3, "%zu ids: %s",
-              n, err.text);
+        how.ignore_eos = 1;
+        err.text[0] = 0;
+        check(t, !qlora_generate(q, full, 4, &how, NULL, NULL, &ids, &n, &err) && n == 3,
+              "%zu ids: %s", n, err.text);
         for (size_t i = 0; ids && i < n; i++)
             check(t, ids[i] >= 0 && (size_t)ids[i] < V, "id %d comes out", ids[i]);
         qlora_free(q, ids);

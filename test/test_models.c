@@ -1,8 +1,8 @@
 // Whole models against transformers + peft + bitsandbytes, and against themselves.
 //
 // Tolerances. In float32 the reference sums a row of at most 172 products in an order of its own:
-// each sum is off by a few rounding errors of 6e-8, and two layers multiply that by their gain. 1e-5
-// of the largest logit and 1e-4 of a gradient's norm leave a factor of about ten over what is
+// each sum is off by a few rounding errors of 6e-8, and two layers multiply that by their gain.
+// 1e-5 of the largest logit and 1e-4 of a gradient's norm leave a factor of about ten over what is
 // measured, and a wrong formula is off by 1e-2 or more (the planted errors below are).
 
 static const char *const model_names[] = {"llama", "llama31", "qwen2", "mistral"};
@@ -30,8 +30,12 @@ static qlora_model *open_test_model(Test *t, const char *path, qlora_quant quant
 // ------------------------------------------------------------------------------------- references
 
 // The sequences of ref.json or the micro-batches of ref_train.json.
-typedef struct { size_t n, length[64]; int32_t *ids[64], *labels[64]; Region region; const Json *json; }
-    Sequences;
+typedef struct {
+    size_t n, length[64];
+    int32_t *ids[64], *labels[64];
+    Region region;
+    const Json *json;
+} Sequences;
 
 static bool read_sequences(Test *t, Sequences *s, const char *directory, const char *file,
                            const char *key) {
@@ -56,7 +60,7 @@ static bool read_sequences(Test *t, Sequences *s, const char *directory, const c
     return true;
 }
 
-// ------------------------------------------------------------------------------------ small actions
+// ----------------------------------------------------------------------------------- small actions
 
 // The adapter's parameters get gradients and moments, keeping their values.
 static void make_trainable(qlora_model *q) {
@@ -117,7 +121,8 @@ static double compare_adapter(Test *t, qlora_model *q, Reference *r, const char 
             const real *reference = reference_values(t, r, name, &n);
             const real *own = gradients ? (part ? linear->lora.dB : linear->lora.dA)
                                         : (part ? linear->lora.B : linear->lora.A);
-            if (!reference || !check(t, n == expected, "%s: %zu values, expected %zu", name, n, expected))
+            if (!reference ||
+                !check(t, n == expected, "%s: %zu values, expected %zu", name, n, expected))
                 return NAN;
             double error = l2_err(own, reference, n);
             if (!(error <= worst)) worst = error;
@@ -185,8 +190,8 @@ static void check_against_reference(Test *t, const char *model, const QuantCase 
           loss_error);
     double gradient = compare_adapter(t, q, &r, "grad.", true);
     check(t, gradient <= 1e-4, "%s %s: gradients differ by %.2e", model, quant->name, gradient);
-    printf("    %-8s %-6s logits %.1e, adapted %.1e, loss %.1e, gradients %.1e\n", model, quant->name,
-           base, adapted, loss_error, gradient);
+    printf("    %-8s %-6s logits %.1e, adapted %.1e, loss %.1e, gradients %.1e\n", model,
+           quant->name, base, adapted, loss_error, gradient);
     // A wrong gradient must not pass: one element of one tensor, off by 1 % of its tensor's norm.
     q->transformer.gradients[0] += (real)0.01 * (real)sqrt(
         plain_ops.sum_of_squares(&q->device, module_linear(&q->transformer, 0)->lora.dA,
@@ -293,8 +298,8 @@ static void test_adamw_steps(Test *t) {
             worst_loss = fmax(worst_loss, fabs(loss - value) / value);
             check(t, fabs(loss - value) <= 1e-5 * value, "%s %s step %zu: loss %.8f, expected %.8f",
                   names[c / 2], quant->name, step, loss, value);
-            check(t, fabs(norm - norm_value) <= 1e-4 * norm_value, "step %zu: norm %.8f, expected %.8f",
-                  step, norm, norm_value);
+            check(t, fabs(norm - norm_value) <= 1e-4 * norm_value,
+                  "step %zu: norm %.8f, expected %.8f", step, norm, norm_value);
             expected = expected->next;
             free_batch(&b[0]);
             free_batch(&b[1]);
@@ -303,8 +308,8 @@ static void test_adamw_steps(Test *t) {
         check(t, parameters <= 1e-4, "%s %s: parameters differ by %.2e", names[c / 2], quant->name,
               parameters);
         check(t, clipped >= 5, "clipping was active in only %d steps", clipped);
-        printf("    %-8s %-6s losses %.1e, parameters %.1e\n", names[c / 2], quant->name, worst_loss,
-               parameters);
+        printf("    %-8s %-6s losses %.1e, parameters %.1e\n", names[c / 2], quant->name,
+               worst_loss, parameters);
         region_free(&s.region);
         close_reference(&r);
         qlora_close(q);
@@ -312,7 +317,8 @@ static void test_adamw_steps(Test *t) {
 }
 
 // bf16: how far from float32 may it be? torch's own bf16 run of the same weights was recorded; ours
-// keeps sums and softmax in float32 and must be no farther from the float32 logits than 1.5 times it.
+// keeps sums and softmax in float32 and must be no farther from the float32 logits than 1.5 times
+// it.
 static void test_bf16_bounds(Test *t) {
     for (size_t i = 0; i < N_TEST_MODELS; i++)
         for (size_t k = 0; k < 2; k++) {
@@ -324,8 +330,8 @@ static void test_bf16_bounds(Test *t) {
             snprintf(directory, sizeof directory, MODELS "%s", model_names[i]);
             snprintf(file, sizeof file, "ref_%s.safetensors", quant_cases[k].name);
             snprintf(adapter, sizeof adapter, "%s/adapter", directory);
-            qlora_model *q = open_test_model(t, directory, quant_cases[k].quant, 0, QLORA_COMPUTE_BF16,
-                                             2);
+            qlora_model *q = open_test_model(t, directory, quant_cases[k].quant, 0,
+                                             QLORA_COMPUTE_BF16, 2);
             if (!q || !open_reference(t, &r, directory, file) ||
                 !read_sequences(t, &s, directory, "ref.json", "sequences")) return;
             check(t, !qlora_load_adapter(q, adapter, &err), "%s", err.text);
@@ -343,10 +349,12 @@ static void test_bf16_bounds(Test *t) {
             double plain = compare_logits(t, q, &s, &r, "logits");
             check(t, fast <= 1.5 * theirs, "%s %s: bf16 logits are %.2e from float32, torch's %.2e",
                   model_names[i], quant_cases[k].name, fast, theirs);
-            check(t, plain <= 1.5 * theirs, "%s %s: plain bf16 logits are %.2e from float32, torch's "
-                  "%.2e", model_names[i], quant_cases[k].name, plain, theirs);
-            printf("    %-8s %-6s bf16 from f32: fast %.1e, plain %.1e, torch %.1e\n", model_names[i],
-                   quant_cases[k].name, fast, plain, theirs);
+            check(t, plain <= 1.5 * theirs,
+                  "%s %s: plain bf16 logits are %.2e from float32, torch's "
+                  "%.2e",
+                  model_names[i], quant_cases[k].name, plain, theirs);
+            printf("    %-8s %-6s bf16 from f32: fast %.1e, plain %.1e, torch %.1e\n",
+                   model_names[i], quant_cases[k].name, fast, plain, theirs);
             region_free(&s.region);
             close_reference(&r);
             qlora_close(q);
@@ -363,26 +371,28 @@ static void test_greedy(Test *t) {
             size_t n = 0;
             snprintf(directory, sizeof directory, MODELS "%s", model_names[i]);
             snprintf(adapter, sizeof adapter, "%s/adapter", directory);
-            qlora_model *q = open_test_model(t, directory, QLORA_QUANT_NONE, 0, QLORA_COMPUTE_F32, 2);
+            qlora_model *q = open_test_model(t, directory, QLORA_QUANT_NONE, 0, QLORA_COMPUTE_F32,
+                                             2);
             if (!q || !read_sequences(t, &s, directory, "ref.json", "sequences")) return;
             if (adapted) check(t, !qlora_load_adapter(q, adapter, &err), "%s", err.text);
-            const Json *expected = json_get(json_get(s.json, "greedy"), adapted ? "adapter" : "base");
+            const Json *expected = json_get(json_get(s.json, "greedy"),
+                                            adapted ? "adapter" : "base");
             qlora_sampling how = {.max_new_tokens = 20, .top_p = 1, .repetition_penalty = 1,
                                   .ignore_eos = 1};
-            check(t, !qlora_generate(q, s.ids[0], s.length[0], &how, NULL, NULL, &ids, &n, &err), "%s",
-                  err.text);
+            check(t, !qlora_generate(q, s.ids[0], s.length[0], &how, NULL, NULL, &ids, &n, &err),
+                  "%s", err.text);
             check(t, n == 20 && expected && expected->count == 20, "%zu ids", n);
             const Json *e = expected ? expected->first : NULL;
             for (size_t k = 0; k < n && e; k++, e = e->next)
-                check(t, ids[k] == (int32_t)strtol(e->text, NULL, 10), "%s: id %zu is %d, expected %s",
-                      model_names[i], k, ids[k], e->text);
+                check(t, ids[k] == (int32_t)strtol(e->text, NULL, 10),
+                      "%s: id %zu is %d, expected %s", model_names[i], k, ids[k], e->text);
             qlora_free(q, ids);
             region_free(&s.region);
             qlora_close(q);
         }
 }
 
-// ------------------------------------------------------------------------------- against themselves
+// ------------------------------------------------------------------------------ against themselves
 
 // Opens a model with its adapter ready for training, in the compute type given.
 static qlora_model *trainable_model(Test *t, const char *model, qlora_compute compute, int threads,
@@ -451,8 +461,8 @@ static void test_batch_shape(Test *t) {
             sum += run_batch(t, q, &alone, together.S, 0);
             free_batch(&alone);
         }
-        check(t, fabs(loss - sum) <= 1e-12 * loss, "mode %d: loss %.9f packed, %.9f apart", mode, loss,
-              sum);
+        check(t, fabs(loss - sum) <= 1e-12 * loss, "mode %d: loss %.9f packed, %.9f apart", mode,
+              loss, sum);
         check(t, memcmp(packed, q->transformer.gradients, bytes) == 0,
               "mode %d: gradients of a pack differ from those of its sequences", mode);
         // The least memory that works: everything is recomputed.
@@ -540,10 +550,13 @@ static void test_zero_adapter(Test *t) {
         size_t V = q->transformer.config.V, n = s.length[1];
         float *base = grab(n * V, sizeof *base), *adapted = grab(n * V, sizeof *adapted);
         check(t, !qlora_logits(q, s.ids[1], n, base, &err), "%s", err.text);
-        check(t, !new_adapter(&q->transformer, "all-linear,lm_head", 8, 16, 0, 42, &heap, &err) ||
-              !new_adapter(&q->transformer, "all-linear", 8, 16, 0, 42, &heap, &err), "%s", err.text);
+        check(t,
+              !new_adapter(&q->transformer, "all-linear,lm_head", 8, 16, 0, 42, &heap, &err) ||
+                  !new_adapter(&q->transformer, "all-linear", 8, 16, 0, 42, &heap, &err),
+              "%s", err.text);
         check(t, !qlora_logits(q, s.ids[1], n, adapted, &err), "%s", err.text);
-        check(t, memcmp(base, adapted, n * V * sizeof *base) == 0, "a zero adapter changes the model");
+        check(t, memcmp(base, adapted, n * V * sizeof *base) == 0,
+              "a zero adapter changes the model");
         free(base);
         free(adapted);
         region_free(&s.region);
@@ -566,13 +579,15 @@ static void test_adapter_round_trip(Test *t) {
     check(t, !qlora_save_adapter(q, out, &err), "%s", err.text);
     check(t, !qlora_load_adapter(q, out, &err), "%s", err.text);
     check(t, !qlora_logits(q, s.ids[1], n, after, &err), "%s", err.text);
-    check(t, memcmp(before, after, n * V * sizeof *before) == 0, "saved and loaded adapters differ");
+    check(t, memcmp(before, after, n * V * sizeof *before) == 0,
+          "saved and loaded adapters differ");
     qlora_close(q);
     q = qlora_open(out, &(qlora_options){.quant = QLORA_QUANT_NF4, .double_quant = 1,
                    .compute = QLORA_COMPUTE_F32}, &err);
     if (check(t, q != NULL, "opening the adapter's directory: %s", err.text)) {
         check(t, !qlora_logits(q, s.ids[1], n, after, &err), "%s", err.text);
-        check(t, memcmp(before, after, n * V * sizeof *before) == 0, "the adapter's directory differs");
+        check(t, memcmp(before, after, n * V * sizeof *before) == 0,
+              "the adapter's directory differs");
         qlora_close(q);
     }
     free(before);
@@ -600,7 +615,8 @@ static void test_quantized_directory(Test *t) {
         if (!check(t, a && b, "%s", err.text)) return;
         size_t V = a->transformer.config.V;
         float *x = grab(6 * V, sizeof *x), *y = grab(6 * V, sizeof *y);
-        check(t, !qlora_logits(a, ids, 6, x, &err) && !qlora_logits(b, ids, 6, y, &err), "%s", err.text);
+        check(t, !qlora_logits(a, ids, 6, x, &err) && !qlora_logits(b, ids, 6, y, &err), "%s",
+              err.text);
         check(t, memcmp(x, y, 6 * V * sizeof *x) == 0, "%s %s: differs by %.2e", model_names[i / 3],
               c->name, max_err(y, x, 6 * V));
         free(x);
@@ -610,9 +626,10 @@ static void test_quantized_directory(Test *t) {
     }
 }
 
-// Merged files compute what base + adapter do: exactly up to float32 rounding for a float32 base, up to
-// one rounding of each weight for 16-bit ones (2^-9 of a weight in bf16, 2^-12 in float16; through two
-// layers that is at most a few times as much of the logits). In shards and in one file alike.
+// Merged files compute what base + adapter do: exactly up to float32 rounding for a float32 base,
+// up to one rounding of each weight for 16-bit ones (2^-9 of a weight in bf16, 2^-12 in float16;
+// through two layers that is at most a few times as much of the logits). In shards and in one file
+// alike.
 static void test_merge(Test *t) {
     static const double limits[] = {1e-5, 2e-2, 1e-5, 3e-3};          // f32, bf16, f32, f16
     for (size_t i = 0; i < N_TEST_MODELS; i++)
@@ -624,9 +641,12 @@ static void test_merge(Test *t) {
             snprintf(directory, sizeof directory, MODELS "%s", model_names[i]);
             snprintf(adapter, sizeof adapter, "%s/adapter", directory);
             snprintf(out, sizeof out, "build/adapter-merged-%d-%zu-%d", (int)getpid(), i, sharded);
-            qlora_options opt = {.quant = QLORA_QUANT_NONE, .threads = 2, .compute = QLORA_COMPUTE_F32};
-            check(t, !qlora_merge(directory, adapter, out, sharded ? 60000 : SIZE_MAX, &opt, &report,
-                                  &err), "%s", err.text);
+            qlora_options opt = {
+                .quant = QLORA_QUANT_NONE, .threads = 2, .compute = QLORA_COMPUTE_F32};
+            check(t,
+                  !qlora_merge(directory, adapter, out, sharded ? 60000 : SIZE_MAX, &opt, &report,
+                               &err),
+                  "%s", err.text);
             qlora_model *a = qlora_open(directory, &opt, &err), *b = qlora_open(out, &opt, &err);
             if (!check(t, a && b, "%s", err.text)) return;
             check(t, !qlora_load_adapter(a, adapter, &err), "%s", err.text);
@@ -649,7 +669,8 @@ static void test_merge(Test *t) {
         float value = f16_to_float((uint16_t)h), next = f16_to_float((uint16_t)(h + 1));
         check(t, float_to_f16(value) == h && float_to_f16(-value) == (h | 0x8000), "f16 %04X", h);
         if (h + 1 < 0x7C00)
-            check(t, float_to_f16((value + next) / 2) == h + h % 2, "between f16 %04X and the next", h);
+            check(t, float_to_f16((value + next) / 2) == h + h % 2, "between f16 %04X and the next",
+                  h);
     }
 }
 
@@ -678,14 +699,17 @@ static void test_stories260K(Test *t) {
         const Json *text = json_get(c, "text");
         size_t n = ids_json->count, k = 0, n_own;
         int32_t *ids = grab(n, sizeof *ids), *own;
-        for (const Json *e = ids_json->first; e; e = e->next) ids[k++] = (int32_t)strtol(e->text, 0, 10);
-        check(t, !qlora_tokenize(q, text->text, text->length, 1, &own, &n_own, &err), "%s", err.text);
+        for (const Json *e = ids_json->first; e; e = e->next)
+            ids[k++] = (int32_t)strtol(e->text, 0, 10);
+        check(t, !qlora_tokenize(q, text->text, text->length, 1, &own, &n_own, &err), "%s",
+              err.text);
         check(t, n_own == n && memcmp(own, ids, n * sizeof *ids) == 0, "other ids for \"%.40s\"",
               text->text);
         float *logits = grab(n * V, sizeof *logits), *expected = grab(V, sizeof *expected);
         check(t, !qlora_logits(q, ids, n, logits, &err), "%s", err.text);
         k = 0;
-        for (const Json *e = last->first; e && k < V; e = e->next) expected[k++] = strtof(e->text, NULL);
+        for (const Json *e = last->first; e && k < V; e = e->next)
+            expected[k++] = strtof(e->text, NULL);
         double error = max_err(logits + (n - 1) * V, expected, V);
         if (!(error <= worst)) worst = error;
         check(t, error <= 1e-5, "logits after \"%.40s\" differ by %.2e", text->text, error);
@@ -706,9 +730,12 @@ static void test_stories260K(Test *t) {
     Buffer text = {.allocator = &heap}, expected = {.allocator = &heap};
     int32_t *ids;
     size_t n;
-    qlora_sampling how = {.max_new_tokens = 200, .top_p = 1, .repetition_penalty = 1, .ignore_eos = 1};
-    check(t, !qlora_tokenize(q, "", 0, 1, &ids, &n, &err) &&
-          !qlora_generate(q, ids, n, &how, collect_text_piece, &text, NULL, NULL, &err), "%s", err.text);
+    qlora_sampling how = {
+        .max_new_tokens = 200, .top_p = 1, .repetition_penalty = 1, .ignore_eos = 1};
+    check(t,
+          !qlora_tokenize(q, "", 0, 1, &ids, &n, &err) &&
+              !qlora_generate(q, ids, n, &how, collect_text_piece, &text, NULL, NULL, &err),
+          "%s", err.text);
     check(t, !read_whole_file("../shared/real/checkpoints/stories260K/original/expected_stdout.txt",
                               1 << 20, &expected, &err), "%s", err.text);
     check(t, text.size == expected.size && memcmp(text.data, expected.data, text.size) == 0,
@@ -721,21 +748,23 @@ static void test_stories260K(Test *t) {
     qlora_close(q);
 }
 
-#define MODEL_TESTS                                                                                 \
-    {"reference_plain", "logits, loss, gradients equal transformers + peft (plain kernels)",        \
-     test_reference_plain},                                                                         \
-    {"reference_fast", "the same with the fast kernels", test_reference_fast},                      \
-    {"adapted_head", "LoRA on lm_head, tied and untied, equals peft", test_adapted_head},           \
-    {"adamw_steps", "10 AdamW steps equal PyTorch's: losses, norms, parameters", test_adamw_steps}, \
-    {"bf16_bounds", "bf16 is as near to float32 as torch's bf16", test_bf16_bounds},                \
-    {"greedy", "20 greedy tokens equal transformers'", test_greedy},                                \
-    {"merge", "merged files compute what base + adapter do", test_merge},                           \
-    {"stories260K", "a real trained model: golden logits, losses, greedy text", test_stories260K},  \
-    {"threads", "1, 2, 3, 4, 7 threads give the same bits", test_threads},                          \
-    {"batch_shape", "packed = apart, recomputed = stored, bit for bit", test_batch_shape},          \
-    {"cache", "token by token through the cache = all at once, bit for bit", test_cache},           \
-    {"causality", "a later token changes no earlier logit", test_causality},                        \
-    {"zero_adapter", "a fresh adapter changes nothing, bit for bit", test_zero_adapter},            \
-    {"adapter_round_trip", "save and load keep an adapter exactly", test_adapter_round_trip},       \
-    {"quantized_directory", "a 4-bit directory computes what was quantised on the fly",             \
-     test_quantized_directory},
+#define MODEL_TESTS                                                                                \
+    {"reference_plain", "logits, loss, gradients equal transformers + peft (plain kernels)",       \
+     test_reference_plain},                                                                        \
+        {"reference_fast", "the same with the fast kernels", test_reference_fast},                 \
+        {"adapted_head", "LoRA on lm_head, tied and untied, equals peft", test_adapted_head},      \
+        {"adamw_steps", "10 AdamW steps equal PyTorch's: losses, norms, parameters",               \
+         test_adamw_steps},                                                                        \
+        {"bf16_bounds", "bf16 is as near to float32 as torch's bf16", test_bf16_bounds},           \
+        {"greedy", "20 greedy tokens equal transformers'", test_greedy},                           \
+        {"merge", "merged files compute what base + adapter do", test_merge},                      \
+        {"stories260K", "a real trained model: golden logits, losses, greedy text",                \
+         test_stories260K},                                                                        \
+        {"threads", "1, 2, 3, 4, 7 threads give the same bits", test_threads},                     \
+        {"batch_shape", "packed = apart, recomputed = stored, bit for bit", test_batch_shape},     \
+        {"cache", "token by token through the cache = all at once, bit for bit", test_cache},      \
+        {"causality", "a later token changes no earlier logit", test_causality},                   \
+        {"zero_adapter", "a fresh adapter changes nothing, bit for bit", test_zero_adapter},       \
+        {"adapter_round_trip", "save and load keep an adapter exactly", test_adapter_round_trip},  \
+        {"quantized_directory", "a 4-bit directory computes what was quantised on the fly",        \
+         test_quantized_directory},

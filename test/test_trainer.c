@@ -3,8 +3,11 @@
 enum { TRAIN_STEPS = 20 };
 
 // What a test run does: at which step it asks to stop, or after how many polls.
-typedef struct { size_t stop_at_step, polls_left, last_step; bool stop; double first_loss, last_loss; }
-    RunControl;
+typedef struct {
+    size_t stop_at_step, polls_left, last_step;
+    bool stop;
+    double first_loss, last_loss;
+} RunControl;
 
 static void control_progress(void *user, const qlora_progress *p) {
     RunControl *c = user;
@@ -88,9 +91,10 @@ static bool reference_run(Test *t, char out[200], char data[200]) {
     write_test_data(t, data, 40);
     remove_run(out);
     bool ok = check(t, !test_run(data, out, &control, false, 0, 1, &err), "%s", err.text);
-    return ok && check(t, control.last_step == TRAIN_STEPS && control.last_loss < control.first_loss,
-                       "%zu steps, loss %.3f to %.3f", control.last_step, control.first_loss,
-                       control.last_loss);
+    return ok &&
+           check(t, control.last_step == TRAIN_STEPS && control.last_loss < control.first_loss,
+                 "%zu steps, loss %.3f to %.3f", control.last_step, control.first_loss,
+                 control.last_loss);
 }
 
 // Stopped after every single step, and at every poll inside one, then resumed: the same adapter and
@@ -150,8 +154,8 @@ static void test_kill(Test *t) {
         int status;
         waitpid(child, &status, 0);
         if (WIFSIGNALED(status)) { kills++; continue; }
-        check(t, WIFEXITED(status) && WEXITSTATUS(status) == 0, "a resumed run failed after %zu kills",
-              kills);
+        check(t, WIFEXITED(status) && WEXITSTATUS(status) == 0,
+              "a resumed run failed after %zu kills", kills);
         check(t, same_files(whole, out, "adapter_model.safetensors"),
               "after %zu kills the adapter differs", kills);
         finished++;
@@ -184,8 +188,8 @@ static void test_damaged_checkpoint(Test *t) {
         else state.size = at;
         check(t, !write_file(newest, state.data, state.size, &err), "%s", err.text);
         check(t, !test_run(data, out, &second, true, 4, 1, &err), "damage %d: %s", k, err.text);
-        check(t, same_files(whole, out, "adapter_model.safetensors"), "damage %d: the adapter differs",
-              k);
+        check(t, same_files(whole, out, "adapter_model.safetensors"),
+              "damage %d: the adapter differs", k);
         buffer_free(&state);
     }
     size_t kept = 0;
@@ -207,8 +211,8 @@ static void test_damaged_checkpoint(Test *t) {
     unlink(data);
 }
 
-#define TRAINER_TESTS                                                                               \
-    {"resume", "stopped at every step and resumed = never stopped, bit for bit", test_resume},      \
-    {"kill", "killed 200 times at random and resumed = never killed", test_kill},                   \
-    {"damaged_checkpoint", "a damaged checkpoint is passed over for the one before",                \
-     test_damaged_checkpoint},
+#define TRAINER_TESTS                                                                              \
+    {"resume", "stopped at every step and resumed = never stopped, bit for bit", test_resume},     \
+        {"kill", "killed 200 times at random and resumed = never killed", test_kill},              \
+        {"damaged_checkpoint", "a damaged checkpoint is passed over for the one before",           \
+         test_damaged_checkpoint},

@@ -1,4 +1,5 @@
-// A program that vendors qlora.c and qlora.h: fine-tunes a tiny model for a few steps and generates.
+// A program that vendors qlora.c and qlora.h: fine-tunes a tiny model for a few steps and
+// generates.
 #include "qlora.h"
 
 #include <stdio.h>

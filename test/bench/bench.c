@@ -10,15 +10,17 @@
 #include "../../qlora.c"
 
 static const char default_config[] =
-    "{\"architectures\": [\"Qwen2ForCausalLM\"], \"model_type\": \"qwen2\", \"vocab_size\": 151936,\n"
+    "{\"architectures\": [\"Qwen2ForCausalLM\"], \"model_type\": \"qwen2\", \"vocab_size\": "
+    "151936,\n"
     " \"hidden_size\": 896, \"intermediate_size\": 4864, \"num_hidden_layers\": 24,\n"
     " \"num_attention_heads\": 14, \"num_key_value_heads\": 2, \"hidden_act\": \"silu\",\n"
     " \"max_position_embeddings\": 32768, \"rms_norm_eps\": 1e-06, \"rope_theta\": 1000000.0,\n"
     " \"tie_word_embeddings\": true, \"torch_dtype\": \"bfloat16\"}\n";
 
-// ------------------------------------------------------------------------------- the machine's limits
+// ---------------------------------------------------------------------------- the machine's limits
 
-// Each task runs multiply-adds on registers alone: 24 independent sums, as many as hide the latency.
+// Each task runs multiply-adds on registers alone: 24 independent sums, as many as hide the
+// latency.
 enum { PEAK_LOOPS = 4 << 20 };
 
 #if defined(__AVX512BF16__)
@@ -80,9 +82,12 @@ static Limits measure_limits(Pool *pool, LimitTask *a) {
                     (double)(threads * a->words) * 8 / (end - middle)};
 }
 
-// --------------------------------------------------------------------------------------- the engine
+// -------------------------------------------------------------------------------------- the engine
 
-typedef struct { char name[64]; double tokens_per_s, flops, bytes; } Result;   // flops, bytes: a second
+typedef struct {
+    char name[64];
+    double tokens_per_s, flops, bytes;
+} Result; // flops, bytes: a second
 
 typedef struct {
     qlora_model *q;
@@ -188,7 +193,8 @@ static void bench_training(Bench *b, size_t T, size_t sequences, float dropout, 
         double start = now_seconds();
         loss_and_gradients(m, &s.w, &batch, nll, NULL, 1 / (real)S, true);
         m->dev->ops->adamw(m->dev, m->parameters, m->gradients, m->moment1, m->moment2,
-                           m->n_parameters, (real)1e-4, (real)0.9, (real)0.999, (real)1e-8, 0, 1, 1);
+                           m->n_parameters, (real)1e-4, (real)0.9, (real)0.999, (real)1e-8, 0, 1,
+                           1);
         best = fmin(best, now_seconds() - start);
     }
     double flops = 4 * (b->linear_parameters + b->head_parameters) * (double)n;
@@ -231,7 +237,8 @@ static void bench_decode(Bench *b, size_t tokens, int repeats) {
 int main(int argc, char **argv) {
     qlora_error err = {{0}};
     Bench b = {0};
-    const char *config = argc > 1 ? argv[1] : "build/bench-config.json", *model = "build/bench-model";
+    const char *config = argc > 1 ? argv[1] : "build/bench-config.json",
+               *model = "build/bench-model";
     qlora_options opt = qlora_default_options();
     if (argc > 1) model = "build/bench-model-custom";
     else check_result(write_file(config, default_config, sizeof default_config - 1, &err), &err);
@@ -240,8 +247,10 @@ int main(int argc, char **argv) {
         char directory[] = "build/bench-shape";
         Region region = {.allocator = &(qlora_allocator){default_allocate, default_release, NULL}};
         Buffer text = {.allocator = region.allocator};
-        check_result(make_directory(directory, &err) || read_whole_file(config, 1 << 20, &text, &err) ||
-                     write_file("build/bench-shape/config.json", text.data, text.size, &err), &err);
+        check_result(make_directory(directory, &err) ||
+                         read_whole_file(config, 1 << 20, &text, &err) ||
+                         write_file("build/bench-shape/config.json", text.data, text.size, &err),
+                     &err);
         buffer_free(&text);
         opt.quant = QLORA_QUANT_NONE;
         check_result(qlora_init("build/bench-shape", model, 1, &opt, &err), &err);
