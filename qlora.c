@@ -2387,8 +2387,8 @@ static int read_shard(TensorFiles *t, size_t index, qlora_error *err) {
         if (buffer_append(&t->list, &tensor, sizeof tensor, err)) return -1;
     }
     // Sorted by place the ranges must follow each other without a hole and end with the file.
-    TensorInfo *own = (TensorInfo *)(void *)(t->list.data + first);
-    size_t n = (t->list.size - first) / sizeof *own, at = 0;
+    size_t n = (t->list.size - first) / sizeof(TensorInfo), at = 0;
+    TensorInfo *own = n ? (TensorInfo *)(void *)(t->list.data + first) : NULL;
     if (n) qsort(own, n, sizeof *own, by_place);
     for (size_t i = 0; i < n; i++) {
         if (own[i].begin != at)
@@ -8249,7 +8249,7 @@ static int open_text(qlora_model *q, const char *directory, qlora_error *err) {
     return 0;
 }
 
-// An adapter's base model: the path in its configuration as it stands, or seen from the adapter.
+// An adapter's base model: the path in its configuration, seen from the adapter or as it stands.
 static const char *find_base(const char *directory, Region *region, qlora_error *err) {
     bool found;
     const Json *json = read_json(directory, "adapter_config.json", 1 << 24, region, &found, err);
@@ -8257,7 +8257,7 @@ static const char *find_base(const char *directory, Region *region, qlora_error 
     if (!json) return NULL;
     const char *inside = base ? path_join(region, directory, base, err) : NULL;
     for (int i = 0; base && i < 2; i++) {
-        const char *candidate = i ? inside : base;
+        const char *candidate = i ? base : inside;
         const char *config = candidate ? path_join(region, candidate, "config.json", err) : NULL;
         if (config && file_exists(config)) return candidate;
     }
@@ -8269,7 +8269,10 @@ static const char *find_base(const char *directory, Region *region, qlora_error 
 }
 
 qlora_model *qlora_open(const char *path, const qlora_options *options, qlora_error *err) {
-    Region region = {.allocator = &(qlora_allocator){default_allocate, default_release, NULL}};
+    qlora_allocator allocator = {default_allocate, default_release, NULL};
+    if (options && options->allocator.allocate && options->allocator.release)
+        allocator = options->allocator;
+    Region region = {.allocator = &allocator};
     const char *adapter = path_join(&region, path, "adapter_config.json", err);
     bool is_adapter = adapter && file_exists(adapter);
     const char *base = !adapter ? NULL : is_adapter ? find_base(path, &region, err) : path;
@@ -9812,18 +9815,22 @@ int qlora_logits(qlora_model *q, const int32_t *ids, size_t n, float *logits, ql
 
 // --------------------------------------------------------------------------------------- sampling
 
+// A number of generation_config.json, if it is there and in the range.
+static double generation_number(const qlora_model *q, const char *key, double least, double most,
+                                double otherwise) {
+    double value;
+    if (!json_to_double(json_get(q->generation, key), &value)) return otherwise;
+    return value >= least && value <= most ? value : otherwise;
+}
+
 qlora_sampling qlora_default_sampling(const qlora_model *q) {
     qlora_sampling how = {.max_new_tokens = 256, .top_p = 1, .repetition_penalty = 1, .seed = 42};
-    double value;
     if (!json_get_bool(q->generation, "do_sample", false)) return how;
-    how.temperature = json_to_double(json_get(q->generation, "temperature"), &value) ? (float)value
-                                                                                     : 1;
-    how.top_k = json_to_double(json_get(q->generation, "top_k"), &value) && value < 1e6 ? (int)value
-                                                                                     : 50;
-    if (json_to_double(json_get(q->generation, "top_p"), &value)) how.top_p = (float)value;
-    if (json_to_double(json_get(q->generation, "min_p"), &value)) how.min_p = (float)value;
-    if (json_to_double(json_get(q->generation, "repetition_penalty"), &value) && value > 0)
-        how.repetition_penalty = (float)value;
+    how.temperature = (float)generation_number(q, "temperature", 0, 1e6, 1);
+    how.top_k = (int)generation_number(q, "top_k", 0, 1e9, 50);
+    how.top_p = (float)generation_number(q, "top_p", 0, 1, 1);
+    how.min_p = (float)generation_number(q, "min_p", 0, 1, 0);
+    how.repetition_penalty = (float)generation_number(q, "repetition_penalty", 1e-6, 1e6, 1);
     return how;
 }
 
@@ -9833,6 +9840,25 @@ static int by_score(const void *a, const void *b) {
     const Scored *x = a, *y = b;
     if (x->score != y->score) return x->score > y->score ? -1 : 1;
     return (x->id > y->id) - (x->id < y->id);
+}
+
+// Moves the k best of n to the front, in no order (Hoare's quickselect).
+static void select_best(Scored *scored, size_t n, size_t k) {
+    size_t low = 0, high = n;                                 // the border k lies in low..high
+    while (high - low > 1) {
+        Scored pivot = scored[low + (high - 1 - low) / 2];
+        size_t i = low, j = high - 1;
+        for (;; i++, j--) {
+            while (by_score(&scored[i], &pivot) < 0) i++;
+            while (by_score(&pivot, &scored[j]) < 0) j--;
+            if (i >= j) break;
+            Scored swapped = scored[i];
+            scored[i] = scored[j];
+            scored[j] = swapped;
+        }
+        if (k <= j) high = j + 1;                             // low..j is no worse than j + 1..high
+        else low = j + 1;
+    }
 }
 
 // Each token seen so far counts once: positive logits are divided, negative ones multiplied.
@@ -9861,8 +9887,9 @@ static int32_t sample(const real *logits, size_t V, const qlora_sampling *how, f
     if (how->temperature <= 0) return most_likely(logits, V);
     for (size_t v = 0; v < V; v++)
         scored[v] = (Scored){logits[v] / (real)how->temperature, (int32_t)v};
-    qsort(scored, V, sizeof *scored, by_score);
     if (how->top_k > 0) n = min_size(n, (size_t)how->top_k);
+    if (n < V) select_best(scored, V, n);
+    qsort(scored, n, sizeof *scored, by_score);
     real largest = scored[0].score;
     for (size_t i = 0; i < n; i++) {
         scored[i].score = exp_real(scored[i].score - largest);
