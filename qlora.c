@@ -101,30 +101,32 @@ enum { MAX_THREADS = 256 };
 
 static size_t utf8_decode(const char *text, size_t n, uint32_t *code);     // chapter 6
 
-// Writes the message and returns -1. Names from hostile files are made harmless: control characters
-// (C0, DEL, C1) and bytes that are no UTF-8 are shown as \xHH, and the text ends between
-// characters.
+// Bytes of the character at the start of the text that a terminal may be shown as they are. 0: it
+// is a control character (C0, DEL, C1) or no UTF-8, and its first byte should be shown as \xHH.
+static size_t harmless_bytes(const char *text, size_t n) {
+    uint32_t code;
+    size_t bytes = utf8_decode(text, n, &code);
+    return bytes && code >= 0x20 && !(code >= 0x7F && code < 0xA0) ? bytes : 0;
+}
+
+// Writes the message and returns -1. It stays one line of valid UTF-8 whatever names a hostile file
+// holds, and ends between characters when it is too long.
 __attribute__((format(printf, 2, 3)))
 static int fail(qlora_error *err, const char *format, ...) {
     if (!err) return -1;
-    char raw[sizeof err->text];
+    char raw[sizeof err->text + 4];
     va_list args;
     va_start(args, format);
     vsnprintf(raw, sizeof raw, format, args);
     va_end(args);
     size_t n = 0, length = strlen(raw), room = sizeof err->text - 1;
     for (size_t i = 0; i < length;) {
-        uint32_t code = 0;
-        size_t bytes = utf8_decode(raw + i, length - i, &code);
-        bool shown = bytes && code >= 0x20 && !(code >= 0x7F && code < 0xA0);
-        // A character that vsnprintf cut in two at the very end is left out.
-        if (!bytes && length == sizeof raw - 1 && length - i < 4 && (raw[i] & 0xC0) == 0xC0) break;
-        if (!bytes) bytes = 1;
-        if (n + (shown ? bytes : 4 * bytes) > room) break;
-        for (size_t k = 0; k < bytes; k++, i++) {
-            if (shown) err->text[n++] = raw[i];
-            else n += (size_t)snprintf(err->text + n, 5, "\\x%02X", (unsigned char)raw[i]);
-        }
+        size_t bytes = harmless_bytes(raw + i, length - i);
+        if (n + (bytes ? bytes : 4) > room) break;
+        if (bytes) memcpy(err->text + n, raw + i, bytes);
+        else snprintf(err->text + n, 5, "\\x%02X", (unsigned char)raw[i]);
+        n += bytes ? bytes : 4;
+        i += bytes ? bytes : 1;
     }
     err->text[n] = 0;
     return -1;
@@ -8475,6 +8477,14 @@ static void session_carve(Session *s, const SessionShape *shape, Arena *arena) {
         s->cache[i] = arena_alloc(arena, shape->cache_rows * c->G * c->hd, size);
 }
 
+static void session_close(Session *s) {
+    size_t L = s->q->transformer.config.L;
+    mem_free(&s->q->allocator, s->memory, s->bytes, 1);
+    mem_free(&s->q->allocator, s->layers, L, sizeof *s->layers);
+    mem_free(&s->q->allocator, s->cache, 2 * L, sizeof *s->cache);
+    s->q->device = s->outer;
+}
+
 // Opens a session. Training keeps the activations of as many layers as the memory allows.
 static int session_open(Session *s, qlora_model *q, SessionShape shape, qlora_error *err) {
     const Config *c = &q->transformer.config;
@@ -8482,7 +8492,7 @@ static int session_open(Session *s, qlora_model *q, SessionShape shape, qlora_er
     s->layers = mem_alloc(&q->allocator, c->L, sizeof *s->layers, err);
     s->cache = s->layers ? mem_alloc(&q->allocator, 2 * c->L, sizeof *s->cache, err) : NULL;
     if (!s->cache) {
-        mem_free(&q->allocator, s->layers, c->L, sizeof *s->layers);
+        session_close(s);
         return -1;
     }
     size_t held = q->weight_bytes + q->transformer.n_parameters * 4 * sizeof(real);
@@ -8503,21 +8513,12 @@ static int session_open(Session *s, qlora_model *q, SessionShape shape, qlora_er
              q->options.memory >> 20, held >> 20, shape.T, s->bytes >> 20);
     else s->memory = mem_reserve(&q->allocator, s->bytes, 1, err);
     if (!s->memory) {
-        mem_free(&q->allocator, s->layers, c->L, sizeof *s->layers);
-        mem_free(&q->allocator, s->cache, 2 * c->L, sizeof *s->cache);
+        session_close(s);
         return -1;
     }
     Arena arena = {(char *)round_up((uintptr_t)s->memory, 64), 0};
     session_carve(s, &shape, &arena);
     return 0;
-}
-
-static void session_close(Session *s) {
-    size_t L = s->q->transformer.config.L;
-    mem_free(&s->q->allocator, s->memory, s->bytes, 1);
-    mem_free(&s->q->allocator, s->layers, L, sizeof *s->layers);
-    mem_free(&s->q->allocator, s->cache, 2 * L, sizeof *s->cache);
-    s->q->device = s->outer;
 }
 
 // ----------------------------------------------------------------------------------------- merging
@@ -9045,6 +9046,16 @@ static int collect_answer(void *user, const char *utf8, size_t n) {
     return buffer_append(user, utf8, n, NULL) ? 1 : 0;
 }
 
+// The last user turn of a rendered prompt, without the strings of the template around it.
+static void last_question(const ChatTemplate *c, Buffer *text) {
+    const TurnForm *user = &c->turns[ROLE_USER];
+    char *start = text->data, *next = start;
+    while ((next = strstr(next, user->before)) != NULL) start = next += strlen(user->before);
+    char *end = strstr(start, user->end);
+    if (end) *end = 0;
+    memmove(text->data, start, strlen(start) + 1);
+}
+
 // Shows what the model says to a sample's question beside the expected answer. The question is what
 // comes before the last run of learnt tokens, the answer that run.
 static int show_sample(Trainer *t, const SampleList *list, size_t i, const char *kind) {
@@ -9056,19 +9067,20 @@ static int show_sample(Trainer *t, const SampleList *list, size_t i, const char 
     for (start = end; start && learn[start - 1]; start--) {}
     if (start < 2) return 0;                                  // all is learnt: there is no question
     Buffer question = {.allocator = &t->q->allocator}, expected = question, answer = question;
+    const Tokenizer *tokenizer = t->q->tokenizer;
     qlora_sampling how = {.max_new_tokens = min_size(2 * (end - start) + 8, 64), .top_p = 1,
                           .repetition_penalty = 1};
-    int bad = tokenizer_decode(t->q->tokenizer, ids, start, true, &question, t->err) ||
-              tokenizer_decode(t->q->tokenizer, ids + start, end - start, true, &expected,
-                               t->err) ||
-              qlora_generate(t->q, ids, start, &how, collect_answer, &answer, NULL, NULL, t->err);
+    int bad = tokenizer_decode(tokenizer, ids, start, false, &question, t->err) ||
+              buffer_append(&question, "", 1, t->err) ||
+              tokenizer_decode(tokenizer, ids + start, end - start, true, &expected, t->err) ||
+              buffer_append(&expected, "", 1, t->err) ||
+              qlora_generate(t->q, ids, start, &how, collect_answer, &answer, NULL, NULL, t->err) ||
+              buffer_append(&answer, "", 1, t->err);
     if (!bad) {
-        tell(t->options, "  %s, line %zu: %.*s", kind, sample->line,
-             (int)min_size(question.size, 400), question.data ? question.data : "");
-        tell(t->options, "    expected: %.*s", (int)min_size(expected.size, 400),
-             expected.data ? expected.data : "");
-        tell(t->options, "    answer:   %.*s", (int)min_size(answer.size, 400),
-             answer.data ? answer.data : "");
+        last_question(&t->q->chat, &question);
+        tell(t->options, "  %s, line %zu: %.400s", kind, sample->line, question.data);
+        tell(t->options, "    expected: %.400s", expected.data);
+        tell(t->options, "    answers:  %.400s", answer.data);
     }
     buffer_free(&question);
     buffer_free(&expected);
@@ -9092,28 +9104,45 @@ static int write_log(Trainer *t, bool now) {
     return path ? write_file(path, t->log.data ? t->log.data : "", t->log.size, t->err) : -1;
 }
 
+// The next line of the log as JSON, in the region; NULL at the end. *at is where it begins.
+static const Json *next_log_line(const Trainer *t, size_t *at, Region *region) {
+    const char *line = t->log.data + *at, *end;
+    if (*at >= t->log.size || !(end = memchr(line, '\n', t->log.size - *at))) return NULL;
+    *at += (size_t)(end - line) + 1;
+    return json_parse(line, (size_t)(end - line), "log.jsonl", 1, region, t->err);
+}
+
 // The polyline of one curve, from the lines of the log that have the key.
 static int plot_curve(Trainer *t, Buffer *svg, const char *key, const char *colour,
                       double highest) {
     Region region = {.allocator = &t->q->allocator};
+    const Json *line;
+    double step, loss;
+    size_t at = 0;
     int bad = buffer_printf(svg, t->err, "<polyline fill=\"none\" stroke=\"%s\" points=\"", colour);
-    for (size_t at = 0; at < t->log.size && !bad;) {
-        const char *end = memchr(t->log.data + at, '\n', t->log.size - at);
-        size_t n = (size_t)(end - t->log.data) - at;
-        const Json *line = json_parse(t->log.data + at, n, "log.jsonl", 1, &region, t->err);
-        double step, loss;
-        if (!line) bad = -1;
-        else if (json_to_double(json_get(line, key), &loss) &&
-                 json_to_double(json_get(line, "step"), &step))
+    while (!bad && (line = next_log_line(t, &at, &region)) != NULL) {
+        if (json_to_double(json_get(line, key), &loss) &&
+            json_to_double(json_get(line, "step"), &step))
             bad = buffer_printf(svg, t->err, "%.1f,%.1f ", 50 + 730 * step / (double)t->steps,
-                                370 - 340 * fmin(loss, highest) / highest);
-        at += n + 1;
+                                370 - 340 * loss / highest);
         region_free(&region);
     }
     return bad || buffer_printf(svg, t->err, "\"/>\n") ? -1 : 0;
 }
 
-static int write_plot(Trainer *t, double highest) {
+static double highest_loss(const Trainer *t) {
+    Region region = {.allocator = &t->q->allocator};
+    const Json *line;
+    double loss, highest = 1e-3;
+    for (size_t at = 0; (line = next_log_line(t, &at, &region)) != NULL; region_free(&region)) {
+        if (json_to_double(json_get(line, "loss"), &loss)) highest = fmax(highest, loss);
+        if (json_to_double(json_get(line, "eval_loss"), &loss)) highest = fmax(highest, loss);
+    }
+    return highest;
+}
+
+static int write_plot(Trainer *t) {
+    double highest = highest_loss(t);
     Buffer svg = {.allocator = &t->q->allocator};
     const char *path = path_join(&t->region, t->options->output_dir, "loss.svg", t->err);
     int bad = !path || buffer_printf(&svg, t->err,
@@ -9650,16 +9679,8 @@ static int run_training(Trainer *t) {
                   ? -1
                   : 0;
     if (!bad) bad = train_loop(t);
-    if (!bad && o->output_dir) {
-        double highest = 0;
-        for (size_t at = 0; at < t->log.size; at++) {   // the first loss of the log scales the plot
-            const char *loss = strstr(t->log.data + at, "loss\": ");
-            if (loss) highest = strtod(loss + 7, NULL);
-            break;
-        }
-        bad = save_outputs(t, o->output_dir) || write_log(t, true) ||
-              write_plot(t, highest * 1.05 + 1e-3);
-    }
+    if (!bad && o->output_dir)
+        bad = save_outputs(t, o->output_dir) || write_log(t, true) || write_plot(t) ? -1 : 0;
     session_close(&t->session);
     return bad;
 }
@@ -10042,10 +10063,11 @@ int qlora_chat(qlora_model *q, const qlora_message *messages, size_t n, const ql
 // Text from files and models may hold control characters, which must not drive the terminal: all
 // but newline and tab are shown escaped.
 static void print_safely(FILE *out, const char *text, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        unsigned char c = (unsigned char)text[i];
-        if ((c < 0x20 && c != '\n' && c != '\t') || c == 0x7F) fprintf(out, "\\x%02X", c);
-        else fputc(c, out);
+    for (size_t i = 0; i < n;) {
+        size_t bytes = text[i] == '\n' || text[i] == '\t' ? 1 : harmless_bytes(text + i, n - i);
+        if (bytes) fwrite(text + i, 1, bytes, out);
+        else fprintf(out, "\\x%02X", (unsigned char)text[i]);
+        i += bytes ? bytes : 1;
     }
 }
 
@@ -10954,27 +10976,31 @@ int main(int argc, char **argv) {
 //  18. Fast kernels
 //
 //  The operations of chapter 3 that cost time, once more: the LoRA linears, the head and attention.
-//  All of them are sums of matrix products, and all products run through one small kernel, which
-//  keeps a tile of the result, 12 rows x 32 columns, in registers while it walks along the sum:
+//  All of them are sums of matrix products, C += A B, and all products run through one small kernel,
+//  which keeps a tile of C, 12 rows x 32 columns, in registers while it walks along the sum:
 //
-//      left operand    rows: a row's 128 words are contiguous, the rows follow each other
-//      right operand   panels: 32 columns side by side, one line of 32 words for each step
-//      a word          32 bits: one float32, or two bf16 that are neighbours along the sum
+//      word    32 bits: one float32, or two bf16 that are neighbours along the sum
+//      A       a row's words, up to 256 of them, are contiguous; rows are PITCH words apart
+//      B       a line for each step of the sum, which holds the words of all columns
 //
-//  With float32 words a step is one multiply-add, with bf16 words two (vdpbf16ps). A step of the
-//  full tile is 24 of them for 14 loads, so that the multipliers never wait for the cache. Frozen
-//  weights become panels a block at a time, in the cache, where up to 516 rows use them: unpacking
-//  NF4 is 2 % of the work then.
+//  A step loads two vectors of B and 12 words of A for 24 multiply-adds, so that the multipliers
+//  never wait: with float32 words 24 x 16 of them, with bf16 words (vdpbf16ps) twice as many. That is
+//  the roofline of this chapter. Everything else is packing: bringing activations, 4-bit weights,
+//  keys or probabilities into the shapes of A and B, a cache-sized block at a time. A packed block of
+//  weights meets up to 516 rows, so that unpacking NF4 is a few percent of the work.
 //
-//  Determinism: a sum runs over k upwards whatever the tile's height and wherever the block ends
-//  (float32 sums in memory and in registers are the same), so a token's result has the same bits in
-//  any batch and with any number of threads.
+//  Determinism: a sum runs over k upwards, whatever the height of the tile and wherever a block ends
+//  (float32 sums in memory and in registers are the same). So a token's result has the same bits in
+//  any batch, with a cache or without, and with any number of threads.
 // =================================================================================================
 #if !REAL_IS_DOUBLE
 
 // ---------------------------------------------------------------------------------------- vectors
+//
+// Vectors are as wide as the machine's registers, by the vector types of gcc and clang. A tile is two
+// of them wide and as high as registers suffice. Intrinsics stand where the types have no word for
+// it: fused multiply-adds, bf16, table lookups and transposing.
 
-// As wide as the machine's registers. A tile is two vectors wide, and as high as they suffice for.
 #if defined(__AVX512F__)
 #include <immintrin.h>
 enum { LANES = 16, TILE_ROWS = 12 };
@@ -10987,23 +11013,6 @@ enum { LANES = 4, TILE_ROWS = 12 };
 enum { LANES = 4, TILE_ROWS = 6 };
 #endif
 
-#if defined(__AVX512BF16__)
-enum { HAS_BF16_DOT = 1 };
-#else
-enum { HAS_BF16_DOT = 0 };
-#endif
-
-enum {
-    TILE_COLUMNS = 2 * LANES,
-    PANEL = 32,                     // columns of a panel
-    ROW_WORDS = 128,                // words of a packed row
-    BLOCK_STEPS = 256,              // steps of a panel in the cache: 32 KB
-    TASK_COLUMNS = 64,              // columns of a task: one NF4 block in every row of the weight
-    TASK_ROWS = 516,                // and rows, at most: 43 tiles
-    PANEL_WORDS = (BLOCK_STEPS + 16) * PANEL,     // transposing in 16s may write past the end
-    MAX_PIECES = 16
-};
-
 typedef float Word __attribute__((may_alias));                // may hold two bf16 instead
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t VecInt __attribute__((vector_size(LANES * 4)));
@@ -11012,9 +11021,7 @@ typedef float VecUnaligned __attribute__((vector_size(LANES * 4), aligned(4), ma
 static inline Vec vec_load(const Word *from) { return *(const VecUnaligned *)from; }
 static inline void vec_store(Word *to, Vec v) { *(VecUnaligned *)to = v; }
 static inline Vec vec_all(float x) { return x - (Vec){0}; }
-static inline Vec vec_select(VecInt mask, Vec yes, Vec no) {
-    return (Vec)((mask & (VecInt)yes) | (~mask & (VecInt)no));
-}
+static inline Vec vec_where(VecInt mask, Vec v) { return (Vec)((VecInt)v & mask); }     // else 0
 
 // sum + a b, with one rounding where the machine has it.
 static inline Vec vec_fma(Vec sum, Vec a, Vec b) {
@@ -11027,15 +11034,16 @@ static inline Vec vec_fma(Vec sum, Vec a, Vec b) {
 #endif
 }
 
-// sum + a b over two bf16 in each lane.
-static inline Vec vec_dot_bf16(Vec sum, Vec a, Vec b) {
+// sum + a b over the two bf16 of each word. Without such an instruction words are float32 always.
 #if defined(__AVX512BF16__)
+enum { HAS_BF16_DOT = 1 };
+static inline Vec vec_dot_bf16(Vec sum, Vec a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    (void)a; (void)b;
-    return sum;                                               // never reached
-#endif
 }
+#else
+enum { HAS_BF16_DOT = 0 };
+#define vec_dot_bf16 vec_fma
+#endif
 
 static inline float vec_largest(Vec v) {
 #if defined(__AVX512F__)
@@ -11048,677 +11056,417 @@ static inline float vec_largest(Vec v) {
 }
 
 static inline float vec_sum(Vec v) {
-    float x[LANES];
-    memcpy(x, &v, sizeof x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) x[i] += x[i + width];
-    return x[0];
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += v[i];
+    return sum;
 }
 
-// exp_float of chapter 3 in every lane, for arguments that a maximum was subtracted from. What is
+// exp_float of chapter 3 in every lane, for arguments from which a maximum was subtracted. What is
 // below e^-87 becomes 0: masked scores are -inf and must vanish.
 static inline Vec vec_exp(Vec x) {
     const Vec shift = vec_all(12582912.0f);
-    VecInt vanishes = x < vec_all(-87.0f);
     Vec shifted = vec_fma(shift, x, vec_all(1.44269504f)), n = shifted - shift;
     Vec r = vec_fma(vec_fma(x, n, vec_all(-0.693145752f)), n, vec_all(-1.42860677e-6f));
+    static const float coefficients[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
     Vec p = vec_all(1.0f / 720);
-    p = vec_fma(vec_all(1.0f / 120), p, r);
-    p = vec_fma(vec_all(1.0f / 24), p, r);
-    p = vec_fma(vec_all(1.0f / 6), p, r);
-    p = vec_fma(vec_all(0.5f), p, r);
-    p = vec_fma(vec_all(1.0f), p, r);
-    p = vec_fma(vec_all(1.0f), p, r);
+    for (int i = 0; i < 6; i++) p = vec_fma(vec_all(coefficients[i]), p, r);
     Vec power = (Vec)(((VecInt)shifted - (VecInt)shift + 127) << 23);
-    return (Vec)(~vanishes & (VecInt)(p * power));
+    return vec_where(~(x < vec_all(-87.0f)), p * power);
 }
 
 // --------------------------------------------------------------------------------- the tile kernel
 
-// A stretch of the sum whose left operand is contiguous. The panel runs on through all pieces.
-typedef struct { const Word *rows; size_t steps; } Piece;
+enum {
+    BLOCK_STEPS = 256,              // steps of a sum that are packed together
+    PITCH = BLOCK_STEPS + 16,       // of A's rows: no power of 2, which would crowd one cache set
+    TILE_COLUMNS = 2 * LANES,
+    LINE = 64                       // words of a line of packed weights: columns of a task
+};
 
-#define EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
-#define LOAD_ROW(i) \
-    Vec left##i = {0}, right##i = {0}; \
-    if (i < n_rows && add) { \
-        left##i = vec_load(c + i * stride); \
-        if (wide) right##i = vec_load(c + i * stride + LANES); \
-    }
-#define STEP_ROW(i) \
-    if (i < n_rows) { \
-        Vec x = vec_all(row[i * ROW_WORDS]); \
-        left##i = bf16 ? vec_dot_bf16(left##i, x, b0) : vec_fma(left##i, x, b0); \
-        if (wide) right##i = bf16 ? vec_dot_bf16(right##i, x, b1) : vec_fma(right##i, x, b1); \
-    }
-#define STORE_ROW(i) \
-    if (i < n_rows) { \
-        vec_store(c + i * stride, left##i); \
-        if (wide) vec_store(c + i * stride + LANES, right##i); \
-    }
-
-// c (n_rows, 2 vectors, or 1 unless wide) = or += the pieces times the panel. n_rows, wide and bf16
-// are constants where this is inlined, so that every accumulator is a register. While a full tile
-// is computed, the rows of the next are fetched: they lie right behind, n_rows words for each step.
-__attribute__((always_inline))
-static inline void tile(size_t n_rows, bool wide, bool bf16, Word *c, size_t stride, bool add,
-                        const Piece *pieces, size_t n_pieces, const Word *panel) {
-    EACH_ROW(LOAD_ROW)
-    for (; n_pieces--; pieces++) {
-        const Word *row = pieces->rows, *next = row + n_rows * ROW_WORDS;
-        for (size_t steps = pieces->steps; steps--; row++, panel += PANEL) {
-            if (n_rows == TILE_ROWS) __builtin_prefetch(next);
-            next += n_rows;
-            Vec b0 = vec_load(panel), b1 = wide ? vec_load(panel + LANES) : b0;
-            EACH_ROW(STEP_ROW)
-        }
-    }
-    EACH_ROW(STORE_ROW)
-}
-
-// noinline: within a larger function gcc 12 spills accumulators, which halves the speed.
-typedef void TileFunction(Word *c, size_t stride, bool add, const Piece *pieces, size_t n_pieces,
-                          const Word *panel);
-#define TILE(name, n_rows, wide, bf16) \
+// One tile, c (HEIGHT, 2 vectors) = or += a b. HEIGHT is a constant, so that every sum is a register.
+// While a full tile is computed, the rows of the next are fetched: they lie right behind. noinline:
+// within a larger function gcc 12 spills sums, which halves the speed.
+#define TILE(name, HEIGHT, MULTIPLY_ADD) \
     __attribute__((noinline)) \
-    static void name(Word *c, size_t stride, bool add, const Piece *pieces, size_t n_pieces, \
-                     const Word *panel) { \
-        tile(n_rows, wide, bf16, c, stride, add, pieces, n_pieces, panel); \
+    static void name(Word *c, size_t c_stride, bool add, const Word *a, const Word *b, \
+                     size_t b_stride, size_t steps) { \
+        Vec left[HEIGHT], right[HEIGHT]; \
+        const Word *next = a + HEIGHT * PITCH; \
+        _Pragma("GCC unroll 12") \
+        for (size_t i = 0; i < HEIGHT; i++) { \
+            left[i] = add ? vec_load(c + i * c_stride) : (Vec){0}; \
+            right[i] = add ? vec_load(c + i * c_stride + LANES) : (Vec){0}; \
+        } \
+        for (; steps--; a++, b += b_stride, next += HEIGHT) { \
+            if (HEIGHT == TILE_ROWS) __builtin_prefetch(next); \
+            Vec b0 = vec_load(b), b1 = vec_load(b + LANES); \
+            _Pragma("GCC unroll 12") \
+            for (size_t i = 0; i < HEIGHT; i++) { \
+                Vec x = vec_all(a[i * PITCH]); \
+                left[i] = MULTIPLY_ADD(left[i], x, b0); \
+                right[i] = MULTIPLY_ADD(right[i], x, b1); \
+            } \
+        } \
+        _Pragma("GCC unroll 12") \
+        for (size_t i = 0; i < HEIGHT; i++) { \
+            vec_store(c + i * c_stride, left[i]); \
+            vec_store(c + i * c_stride + LANES, right[i]); \
+        } \
     }
-TILE(tile_full, TILE_ROWS, true, false)
-TILE(tile_narrow, TILE_ROWS, false, false)
-TILE(tile_8, 8, true, false)
-TILE(tile_4, 4, true, false)
-TILE(tile_2, 2, true, false)
-TILE(tile_1, 1, true, false)
-#if defined(__AVX512BF16__)
-TILE(tile_full_bf16, TILE_ROWS, true, true)
-TILE(tile_narrow_bf16, TILE_ROWS, false, true)
-TILE(tile_8_bf16, 8, true, true)
-TILE(tile_4_bf16, 4, true, true)
-TILE(tile_2_bf16, 2, true, true)
-TILE(tile_1_bf16, 1, true, true)
-#define KERNEL(rows, name, narrow) {rows, {{narrow, name}, {narrow##_bf16, name##_bf16}}}
+TILE(tile_full, TILE_ROWS, vec_fma)
+TILE(tile_4, 4, vec_fma)
+TILE(tile_1, 1, vec_fma)
+TILE(tile_full_bf16, TILE_ROWS, vec_dot_bf16)
+TILE(tile_4_bf16, 4, vec_dot_bf16)
+TILE(tile_1_bf16, 1, vec_dot_bf16)
 
-// One row and two panels: a lone token leaves 2 accumulators waiting for each other, 4 wait less.
-__attribute__((noinline))
-static void tile_1_wide_bf16(Word *c, bool add, const Piece *pieces, size_t n_pieces,
-                             const Word *panel) {
-    Vec sum0 = {0}, sum1 = {0}, sum2 = {0}, sum3 = {0};
-    if (add) {
-        sum0 = vec_load(c); sum1 = vec_load(c + LANES);
-        sum2 = vec_load(c + PANEL); sum3 = vec_load(c + PANEL + LANES);
-    }
-    for (; n_pieces--; pieces++)
-        for (size_t step = 0; step < pieces->steps; step++, panel += PANEL) {
-            Vec x = vec_all(pieces->rows[step]);
-            sum0 = vec_dot_bf16(sum0, x, vec_load(panel));
-            sum1 = vec_dot_bf16(sum1, x, vec_load(panel + LANES));
-            sum2 = vec_dot_bf16(sum2, x, vec_load(panel + PANEL_WORDS));
-            sum3 = vec_dot_bf16(sum3, x, vec_load(panel + PANEL_WORDS + LANES));
-        }
-    vec_store(c, sum0); vec_store(c + LANES, sum1);
-    vec_store(c + PANEL, sum2); vec_store(c + PANEL + LANES, sum3);
-}
-#else
-#define KERNEL(rows, name, narrow) {rows, {{narrow, name}, {narrow, name}}}
-#endif
+static const struct {
+    size_t height;
+    void (*run[2])(Word *c, size_t c_stride, bool add, const Word *a, const Word *b,
+                   size_t b_stride, size_t steps);            // [bf16]
+} tiles[] = {{TILE_ROWS, {tile_full, tile_full_bf16}}, {4, {tile_4, tile_4_bf16}},
+             {1, {tile_1, tile_1_bf16}}};
 
-// By height, then [bf16][wide]; a tile takes the first that fits, never one higher than TILE_ROWS.
-static const struct { size_t rows; TileFunction *run[2][2]; } tile_kernels[] = {
-    KERNEL(TILE_ROWS, tile_full, tile_narrow), KERNEL(8, tile_8, tile_8), KERNEL(4, tile_4, tile_4),
-    KERNEL(2, tile_2, tile_2), KERNEL(1, tile_1, tile_1)};
-
-// c (n_rows, columns of one panel) = or += the pieces, whose row 0 belongs to c's, times the panel.
-static void multiply(bool bf16, Word *c, size_t stride, size_t n_rows, size_t columns, bool add,
-                     const Piece *pieces, size_t n_pieces, const Word *panel) {
-    Piece at[MAX_PIECES];
-    for (size_t row = 0, kernel = 0; row < n_rows;) {
-        size_t height = tile_kernels[kernel].rows;
-        if (height > n_rows - row) { kernel++; continue; }
-        for (size_t i = 0; i < n_pieces; i++)
-            at[i] = (Piece){pieces[i].rows + row * ROW_WORDS, pieces[i].steps};
+// c (rows, columns) = or += a (rows, steps) b (steps, columns). Whole tiles are written: up to 31
+// columns of c beyond the last must exist and hold nothing that is needed.
+static void multiply(bool bf16, Word *c, size_t c_stride, bool add, const Word *a, const Word *b,
+                     size_t b_stride, size_t rows, size_t columns, size_t steps) {
+    for (size_t row = 0, height; row < rows; row += height) {
+        size_t kernel = 0;
+        while (tiles[kernel].height > rows - row) kernel++;
+        height = tiles[kernel].height;
         for (size_t column = 0; column < columns; column += TILE_COLUMNS)
-            tile_kernels[kernel].run[bf16][columns - column > LANES](
-                c + row * stride + column, stride, add, at, n_pieces, panel + column);
-        row += height;
+            tiles[kernel].run[bf16](c + row * c_stride + column, c_stride, add, a + row * PITCH,
+                                    b + column, b_stride, steps);
     }
 }
-
-// ------------------------------------------------------------------------- packing left operands
-
-// A left operand: word i of a row lies in block i / ROW_WORDS, in which the rows follow each other.
-typedef struct { Word *words; size_t rows, n; bool bf16; } Packed;
-
-// Steps of a sum over n elements. An odd one's last word is padded with 0 on both sides.
-static size_t steps_of(bool bf16, size_t n) { return bf16 ? (n + 1) / 2 : n; }
-
-static size_t packed_bytes(size_t rows, size_t words) {
-    return round_up(words, ROW_WORDS) * rows * sizeof(Word);
-}
-
-static Packed packed_alloc(Arena *arena, size_t rows, size_t n, bool bf16) {
-    Packed p = {NULL, rows, n, bf16};
-    p.words = arena_alloc(arena, 1, packed_bytes(rows, steps_of(bf16, n)));
-    return p;
-}
-
-static Word *packed_at(const Packed *p, size_t row, size_t step) {
-    return p->words + (step / ROW_WORDS * p->rows + row) * ROW_WORDS + step % ROW_WORDS;
-}
-
-// One row: n activations from x[index] on.
-static void pack_row(const Packed *p, size_t row, DType act, const void *x, size_t index) {
-    size_t per_block = p->bf16 ? 2 * ROW_WORDS : ROW_WORDS;
-    for (size_t i = 0; i < p->n; i += per_block) {
-        size_t count = min_size(per_block, p->n - i);
-        Word *to = packed_at(p, row, p->bf16 ? i / 2 : i);
-        if (!p->bf16) load_row((real *)to, act, x, index + i, count);
-        else {
-            memcpy(to, (const uint16_t *)x + index + i, count * 2);
-            if (count % 2) memset((char *)to + count * 2, 0, 2);
-        }
-    }
-}
-
-// Philox of chapter 1 for several counters at once, each word in the lower half of a 64-bit lane.
-typedef uint64_t VecWide __attribute__((vector_size(LANES * 4)));
-enum { MASK_COUNTERS = LANES / 2, MASK_FEATURES = 4 * MASK_COUNTERS };
-
-// Products of the lanes' lower halves with b.
-static inline VecWide wide_product(VecWide a, uint32_t b) {
-#if defined(__AVX512F__)
-    return (VecWide)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
-#else
-    const VecWide low = (VecWide){0} + 0xFFFFFFFFu;
-    return (a & low) * b;
-#endif
-}
-
-// Numbers of MASK_FEATURES features from counter[0] on.
-static void philox_lanes(uint32_t out[MASK_FEATURES], const uint32_t counter[4],
-                         const uint32_t key[2]) {
-    const VecWide zero = {0};
-    VecWide c0 = zero + counter[0], c1 = zero + counter[1], c2 = zero + counter[2];
-    VecWide c3 = zero + counter[3];
-    uint32_t k0 = key[0], k1 = key[1];
-    for (uint32_t i = 0; i < MASK_COUNTERS; i++) c0[i] += i;
-    for (int round = 0; round < 10; round++) {
-        VecWide a = wide_product(c0, 0xD2511F53u), b = wide_product(c2, 0xCD9E8D57u);
-        c0 = b >> 32 ^ c1 ^ k0;
-        c2 = a >> 32 ^ c3 ^ k1;
-        c1 = b;
-        c3 = a;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    for (size_t i = 0; i < MASK_COUNTERS; i++) {
-        out[4 * i] = (uint32_t)c0[i];
-        out[4 * i + 1] = (uint32_t)c1[i];
-        out[4 * i + 2] = (uint32_t)c2[i];
-        out[4 * i + 3] = (uint32_t)c3[i];
-    }
-}
-
-// Multiplies features first .. first+n-1 of a token with its dropout mask, as dropout_row does.
-static void dropout_slice(real *x, size_t first, size_t n, const Lora *lora, const Batch *batch,
-                          const Span *span, size_t t) {
-    uint32_t key[2] = {(uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u,
-                       batch->step};
-    uint32_t counter[4] = {0, (uint32_t)(t - span->q0), span->ordinal, lora->module};
-    uint32_t bits[MASK_FEATURES];
-    real keep = 1 / (1 - (real)lora->dropout);
-    for (size_t begin = first / 4 * 4; begin < first + n; begin += MASK_FEATURES) {
-        size_t k = max_size(begin, first), count = min_size(first + n, begin + MASK_FEATURES) - k;
-        counter[0] = (uint32_t)(begin / 4);
-        philox_lanes(bits, counter, key);
-        const uint32_t *from = bits + (k - begin);
-        real *to = x + (k - first);
-        for (size_t i = 0; i < count; i++)
-            to[i] *= unit_float(from[i]) < lora->dropout ? 0 : keep;
-    }
-}
-
-typedef struct {
-    const Device *dev;
-    Packed to;
-    const void *x;                  // (T, stride) act, of which columns column .. column+to.n-1
-    size_t stride, column;
-    size_t first;                   // the token that becomes row 0
-    const Lora *dropout;            // NULL: none
-    const Batch *batch;
-} PackTask;
-
-enum { PACK_ROWS = 32 };            // rows of a packing task
-
-// The sequence that token t belongs to.
-static const Span *span_of(const Batch *batch, size_t t) {
-    const Span *span = batch->spans;
-    while (t >= span->q0 + span->nq) span++;
-    return span;
-}
-
-static void pack_task(void *arguments, size_t task, int thread) {
-    PackTask *a = arguments;
-    DType act = a->dev->act;
-    size_t n = a->to.n, end = min_size(a->to.rows, (task + 1) * PACK_ROWS);
-    real *row = thread_rows(a->dev, thread), *rounded = row + n;
-    for (size_t i = task * PACK_ROWS; i < end; i++) {
-        size_t t = a->first + i;
-        if (!a->dropout) { pack_row(&a->to, i, act, a->x, t * a->stride + a->column); continue; }
-        load_row(row, act, a->x, t * n, n);                   // masked rows are packed whole
-        dropout_slice(row, 0, n, a->dropout, a->batch, span_of(a->batch, t), t);
-        store_row(act, rounded, 0, row, n);
-        pack_row(&a->to, i, act, rounded, 0);
-    }
-}
-
-// Rows first .. first+to.rows-1 of x (T, n), masked by dropout unless that is NULL.
-static void pack_rows(Device *dev, Packed to, const void *x, size_t first, const Lora *dropout,
-                      const Batch *batch) {
-    PackTask a = {dev, to, x, to.n, 0, first, dropout, batch};
-    parallel_for(dev->pool, ceil_div(to.rows, PACK_ROWS), pack_task, &a);
-}
-
-// The same of columns column .. column+to.n-1 of x (T, stride).
-static void pack_columns(Device *dev, Packed to, const void *x, size_t stride, size_t column,
-                         size_t first) {
-    PackTask a = {dev, to, x, stride, column, first, NULL, NULL};
-    parallel_for(dev->pool, ceil_div(to.rows, PACK_ROWS), pack_task, &a);
-}
-
-// The transpose of x (tokens, r): row j holds feature j of to.n tokens from `first` on.
-static void pack_transposed(Packed to, DType act, const void *x, size_t first) {
-    for (size_t t = 0; t < to.n; t++)
-        for (size_t j = 0; j < to.rows; j++) {
-            Word *word = packed_at(&to, j, to.bf16 ? t / 2 : t);
-            size_t from = (first + t) * to.rows + j;
-            if (!to.bf16) load_row((real *)word, act, x, from, 1);
-            else {
-                memcpy((uint16_t *)(void *)word + t % 2, (const uint16_t *)x + from, 2);
-                if (t + 1 == to.n && t % 2 == 0) memset((uint16_t *)(void *)word + 1, 0, 2);
-            }
-        }
-}
-
-// ------------------------------------------------------------------------ packing right operands
-
-// The right operand of one piece of a sum. Straight: its columns are the rows of `matrix`, the sum
-// runs along them (x W^T). Transposed: its columns are those of `matrix`, the sum runs down (dy W).
-typedef struct {
-    Weight matrix;
-    bool transposed;
-    size_t skip;                    // transposed: rows of the matrix before the first
-    const Lora *dropout;            // NULL, or the matrix is x of one sequence, masked row by row
-    const Batch *batch;
-    const Span *span;
-} Right;
-
-#if defined(__AVX512BF16__)
-// n 4-bit weights from element `index` on. A block's 16 levels are scaled and rounded once, then a
-// word permutation looks 32 weights up: byte b widened to 32 bits and spread to b << 16 | b >> 4 is
-// two indices, whose bits beyond the fourth either vanish or repeat the table.
-static void dequantize_bf16(uint16_t *out, const Weight *w, size_t index, size_t n) {
-    const uint8_t *codes = w->data;
-    __m512 levels = _mm512_loadu_ps(w->code);
-    while (n) {
-        size_t count = min_size(n, QUANT_BLOCK - index % QUANT_BLOCK);
-        float scale = block_scale(w, index / QUANT_BLOCK);
-        __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(levels, _mm512_set1_ps(scale)));
-        __m512i table = _mm512_broadcast_i64x4(rounded);
-        size_t i = 0;
-        for (; index % 2 == 0 && i + 32 <= count; i += 32) {
-            const uint8_t *from = codes + (index + i) / 2;
-            __m128i packed = _mm_loadu_si128((const __m128i *)(const void *)from);
-            __m512i bytes = _mm512_cvtepu8_epi32(packed), upper = _mm512_slli_epi32(bytes, 16);
-            __m512i pairs = _mm512_or_si512(upper, _mm512_srli_epi32(bytes, 4));
-            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(pairs, table));
-        }
-        uint16_t values[16];
-        _mm256_storeu_si256((__m256i *)(void *)values, rounded);
-        for (; i < count; i++) {
-            uint8_t byte = codes[(index + i) / 2];
-            out[i] = values[(index + i) % 2 ? byte & 15 : byte >> 4];
-        }
-        out += count;
-        index += count;
-        n -= count;
-    }
-}
-#endif
-
-// n elements (at most 256) of a row of the right operand's matrix from column k on, as they enter
-// the product: bf16, or float32 with the values that chapter 3 would multiply.
-static void right_row(Word *out, const Right *right, size_t row, size_t k, size_t n, DType act,
-                      bool bf16) {
-    const Weight *w = &right->matrix;
-    size_t index = row * w->K + k;
-    const uint16_t *halves = (const uint16_t *)w->data + index;
-    const float *floats = (const float *)w->data + index;
-    real values[2 * ROW_WORDS];
-    if (right->dropout) {
-        load_row(values, act, w->data, index, n);
-        dropout_slice(values, k, n, right->dropout, right->batch, right->span,
-                      right->span->q0 + row);
-        if (bf16) store_row(DT_BF16, out, 0, values, n);
-        else for (size_t i = 0; i < n; i++) out[i] = as_act(act, values[i]);
-        return;
-    }
-#if defined(__AVX512BF16__)
-    if (bf16 && is_4bit(w->dtype)) {
-        dequantize_bf16((uint16_t *)(void *)out, w, index, n);
-        return;
-    }
-#endif
-    if (bf16 && w->dtype == DT_BF16) memcpy(out, halves, n * 2);
-    else if (bf16 && w->dtype == DT_F32) store_row(DT_BF16, out, 0, floats, n);
-    else if (bf16) {
-        weight_row(values, w, row, k, n, act);
-        store_row(DT_BF16, out, 0, values, n);
-    } else if (w->dtype == DT_BF16) load_row((real *)out, DT_BF16, w->data, index, n);
-    else if (w->dtype == DT_F32 && act != DT_BF16) memcpy(out, floats, n * sizeof *floats);
-    else weight_row((real *)out, w, row, k, n, act);
-}
-
-#if defined(__AVX512F__)
-// Transposes 16 x 16 words in registers: pairs, quads, then whole 128-bit quarters change places.
-static inline void transpose_registers(__m512i a[16]) {
-    __m512i b[16];
-    for (size_t i = 0; i < 16; i += 2) {
-        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-    }
-    for (size_t i = 0; i < 16; i += 4)
-        for (size_t j = 0; j < 2; j++) {
-            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-        }
-    // Quarter q of a[4 g + c] is now column 4 q + c of rows 4 g .. 4 g + 3.
-    for (size_t c = 0; c < 4; c++) {
-        __m512i even0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
-        __m512i even1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
-        __m512i odd0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xDD);
-        __m512i odd1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xDD);
-        a[c] = _mm512_shuffle_i32x4(even0, even1, 0x88);
-        a[4 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
-        a[8 + c] = _mm512_shuffle_i32x4(even0, even1, 0xDD);
-        a[12 + c] = _mm512_shuffle_i32x4(odd0, odd1, 0xDD);
-    }
-}
-#endif
 
 // Row j of `to` is column j of `from`, for 16 x 16 words.
 static void transpose_16(Word *to, size_t to_stride, const Word *from, size_t from_stride) {
 #if defined(__AVX512F__)
-    __m512i a[16];
-    for (size_t i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * from_stride);
-    transpose_registers(a);
-    for (size_t i = 0; i < 16; i++) _mm512_storeu_si512(to + i * to_stride, a[i]);
+    // Riffling the upper with the lower half of the rows, word by word, halves the distance between
+    // a column's words; four times, and they are neighbours.
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    __m512 a[16], b[16];
+    for (size_t i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from + i * from_stride);
+    for (int round = 0; round < 4; round++) {
+        for (size_t i = 0; i < 8; i++) {
+            b[2 * i] = _mm512_permutex2var_ps(a[i], low, a[i + 8]);
+            b[2 * i + 1] = _mm512_permutex2var_ps(a[i], high, a[i + 8]);
+        }
+        memcpy(a, b, sizeof a);
+    }
+    for (size_t i = 0; i < 16; i++) _mm512_storeu_ps(to + i * to_stride, a[i]);
 #else
     for (size_t i = 0; i < 16; i++)
         for (size_t j = 0; j < 16; j++) to[j * to_stride + i] = from[i * from_stride + j];
 #endif
 }
 
-#if defined(__AVX512BF16__)
-// Straight packing of 4-bit rows that begin with a block: 16 columns, weights k .. k+n-1 of each, k
-// and n multiples of 64. The codes are transposed while they are small: a word then holds 8
-// neighbouring weights of a column and gives 4 steps. A byte is one step, its high nibble first.
-static void pack_straight_4bit(Word *panel, const Weight *w, size_t column, size_t width, size_t k,
-                               size_t n) {
-    const __m512 levels = _mm512_loadu_ps(w->code);
-    // Every column's word is doubled, so that its two lanes can take the two halves of a byte.
-    const __m512i low = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    const __m512i halves = _mm512_set1_epi64(4);              // shifts by 4, 0, 4, 0, ...
-    for (size_t at = k; at < k + n; at += 2 * QUANT_BLOCK) {
-        size_t blocks = at + QUANT_BLOCK < k + n ? 2 : 1;
-        __m512i codes[16];
-        float scale[2][16] = {{0}};
-        for (size_t i = 0; i < width; i++) {
-            size_t block = ((column + i) * w->K + at) / QUANT_BLOCK;
-            const uint8_t *from = (const uint8_t *)w->data + block * (QUANT_BLOCK / 2);
-            codes[i] = _mm512_maskz_loadu_epi32(blocks == 2 ? 0xFFFF : 0xFF, from);
-            for (size_t b = 0; b < blocks; b++) scale[b][i] = block_scale(w, block + b);
+// ---------------------------------------------------------------------------------------- dropout
+
+// Which mask rows get: row i is token first + i. lora NULL: none.
+typedef struct { const Lora *lora; const Batch *batch; size_t first; } Mask;
+
+static Mask mask_of(const Lora *lora, const Batch *batch, size_t first) {
+    return (Mask){lora->r && has_dropout(lora, batch) ? lora : NULL, batch, first};
+}
+
+enum { MASK_LANES = 16 };           // counters at a time, 4 features each
+
+// Multiplies features k .. k+n-1 of a row with its mask, as dropout_row does. Philox runs for several
+// counters at once, in loops that become vector code: one counter takes longer than a row of W.
+static void apply_mask(real *x, size_t k, size_t n, const Mask *mask, size_t row) {
+    const Lora *lora = mask->lora;
+    const Batch *batch = mask->batch;
+    const Span *span = batch->spans;
+    size_t t = mask->first + row;
+    while (t >= span->q0 + span->nq) span++;
+    uint32_t c[4][MASK_LANES], position = (uint32_t)(t - span->q0);
+    real keep = 1 / (1 - (real)lora->dropout);
+    for (size_t begin = k / 4 * 4; begin < k + n; begin += 4 * MASK_LANES) {
+        uint32_t k0 = (uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u;
+        uint32_t k1 = batch->step;
+        for (uint32_t i = 0; i < MASK_LANES; i++) {
+            c[0][i] = (uint32_t)(begin / 4) + i;
+            c[1][i] = position; c[2][i] = span->ordinal; c[3][i] = lora->module;
         }
-        for (size_t i = width; i < 16; i++) codes[i] = _mm512_setzero_si512();
-        transpose_registers(codes);
-        for (size_t i = 0; i < 8 * blocks; i++) {
-            __m512 scales = _mm512_loadu_ps(scale[i / 8]);
-            __m512 scale_low = _mm512_permutexvar_ps(low, scales);
-            __m512 scale_high = _mm512_permutexvar_ps(high, scales);
-            __m512i a = _mm512_permutexvar_epi32(low, codes[i]);
-            __m512i b = _mm512_permutexvar_epi32(high, codes[i]);
-            for (int step = 0; step < 4; step++, panel += PANEL) {
-                __m512i shift = _mm512_add_epi32(halves, _mm512_set1_epi32(8 * step));
-                __m512 x = _mm512_permutexvar_ps(_mm512_srlv_epi32(a, shift), levels);
-                __m512 y = _mm512_permutexvar_ps(_mm512_srlv_epi32(b, shift), levels);
-                x = _mm512_mul_ps(x, scale_low);
-                y = _mm512_mul_ps(y, scale_high);
-                _mm512_storeu_si512(panel, (__m512i)_mm512_cvtne2ps_pbh(y, x));
+        for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+            for (size_t i = 0; i < MASK_LANES; i++) {
+                uint64_t a = (uint64_t)0xD2511F53u * c[0][i], b = (uint64_t)0xCD9E8D57u * c[2][i];
+                c[0][i] = (uint32_t)(b >> 32) ^ c[1][i] ^ k0;
+                c[2][i] = (uint32_t)(a >> 32) ^ c[3][i] ^ k1;
+                c[1][i] = (uint32_t)b;
+                c[3][i] = (uint32_t)a;
             }
+        size_t from = max_size(begin, k), to = min_size(begin + 4 * MASK_LANES, k + n);
+        for (size_t f = from; f < to; f++) {
+            uint32_t bits = c[f % 4][(f - begin) / 4];
+            x[f - k] *= unit_float(bits) < lora->dropout ? 0 : keep;
         }
     }
 }
-#endif
 
-enum { STAGE_WORDS = 16 * ROW_WORDS };
+// ------------------------------------------------------------------------------------- packing A
 
-// Straight: `width` columns (at most 32) starting with row `column` of the matrix, elements k ..
-// k+n-1 (at most 128 words) of each. Columns up to the panel's 32 are zero.
-static void pack_straight(Word *panel, Word *stage, const Right *right, size_t column, size_t width,
-                          size_t k, size_t n, DType act, bool bf16) {
-    size_t steps = steps_of(bf16, n), padded = round_up(steps, 16);
+// Activations as the left operand: blocks of 256 steps, in each the rows one after the other.
+typedef struct { Word *words; size_t rows, n; } Left;         // n elements along the sum
+
+static bool uses_bf16(const Device *dev) { return HAS_BF16_DOT && dev->act == DT_BF16; }
+
+// Steps of a sum over n elements. The last word of an odd sum is padded with 0 on both sides.
+static size_t steps_of(bool bf16, size_t n) { return bf16 ? (n + 1) / 2 : n; }
+
+static size_t left_words(size_t rows, size_t n) { return ceil_div(n, BLOCK_STEPS) * rows * PITCH; }
+
+static Left left_alloc(Arena *arena, bool bf16, size_t rows, size_t n) {
+    Word *words = arena_alloc(arena, left_words(rows, steps_of(bf16, n)), sizeof *words);
+    return (Left){words, rows, n};
+}
+
+static Word *left_at(const Left *a, size_t row, size_t step) {
+    return a->words + (step / BLOCK_STEPS * a->rows + row) * PITCH + step % BLOCK_STEPS;
+}
+
+typedef struct {
+    const Device *dev;
+    Left to;
+    const void *x;                  // (T, stride) act, of which n columns are taken
+    size_t first, stride;           // the token that becomes row 0
+    Mask mask;
+} PackTask;
+
+enum { PACK_ROWS = 32 };            // rows of a packing task
+
+static void pack_task(void *arguments, size_t task, int thread) {
+    PackTask *a = arguments;
+    DType act = a->dev->act;
+    bool bf16 = uses_bf16(a->dev);
+    size_t n = a->to.n, per_block = bf16 ? 2 * BLOCK_STEPS : BLOCK_STEPS;
+    size_t end = min_size(a->to.rows, (task + 1) * PACK_ROWS);
+    real *row = thread_rows(a->dev, thread), *rounded = row + n;
+    for (size_t i = task * PACK_ROWS; i < end; i++) {
+        const void *x = act_at(act, a->x, (a->first + i) * a->stride);
+        if (a->mask.lora) {
+            load_row(row, act, x, 0, n);
+            apply_mask(row, 0, n, &a->mask, i);
+            store_row(act, rounded, 0, row, n);
+            x = rounded;
+        }
+        for (size_t k = 0, count; k < n; k += count) {
+            char *to = (char *)left_at(&a->to, i, steps_of(bf16, k));
+            count = min_size(per_block, n - k);
+            if (!bf16) load_row((real *)(void *)to, act, x, k, count);
+            else memcpy(to, (const uint16_t *)x + k, 2 * count);
+            if (bf16 && count % 2) memset(to + 2 * count, 0, 2);
+        }
+    }
+}
+
+// Rows first .. first+rows-1 and the first n columns of x (T, stride).
+static Left pack_rows(Device *dev, Arena *arena, const void *x, size_t first, size_t rows, size_t n,
+                      size_t stride, Mask mask) {
+    PackTask a = {dev, left_alloc(arena, uses_bf16(dev), rows, n), x, first, stride, mask};
+    parallel_for(dev->pool, ceil_div(rows, PACK_ROWS), pack_task, &a);
+    return a.to;
+}
+
+// The transpose of x (T, r): row j holds feature j of n tokens from `first` on.
+static Left pack_transposed(Device *dev, Arena *arena, const void *x, size_t first, size_t n,
+                            size_t r) {
+    bool bf16 = uses_bf16(dev);
+    Left a = left_alloc(arena, bf16, r, n);
+    for (size_t t = 0; t < round_up(n, 1 + bf16); t++)
+        for (size_t j = 0; j < r; j++) {
+            size_t index = (first + t) * r + j;
+            void *to = left_at(&a, j, bf16 ? t / 2 : t);
+            if (!bf16) load_row(to, dev->act, x, index, 1);
+            else ((uint16_t *)to)[t % 2] = t < n ? ((const uint16_t *)x)[index] : 0;
+        }
+    return a;
+}
+
+// ------------------------------------------------------------------------------------- packing B
+
+// The right operand. Straight: its columns are the rows of `matrix`, the sum runs along them (x W^T).
+// Transposed: its columns are those of `matrix`, the sum runs down (dy W).
+typedef struct {
+    Weight matrix;
+    bool transposed;
+    Mask mask;                      // of the matrix's rows, when it is x
+} Right;
+
+// n elements (at most 512) of a row of the matrix from column k on, as they enter the product: bf16,
+// or float32 with the values that chapter 3 would multiply.
+static void unpack_row(void *out, const Right *b, size_t row, size_t k, size_t n, const Device *dev) {
+    const Weight *w = &b->matrix;
+    size_t index = row * w->K + k;
+    bool bf16 = uses_bf16(dev);
+    real values[2 * BLOCK_STEPS];
 #if defined(__AVX512BF16__)
-    const Weight *w = &right->matrix;
-    if (bf16 && is_4bit(w->dtype) && w->K % QUANT_BLOCK == 0 && k % QUANT_BLOCK == 0 &&
-        n % QUANT_BLOCK == 0) {
-        for (size_t half = 0; half < PANEL; half += 16)
-            pack_straight_4bit(panel + half, w, column + half,
-                               width > half ? min_size(width - half, 16) : 0, k, n);
+    // Whole 4-bit blocks. The 16 levels are scaled and rounded once, then a permutation of 16-bit
+    // words looks 32 weights up. Byte x, widened to 32 bits and spread to x << 16 | x >> 4, is two
+    // indices: the high nibble comes first, and bits beyond the fourth meet copies of the table.
+    if (bf16 && is_4bit(w->dtype) && index % QUANT_BLOCK == 0 && n % QUANT_BLOCK == 0) {
+        const uint8_t *codes = (const uint8_t *)w->data + index / 2;
+        __m512 levels = _mm512_loadu_ps(w->code);
+        for (size_t i = 0; i < n; i += 32, codes += 16) {
+            __m512 scale = _mm512_set1_ps(block_scale(w, (index + i) / QUANT_BLOCK));
+            __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(levels, scale));
+            __m128i packed = _mm_loadu_si128((const __m128i *)(const void *)codes);
+            __m512i x = _mm512_cvtepu8_epi32(packed);
+            x = _mm512_or_si512(_mm512_slli_epi32(x, 16), _mm512_srli_epi32(x, 4));
+            x = _mm512_permutexvar_epi16(x, _mm512_broadcast_i64x4(rounded));
+            _mm512_storeu_si512((uint16_t *)out + i, x);
+        }
         return;
     }
 #endif
-    for (size_t half = 0; half < PANEL; half += 16) {
+    if (bf16 && w->dtype == DT_BF16 && !b->mask.lora) {
+        memcpy(out, (const uint16_t *)w->data + index, 2 * n);
+        return;
+    }
+    real *wide = bf16 ? values : out;
+    weight_row(wide, w, row, k, n, dev->act);
+    if (b->mask.lora) apply_mask(wide, k, n, &b->mask, row);
+    if (b->mask.lora) for (size_t i = 0; i < n; i++) wide[i] = as_act(dev->act, wide[i]);
+    if (bf16) store_row(DT_BF16, out, 0, values, n);
+}
+
+// Announces a row that will be needed soon: rows are too far apart for the machine to foresee it.
+static void prefetch_row(const Weight *w, size_t row, size_t k) {
+    if (row >= w->N) return;
+    size_t bits = is_4bit(w->dtype) ? 4 : dtype_size(w->dtype) * 8, index = row * w->K + k;
+    const char *from = (const char *)w->data + index * bits / 8;
+    for (size_t i = 0; i < LINE * bits / 8; i += 64) __builtin_prefetch(from + i);
+}
+
+// Packs `width` columns (at most 64) of the right operand from `column` on, elements k .. k+n-1 of
+// the sum, to lines of 64 words; what is beyond the width is 0. A transposed line is two rows of the
+// matrix, word by word together (or one in float32). Straight, 16 columns at a time are unpacked and
+// turned.
+static void pack_right(Word *lines, const Right *b, size_t column, size_t width, size_t k, size_t n,
+                       const Device *dev) {
+    bool bf16 = uses_bf16(dev);
+    size_t per_step = bf16 ? 2 : 1, steps = steps_of(bf16, n);
+    if (b->transposed) {
+        uint16_t even[LINE] = {0}, odd[LINE] = {0};
+        for (size_t i = 0; i < n; i += per_step, lines += LINE) {
+            for (size_t j = 0; j < per_step; j++) prefetch_row(&b->matrix, k + i + j + 16, column);
+            if (!bf16) {
+                memset(lines, 0, LINE * sizeof *lines);
+                unpack_row(lines, b, k + i, column, width, dev);
+                continue;
+            }
+            unpack_row(even, b, k + i, column, width, dev);
+            if (i + 1 < n) unpack_row(odd, b, k + i + 1, column, width, dev);
+            else memset(odd, 0, sizeof odd);
+            for (size_t j = 0; j < LINE; j++) {
+                uint32_t pair = even[j] | (uint32_t)odd[j] << 16;
+                memcpy(lines + j, &pair, sizeof pair);
+            }
+        }
+        return;
+    }
+    Word rows[16][BLOCK_STEPS];
+    memset(rows, 0, sizeof rows);
+    for (size_t c = 0; c < LINE; c += 16) {
         for (size_t i = 0; i < 16; i++) {
-            Word *row = stage + i * ROW_WORDS;
-            size_t filled = half + i < width ? n * (bf16 ? 2 : 4) : 0;
-            if (filled) right_row(row, right, column + half + i, k, n, act, bf16);
-            memset((char *)row + filled, 0, padded * sizeof(Word) - filled);
+            if (c + i < width) unpack_row(rows[i], b, column + c + i, k, n, dev);
+            else memset(rows[i], 0, sizeof rows[i]);
         }
         for (size_t step = 0; step < steps; step += 16)
-            transpose_16(panel + step * PANEL + half, PANEL, stage + step, ROW_WORDS);
-    }
-}
-
-#if defined(__AVX512BF16__)
-// One step from two rows of 32 bf16: neighbours along the sum become neighbours in a word.
-static inline void interleave(Word *step, const Word *even, const Word *odd) {
-    __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
-    __m512i low = _mm512_unpacklo_epi16(a, b), high = _mm512_unpackhi_epi16(a, b);
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    _mm512_storeu_si512(step, _mm512_permutex2var_epi64(low, first, high));
-    _mm512_storeu_si512(step + 16, _mm512_permutex2var_epi64(low, second, high));
-}
-#endif
-
-// Announces a stretch of a row that will be needed soon: rows are too far apart for the machine to
-// foresee it.
-static void prefetch_row(const Weight *w, size_t row, size_t column, size_t width) {
-    if (row >= w->N) return;
-    size_t bits = is_4bit(w->dtype) ? 4 : dtype_size(w->dtype) * 8, index = row * w->K + column;
-    const char *from = (const char *)w->data + index * bits / 8;
-    for (size_t i = 0; i < width * bits / 8; i += 64) __builtin_prefetch(from + i);
-}
-
-enum { PREFETCH_ROWS = 16 };
-
-// Transposed: `width` columns (at most 64, two panels) starting with `column` of the matrix, rows
-// k .. k+n-1.
-static void pack_transposed_panels(Word *panel, Word *stage, const Right *right, size_t column,
-                                   size_t width, size_t k, size_t n, DType act, bool bf16) {
-    size_t panels = ceil_div(width, PANEL);
-#if defined(__AVX512BF16__)
-    if (bf16) {
-        const Weight *w = &right->matrix;
-        bool direct = w->dtype == DT_BF16 && !right->dropout && width % PANEL == 0;
-        memset(stage, 0, 2 * PANEL * sizeof *stage);
-        for (size_t i = 0; i < n; i += 2) {
-            const Word *even = stage, *odd = stage + PANEL;   // 64 bf16 each
-            prefetch_row(w, k + i + PREFETCH_ROWS, column, width);
-            prefetch_row(w, k + i + PREFETCH_ROWS + 1, column, width);
-            if (direct && i + 1 < n) {
-                even = (const Word *)((const uint16_t *)w->data + (k + i) * w->K + column);
-                odd = (const Word *)((const uint16_t *)w->data + (k + i + 1) * w->K + column);
-            } else {
-                right_row(stage, right, k + i, column, width, act, true);
-                if (i + 1 < n) right_row(stage + PANEL, right, k + i + 1, column, width, act, true);
-                else memset(stage + PANEL, 0, PANEL * sizeof *stage);
-            }
-            for (size_t p = 0; p < panels; p++)
-                interleave(panel + p * PANEL_WORDS + i / 2 * PANEL, even + p * 16, odd + p * 16);
-        }
-        return;
-    }
-#endif
-    memset(stage, 0, 2 * PANEL * sizeof *stage);
-    for (size_t i = 0; i < n; i++) {
-        right_row(stage, right, k + i, column, width, act, bf16);
-        for (size_t p = 0; p < panels; p++)
-            memcpy(panel + p * PANEL_WORDS + i * PANEL, stage + p * PANEL, PANEL * sizeof *panel);
+            transpose_16(lines + step * LINE + c, LINE, rows[0] + step, BLOCK_STEPS);
     }
 }
 
 // ----------------------------------------------------------------------------------------- matmul
 //
-// out (rows, columns) = scale * (sum over segments of left times right) + bias, rounded once.
+// out (rows, columns) = or += scale * (sum over segments of left times right) + bias, rounded once.
 
-enum { MAX_SEGMENTS = 6 };          // three products and their adapters
-
-typedef struct { Packed left; Right right; } Segment;
+enum { MAX_SEGMENTS = 6, TASK_ROWS = 516 };                   // three products and their adapters
 
 typedef struct {
+    Left left;
+    Right right;
+    Mask mask;                      // of the rows of the product
+} Segment;
+
+typedef struct {
+    Device *dev;
     Segment segments[MAX_SEGMENTS];
-    size_t n_segments, columns;
+    size_t n_segments, rows, columns;
     real scale;
     const float *bias;              // (columns) or NULL
     void *out;                      // element (i, j) is out[i * row_stride + j * column_stride]
-    DType type;                     // of out
+    DType type;                     // of out; real when adding
     size_t row_stride, column_stride;
-    enum { WRITE, ADD, RESUME } mode;       // =, +=, or = with the sum continued from what is there
+    bool add;
+    size_t task_rows;
 } Matmul;
 
-// The common case: one segment, a row-major result that is written.
-static Matmul matmul_of(Segment segment, size_t columns, void *out, DType type) {
-    return (Matmul){{segment}, 1, columns, 1, NULL, out, type, columns, 1, WRITE};
-}
-
-typedef struct {
-    const Device *dev;
-    const Matmul *list;
-    size_t n, rows;
-    bool bf16;
-    size_t task_columns, task_rows, row_tasks;
-} MatmulTask;
-
-// Where a task stands in its sum.
-typedef struct { size_t segment, step; } Cursor;
-
-// Packs the next block of the right operand, up to BLOCK_STEPS steps of it, and lists its pieces.
-static size_t next_block(const MatmulTask *a, const Matmul *m, Cursor *at, Word *panels,
-                         Word *stage, size_t column, size_t width, size_t row, Piece *pieces) {
-    size_t n_pieces = 0, filled = 0;
-    while (at->segment < m->n_segments && filled < BLOCK_STEPS && n_pieces < MAX_PIECES) {
-        const Segment *s = &m->segments[at->segment];
-        size_t per_step = a->bf16 ? 2 : 1, k = at->step * per_step;
-        size_t steps = steps_of(a->bf16, s->left.n) - at->step;
-        steps = min_size(steps, min_size(BLOCK_STEPS - filled, ROW_WORDS - at->step % ROW_WORDS));
-        size_t n = min_size(steps * per_step, s->left.n - k);
-        Word *to = panels + filled * PANEL;
-        if (s->right.transposed)
-            pack_transposed_panels(to, stage, &s->right, column, width, s->right.skip + k, n,
-                                   a->dev->act, a->bf16);
-        else for (size_t c = 0; c < width; c += PANEL, to += PANEL_WORDS)
-            pack_straight(to, stage, &s->right, column + c, min_size(PANEL, width - c), k, n,
-                          a->dev->act, a->bf16);
-        pieces[n_pieces++] = (Piece){packed_at(&s->left, row, at->step), steps};
-        filled += steps;
-        at->step += steps;
-        if (at->step == steps_of(a->bf16, s->left.n)) *at = (Cursor){at->segment + 1, 0};
-    }
-    return n_pieces;
-}
-
-// Scales, biases and rounds sums (rows, width) into the place of row, column in out.
+// Masks, scales, biases and rounds; see matmul_task.
 static void finish(const Matmul *m, Word *sums, size_t row, size_t rows, size_t column,
                    size_t width) {
-    for (size_t i = 0; i < rows; i++, sums += TASK_COLUMNS) {
+    for (size_t i = 0; i < rows; i++, sums += LINE) {
         size_t at = (row + i) * m->row_stride + column * m->column_stride;
         if (m->scale != 1) for (size_t j = 0; j < width; j++) sums[j] *= m->scale;
         if (m->bias) for (size_t j = 0; j < width; j++) sums[j] += m->bias[column + j];
-        real *out = (real *)m->out + at;                      // used where out is float32
-        if (m->mode != ADD) store_row(m->type, m->out, at, (const real *)sums, width);
+        real *out = (real *)m->out + at;                      // used where out is real
+        if (!m->add) store_row(m->type, m->out, at, (const real *)sums, width);
         else for (size_t j = 0; j < width; j++) out[j * m->column_stride] += sums[j];
     }
 }
 
-// A task is up to 516 rows x 64 columns of one of the products. Its sums (129 KB) and the blocks of
-// its two panels (64 KB) stay in the second-level cache, one block at a time in the first, and the
-// left operand's rows stream past: 48 bytes in the 12 cycles of a step, a tenth of what that cache
-// delivers.
+// A task is up to 516 rows x 64 columns of the product. Its sums (129 KB) and a block of the right
+// operand (64 KB) stay in the second-level cache, the part of the block that a tile needs in the
+// first, and the left operand's rows stream past: 48 bytes in the 12 cycles of a step, a tenth of
+// what that cache delivers.
 static void matmul_task(void *arguments, size_t task, int thread) {
-    MatmulTask *a = arguments;
-    const Matmul *m = a->list;
-    size_t part = task / a->row_tasks, row = task % a->row_tasks * a->task_rows;
-    for (; part >= ceil_div(m->columns, a->task_columns); m++)
-        part -= ceil_div(m->columns, a->task_columns);
-    size_t column = part * a->task_columns, width = min_size(a->task_columns, m->columns - column);
-    size_t rows = min_size(a->task_rows, a->rows - row), panels_used = ceil_div(width, PANEL);
-    Arena scratch = {(char *)thread_rows(a->dev, thread), 0};
-    Word *panels = arena_alloc(&scratch, 2 * PANEL_WORDS, sizeof *panels);
-    Word *stage = arena_alloc(&scratch, STAGE_WORDS, sizeof *stage);
-    Word *sums = arena_alloc(&scratch, TASK_ROWS * TASK_COLUMNS, sizeof *sums);
-    Piece pieces[MAX_PIECES];
-    Cursor at = {0, 0};
-    bool resume = m->mode == RESUME;
-    for (size_t i = 0; resume && i < rows; i++) {
-        const real *from = (real *)m->out + (row + i) * m->row_stride + column;
-        memcpy(sums + i * TASK_COLUMNS, from, width * sizeof *from);
-    }
-    for (bool add = resume; at.segment < m->n_segments; add = true) {
-        size_t n = next_block(a, m, &at, panels, stage, column, width, row, pieces);
-#if defined(__AVX512BF16__)
-        if (a->bf16 && rows == 1 && panels_used == 2) {
-            tile_1_wide_bf16(sums, add, pieces, n, panels);
-            continue;
+    const Matmul *m = arguments;
+    bool bf16 = uses_bf16(m->dev);
+    size_t row_tasks = ceil_div(m->rows, m->task_rows), row = task % row_tasks * m->task_rows;
+    size_t column = task / row_tasks * LINE, width = min_size(LINE, m->columns - column);
+    size_t rows = min_size(m->task_rows, m->rows - row);
+    Arena scratch = {(char *)thread_rows(m->dev, thread), 0};
+    Word *lines = arena_alloc(&scratch, (BLOCK_STEPS + 16) * LINE, sizeof *lines);
+    Word *sums = arena_alloc(&scratch, TASK_ROWS * LINE, sizeof *sums);
+    Word *share = arena_alloc(&scratch, TASK_ROWS * LINE, sizeof *share);
+    for (size_t s = 0; s < m->n_segments; s++) {
+        const Segment *segment = &m->segments[s];
+        Word *to = segment->mask.lora ? share : sums;
+        bool add = s && to == sums;
+        size_t n = segment->left.n, per_block = bf16 ? 2 * BLOCK_STEPS : BLOCK_STEPS, count;
+        for (size_t k = 0; k < n; k += count, add = true) {
+            count = min_size(per_block, n - k);
+            pack_right(lines, &segment->right, column, width, k, count, m->dev);
+            multiply(bf16, to, LINE, add, left_at(&segment->left, row, steps_of(bf16, k)), lines,
+                     LINE, rows, width, steps_of(bf16, count));
         }
-#endif
-        for (size_t p = 0; p < panels_used; p++)
-            multiply(a->bf16, sums + p * PANEL, TASK_COLUMNS, rows,
-                     min_size(PANEL, width - p * PANEL), add, pieces, n, panels + p * PANEL_WORDS);
+        for (size_t i = 0; to == share && i < rows; i++) {
+            apply_mask((real *)share + i * LINE, column, width, &segment->mask, row + i);
+            for (size_t j = 0; j < width; j++) sums[i * LINE + j] += share[i * LINE + j];
+        }
     }
     finish(m, sums, row, rows, column, width);
 }
 
-// Column groups of all products times row blocks.
-static size_t matmul_tasks(const MatmulTask *a) {
-    size_t groups = 0;
-    for (size_t i = 0; i < a->n; i++) groups += ceil_div(a->list[i].columns, a->task_columns);
-    return groups * a->row_tasks;
+// Tasks shrink until every thread has a few of them; fewer rows than 96 would unpack weights more
+// often than it pays.
+static void matmul(Matmul *m) {
+    size_t threads = (size_t)m->dev->pool->threads, groups = ceil_div(m->columns, LINE);
+    size_t wanted = threads == 1 ? 1 : min_size(ceil_div(4 * threads, groups), m->rows / 96);
+    size_t parts = max_size(max_size(wanted, 1), ceil_div(m->rows, TASK_ROWS));
+    m->task_rows = round_up(ceil_div(m->rows, parts), TILE_ROWS);
+    parallel_for(m->dev->pool, groups * ceil_div(m->rows, m->task_rows), matmul_task, m);
 }
 
-// Computes several products of equal row counts. Tasks shrink until every thread has a few of them;
-// shorter ones than 96 rows would unpack weights more often than it pays.
-static void matmul(Device *dev, const Matmul *list, size_t n, size_t rows, bool bf16) {
-    MatmulTask a = {dev, list, n, rows, bf16, TASK_COLUMNS, TASK_ROWS, ceil_div(rows, TASK_ROWS)};
-    size_t threads = (size_t)dev->pool->threads, wanted = threads == 1 ? 1 : 4 * threads;
-    if (matmul_tasks(&a) < wanted) a.task_columns = PANEL;
-    size_t groups = matmul_tasks(&a) / a.row_tasks;
-    a.row_tasks = max_size(a.row_tasks, min_size(ceil_div(wanted, groups), ceil_div(rows, 96)));
-    a.task_rows = round_up(ceil_div(rows, a.row_tasks), TILE_ROWS);
-    a.row_tasks = ceil_div(rows, a.task_rows);
-    parallel_for(dev->pool, matmul_tasks(&a), matmul_task, &a);
+// The common case: one segment, a row-major result that is written.
+static Matmul matmul_of(Device *dev, Left left, Right right, size_t columns, void *out, DType type) {
+    return (Matmul){.dev = dev, .segments = {{.left = left, .right = right}}, .n_segments = 1,
+                    .rows = left.rows, .columns = columns, .scale = 1, .out = out, .type = type,
+                    .row_stride = columns, .column_stride = 1};
 }
 
 // ------------------------------------------------------------------------------------ LoRA linears
@@ -11733,75 +11481,49 @@ static void matmul(Device *dev, const Matmul *list, size_t n, size_t rows, bool 
 // [du, du A] and [dB, dA]. Bytes: N K / 2 of codes for every 512 tokens, which is nothing, so that
 // all of it is bound by arithmetic; only at T = 1 do unpacking and memory decide.
 
-enum { HEAD_SLICE = 4096 };         // columns of dlogits that are packed at a time
-
-// Tokens that are packed at a time. It bounds scratch, and no result depends on it.
-static size_t chunk_rows(size_t threads) { return min_size(max_size(512, 128 * threads), 4096); }
-
-static bool uses_bf16(const Device *dev) { return HAS_BF16_DOT && dev->act == DT_BF16; }
+enum {
+    CHUNK_ROWS = 1024,              // tokens that are packed at a time: bounds scratch, nothing else
+    HEAD_COLUMNS = 4096             // columns of dlogits at a time: 8 MB for 1024 rows
+};
 
 // A trainable matrix, or activations, as the right operand of a product.
-static Weight plain_matrix(DType act, const void *data, size_t N, size_t K) {
-    return (Weight){.dtype = act == DT_REAL ? DT_F32 : act, .N = N, .K = K, .data = data};
+static Right plain_matrix(DType act, const void *data, size_t N, size_t K, bool transposed) {
+    Weight w = {.dtype = act == DT_REAL ? DT_F32 : act, .N = N, .K = K, .data = data};
+    return (Right){.matrix = w, .transposed = transposed};
 }
 
-static Segment straight(Packed left, Weight right) { return (Segment){left, {.matrix = right}}; }
-static Segment transposed(Packed left, Weight right) {
-    return (Segment){left, {.matrix = right, .transposed = true}};
-}
-
-// u of one product, from the rows of x (or of x~) that begin with token `first`.
-static Matmul down_product(Packed x, const Product *p, DType act, size_t first) {
-    const Lora *lora = &p->linear->lora;
-    Weight A = plain_matrix(DT_REAL, lora->A, lora->r, x.n);
-    Matmul u = matmul_of(straight(x, A), lora->r, act_at(act, p->u, first * lora->r), act);
-    u.scale = lora->scale;
-    return u;
-}
-
-// Forward of rows first .. first+rows-1.
-static void forward_chunk(Device *dev, real *logits, const Product *products, size_t n,
-                          const void *x, const Batch *batch, size_t first, size_t rows) {
-    size_t K = products[0].linear->weight.K, n_down = 0;
-    bool bf16 = uses_bf16(dev);
-    DType act = dev->act;
-    Arena scratch = {dev->scratch, 0};
-    Packed px = packed_alloc(&scratch, rows, K, bf16), masked = {NULL, 0, 0, false};
-    Matmul down[3], up[3];
-    pack_rows(dev, px, x, first, NULL, batch);
-    for (size_t i = 0; i < n; i++) {
-        const Lora *lora = &products[i].linear->lora;
-        if (!lora->r) continue;
-        if (!has_dropout(lora, batch)) {
-            down[n_down++] = down_product(px, &products[i], act, first);
-            continue;
-        }
-        if (!masked.words) masked = packed_alloc(&scratch, rows, K, bf16);
-        pack_rows(dev, masked, x, first, lora, batch);        // every module draws its own mask
-        Matmul u = down_product(masked, &products[i], act, first);
-        matmul(dev, &u, 1, rows, bf16);
-    }
-    if (n_down) matmul(dev, down, n_down, rows, bf16);
-    for (size_t i = 0; i < n; i++) {
-        const Linear *linear = products[i].linear;
-        size_t N = linear->weight.N, r = linear->lora.r;
-        void *y = logits ? logits + first * N : act_at(act, products[i].y, first * N);
-        up[i] = matmul_of(straight(px, linear->weight), N, y, logits ? DT_REAL : act);
-        up[i].bias = linear->bias;
-        if (!r) continue;
-        Packed u = packed_alloc(&scratch, rows, r, bf16);
-        pack_rows(dev, u, products[i].u, first, NULL, batch);
-        Weight B = plain_matrix(DT_REAL, linear->lora.B, N, r);
-        up[i].segments[up[i].n_segments++] = straight(u, B);
-    }
-    matmul(dev, up, n, rows, bf16);
-}
-
+// Forward; the sums go to y, or unrounded to the logits.
 static void forward_fast(Device *dev, real *logits, const Product *products, size_t n,
                          const void *x, const Batch *batch) {
-    size_t step = chunk_rows((size_t)dev->pool->threads);
-    for (size_t first = 0; first < batch->T; first += step)
-        forward_chunk(dev, logits, products, n, x, batch, first, min_size(step, batch->T - first));
+    DType act = dev->act, type = logits ? DT_REAL : act;
+    size_t K = products[0].linear->weight.K;
+    for (size_t first = 0; first < batch->T; first += CHUNK_ROWS) {
+        size_t rows = min_size(CHUNK_ROWS, batch->T - first);
+        Arena scratch = {dev->scratch, 0};
+        Left px = pack_rows(dev, &scratch, x, first, rows, K, K, (Mask){0});
+        for (size_t i = 0; i < n; i++) {
+            const Linear *linear = products[i].linear;
+            const Lora *lora = &linear->lora;
+            size_t N = linear->weight.N, r = lora->r;
+            Arena memory = scratch;
+            Matmul y = matmul_of(dev, px, (Right){.matrix = linear->weight}, N,
+                                 act_at(type, logits ? logits : products[i].y, first * N), type);
+            y.bias = linear->bias;
+            if (r) {
+                Mask mask = mask_of(lora, batch, first);      // every module draws its own
+                Left masked = px;
+                if (mask.lora) masked = pack_rows(dev, &memory, x, first, rows, K, K, mask);
+                Matmul u = matmul_of(dev, masked, plain_matrix(DT_REAL, lora->A, r, K, false), r,
+                                     act_at(act, products[i].u, first * r), act);
+                u.scale = lora->scale;
+                matmul(&u);
+                y.segments[y.n_segments++] = (Segment){
+                    .left = pack_rows(dev, &memory, products[i].u, first, rows, r, r, (Mask){0}),
+                    .right = plain_matrix(DT_REAL, lora->B, N, r, false)};
+            }
+            matmul(&y);
+        }
+    }
 }
 
 static void linears_forward_fast(Device *dev, Product *products, size_t n, const void *x,
@@ -11814,193 +11536,105 @@ static void head_logits_fast(Device *dev, real *logits, const Product *slice, co
     forward_fast(dev, logits, slice, 1, x, rows);
 }
 
-// What the parts of one backward pass share.
+// What the two halves of a backward pass share.
 typedef struct {
     Device *dev;
     const Product *products;
-    size_t n;
+    size_t n, K;
     const void *x;                  // (T, K)
     const Batch *batch;
+    void *dx;                       // (T, K) act, or NULL; the head's is real and added to
+    size_t dy_stride;               // of the head's dy, else 0: N
     void *du[3];                    // (T, r) act each
-    void *dx;                       // (T, K) act; for the head real, and added to
-    bool head;
-    size_t K;
-    bool bf16;
 } Backward;
 
-// With dropout an adapter's share of dx, du A, is masked on its own before the sum is rounded.
-typedef struct {
-    const Backward *b;
-    real *sum, *share;              // (rows, K)
-    const Lora *lora;               // NULL: all shares are in, round the sum to dx
-    size_t first;
-} MaskTask;
-
-static void mask_share_task(void *arguments, size_t i, int thread) {
-    MaskTask *a = arguments;
-    const Batch *batch = a->b->batch;
-    size_t K = a->b->K, t = a->first + i;
-    real *sum = a->sum + i * K, *share = a->share + i * K;
-    (void)thread;
-    if (!a->lora) { store_row(a->b->dev->act, a->b->dx, t * K, sum, K); return; }
-    if (has_dropout(a->lora, batch))
-        dropout_slice(share, 0, K, a->lora, batch, span_of(batch, t), t);
-    for (size_t k = 0; k < K; k++) sum[k] += share[k];
-}
-
-// dx with dropout: sum (rows, K) holds dy W, the shares follow one by one.
-static void backward_masked_shares(const Backward *b, Arena scratch, real *sum, const Packed *du,
-                                   size_t first, size_t rows) {
-    MaskTask mask = {b, sum, arena_alloc(&scratch, rows * b->K, sizeof(real)), NULL, first};
-    for (size_t i = 0; i < b->n; i++) {
-        mask.lora = &b->products[i].linear->lora;
-        if (!mask.lora->r) continue;
-        Weight A = plain_matrix(DT_REAL, mask.lora->A, mask.lora->r, b->K);
-        Matmul share = matmul_of(transposed(du[i], A), b->K, mask.share, DT_REAL);
-        matmul(b->dev, &share, 1, rows, b->bf16);
-        parallel_for(b->dev->pool, rows, mask_share_task, &mask);
-    }
-    mask.lora = NULL;
-    if (!b->head) parallel_for(b->dev->pool, rows, mask_share_task, &mask);
-}
-
-// dx of rows first .. first+rows-1 from the packed dy and du of the products. dy NULL: dx, which is
-// the head's, holds that share already.
-static void backward_dx(const Backward *b, Arena scratch, const Packed *dy, const Packed *du,
-                        size_t first, size_t rows) {
-    size_t K = b->K;
-    bool masked = false;
-    for (size_t i = 0; i < b->n; i++) {
-        const Lora *lora = &b->products[i].linear->lora;
-        masked |= lora->r && has_dropout(lora, b->batch);
-    }
-    DType type = b->head || masked ? DT_REAL : b->dev->act;
-    void *out = masked && !b->head ? arena_alloc(&scratch, rows * K, sizeof(real))
-                                   : act_at(type, b->dx, first * K);
-    Matmul all = {.columns = K, .scale = 1, .out = out, .type = type, .row_stride = K,
-                  .column_stride = 1, .mode = b->head ? RESUME : WRITE};
-    for (size_t i = 0; dy && i < b->n; i++)
-        all.segments[all.n_segments++] = transposed(dy[i], b->products[i].linear->weight);
-    for (size_t i = 0; !masked && i < b->n; i++) {
-        const Lora *lora = &b->products[i].linear->lora;
-        Weight A = plain_matrix(DT_REAL, lora->A, lora->r, K);
-        if (lora->r) all.segments[all.n_segments++] = transposed(du[i], A);
-    }
-    if (all.n_segments) matmul(b->dev, &all, 1, rows, b->bf16);
-    if (masked) backward_masked_shares(b, scratch, out, du, first, rows);
-}
-
-// du and dx of one chunk.
+// du and dx of tokens first .. first+rows-1.
 static void backward_chunk(const Backward *b, Arena scratch, size_t first, size_t rows) {
-    Packed dy[3], du[3];
-    Matmul down[3];
-    size_t n_down = 0;
     Device *dev = b->dev;
+    DType act = dev->act, type = b->dy_stride ? DT_REAL : act;
+    void *out = b->dx ? act_at(type, b->dx, first * b->K) : NULL;
+    Matmul dx = matmul_of(dev, (Left){.rows = rows}, (Right){0}, b->K, out, type);
+    Segment shares[3];
+    size_t n_shares = 0;
+    dx.add = b->dy_stride != 0;
+    dx.n_segments = 0;
     for (size_t i = 0; i < b->n; i++) {
         const Product *p = &b->products[i];
         const Lora *lora = &p->linear->lora;
         size_t N = p->linear->weight.N, r = lora->r;
-        if (!r && !b->dx) continue;
-        dy[i] = packed_alloc(&scratch, rows, N, b->bf16);
-        pack_rows(dev, dy[i], p->y, first, NULL, b->batch);
+        if (!r && !out) continue;
+        Left dy = pack_rows(dev, &scratch, p->y, first, rows, N, b->dy_stride ? b->dy_stride : N,
+                            (Mask){0});
+        dx.segments[dx.n_segments++] = (Segment){
+            .left = dy, .right = {.matrix = p->linear->weight, .transposed = true}};
         if (!r) continue;
-        down[n_down] = matmul_of(transposed(dy[i], plain_matrix(DT_REAL, lora->B, N, r)), r,
-                                 act_at(dev->act, b->du[i], first * r), dev->act);
-        down[n_down++].scale = lora->scale;
+        Matmul du = matmul_of(dev, dy, plain_matrix(DT_REAL, lora->B, N, r, true), r,
+                              act_at(act, b->du[i], first * r), act);
+        du.scale = lora->scale;
+        matmul(&du);
+        shares[n_shares++] = (Segment){
+            .left = pack_rows(dev, &scratch, b->du[i], first, rows, r, r, (Mask){0}),
+            .right = plain_matrix(DT_REAL, lora->A, r, b->K, true),
+            .mask = mask_of(lora, b->batch, first)};
     }
-    if (n_down) matmul(dev, down, n_down, rows, b->bf16);
-    if (!b->dx) return;
-    for (size_t i = 0; i < b->n; i++) {
-        du[i] = packed_alloc(&scratch, rows, b->products[i].linear->lora.r, b->bf16);
-        pack_rows(dev, du[i], b->du[i], first, NULL, b->batch);
-    }
-    backward_dx(b, scratch, dy, du, first, rows);
+    if (!out) return;
+    memcpy(dx.segments + dx.n_segments, shares, n_shares * sizeof *shares);
+    dx.n_segments += n_shares;
+    matmul(&dx);
 }
 
-// The same for a slice of the head. Its dy is larger than any cache, so it is packed in pieces of
-// 4096 columns (4 MB for 512 rows), and the sums of dx and du resume from piece to piece.
-static void backward_head_chunk(const Backward *b, Arena scratch, size_t first, size_t rows) {
-    const Product *p = &b->products[0];
-    const Lora *lora = &p->linear->lora;
-    Device *dev = b->dev;
-    size_t N = p->linear->weight.N, r = lora->r;
-    real *dx = (real *)b->dx + first * b->K, *sum = arena_alloc(&scratch, rows * r, sizeof *sum);
-    Packed dy = packed_alloc(&scratch, rows, min_size(N, HEAD_SLICE), b->bf16);
-    memset(sum, 0, rows * r * sizeof *sum);
-    for (size_t n = 0; n < N; n += HEAD_SLICE) {
-        dy.n = min_size(HEAD_SLICE, N - n);
-        pack_columns(dev, dy, p->y, N, n, first);
-        Matmul list[2] = {
-            matmul_of(transposed(dy, p->linear->weight), b->K, dx, DT_REAL),
-            matmul_of(transposed(dy, plain_matrix(DT_REAL, lora->B, N, r)), r, sum, DT_REAL)};
-        for (size_t i = 0; i < 2; i++) {
-            list[i].segments[0].right.skip = n;
-            list[i].mode = RESUME;
-        }
-        matmul(dev, list, r ? 2 : 1, rows, b->bf16);
-    }
-    if (!r) return;
-    for (size_t i = 0; i < rows * r; i++) sum[i] *= lora->scale;
-    store_row(dev->act, b->du[0], first * r, sum, rows * r);
-    Packed du = packed_alloc(&scratch, rows, r, b->bf16);
-    pack_rows(dev, du, b->du[0], first, NULL, b->batch);
-    backward_dx(b, scratch, NULL, &du, first, rows);
-}
-
-// dA and dB of all products from one sequence: each sum is formed on its own, from the sequence's
-// first token to its last, and then added.
+// dA and dB of one sequence: each sum is formed on its own, from the sequence's first token to its
+// last, and then added.
 static void backward_span(const Backward *b, Arena scratch, const Span *span) {
     DType act = b->dev->act;
-    size_t K = b->K, n_tokens = span->nq;
+    size_t K = b->K, first = span->q0, n_tokens = span->nq;
     for (size_t i = 0; i < b->n && n_tokens; i++) {
         const Product *p = &b->products[i];
         const Lora *lora = &p->linear->lora;
-        size_t N = p->linear->weight.N, r = lora->r;
+        size_t N = p->linear->weight.N, r = lora->r, stride = b->dy_stride ? b->dy_stride : N;
         if (!r) continue;
         Arena memory = scratch;
-        Packed u = packed_alloc(&memory, r, n_tokens, b->bf16);
-        Packed du = packed_alloc(&memory, r, n_tokens, b->bf16);
-        pack_transposed(u, act, p->u, span->q0);
-        pack_transposed(du, act, b->du[i], span->q0);
-        Weight dy = plain_matrix(act, act_at(act, p->y, span->q0 * N), n_tokens, N);
-        Weight x = plain_matrix(act, act_at(act, b->x, span->q0 * K), n_tokens, K);
-        Matmul list[2] = {matmul_of(transposed(u, dy), N, lora->dB, DT_REAL),
-                          matmul_of(transposed(du, x), K, lora->dA, DT_REAL)};
-        list[0].mode = list[1].mode = ADD;
-        list[0].row_stride = 1;                               // dB is (N, r), the product (r, N)
-        list[0].column_stride = r;
-        Right *masked = &list[1].segments[0].right;
-        masked->dropout = has_dropout(lora, b->batch) ? lora : NULL;
-        masked->batch = b->batch;
-        masked->span = span;
-        matmul(b->dev, list, 2, r, b->bf16);
+        Left u = pack_transposed(b->dev, &memory, p->u, first, n_tokens, r);
+        Left du = pack_transposed(b->dev, &memory, b->du[i], first, n_tokens, r);
+        Right dy = plain_matrix(act, act_at(act, p->y, first * stride), n_tokens, stride, true);
+        Right x = plain_matrix(act, act_at(act, b->x, first * K), n_tokens, K, true);
+        x.mask = mask_of(lora, b->batch, first);
+        Matmul dB = matmul_of(b->dev, u, dy, N, lora->dB, DT_REAL);
+        Matmul dA = matmul_of(b->dev, du, x, K, lora->dA, DT_REAL);
+        dA.add = dB.add = true;
+        dB.row_stride = 1;                                    // dB is (N, r), the product (r, N)
+        dB.column_stride = r;
+        matmul(&dB);
+        matmul(&dA);
     }
 }
 
-static void backward_fast(Device *dev, void *dx, bool head, const Product *products, size_t n,
-                          const void *x, const Batch *batch) {
-    Backward b = {dev, products, n, x, batch, {NULL}, dx, head, products[0].linear->weight.K,
-                  uses_bf16(dev)};
+static void backward_fast(Device *dev, void *dx, size_t dy_stride, const Product *products,
+                          size_t n, const void *x, const Batch *batch) {
+    Backward b = {dev, products, n, products[0].linear->weight.K, x, batch, dx, dy_stride, {NULL}};
     Arena scratch = {dev->scratch, 0};
-    size_t step = chunk_rows((size_t)dev->pool->threads);
     for (size_t i = 0; i < n; i++)
         b.du[i] = arena_alloc(&scratch, batch->T * products[i].linear->lora.r, act_size(dev->act));
-    for (size_t first = 0; first < batch->T; first += step) {
-        size_t rows = min_size(step, batch->T - first);
-        if (head) backward_head_chunk(&b, scratch, first, rows);
-        else backward_chunk(&b, scratch, first, rows);
-    }
+    for (size_t first = 0; first < batch->T; first += CHUNK_ROWS)
+        backward_chunk(&b, scratch, first, min_size(CHUNK_ROWS, batch->T - first));
     for (size_t s = 0; s < batch->n_spans; s++) backward_span(&b, scratch, &batch->spans[s]);
 }
 
 static void linears_backward_fast(Device *dev, void *dx, const Product *products, size_t n,
                                   const void *x, const Batch *batch) {
-    backward_fast(dev, dx, false, products, n, x, batch);
+    backward_fast(dev, dx, 0, products, n, x, batch);
 }
 
+// The head's dy is larger than any cache, so it is taken in slices of its columns, which are linears
+// of their own that add to the same dx.
 static void head_backward_fast(Device *dev, real *dx, const Product *slice, const void *x,
                                const Batch *rows) {
-    backward_fast(dev, dx, true, slice, 1, x, rows);
+    size_t N = slice->linear->weight.N;
+    for (size_t n = 0; n < N; n += HEAD_COLUMNS) {
+        Linear part = head_slice(slice->linear, n, min_size(HEAD_COLUMNS, N - n));
+        Product p = {&part, act_at(dev->act, slice->y, n), slice->u};
+        backward_fast(dev, dx, N, &p, 1, x, rows);
+    }
 }
 
 // -------------------------------------------------------------------------------------- attention
@@ -12009,67 +11643,52 @@ static void head_backward_fast(Device *dev, real *dx, const Product *slice, cons
 // kept as a running maximum and sum. All arithmetic is float32. The rows of a task are the (query,
 // head) pairs of one key/value group, query by query, so that its heads share what is packed of the
 // keys and values. FLOPs: 4 hd per visible pair forward, 10 hd backward, of which 2 hd recompute
-// the scores; what is outside the causal triangle is skipped in steps of a tile's rows and 32 keys.
+// the scores. The products are those of chapter 3; what is needed as A is widened to rows, what is
+// needed as B is widened, or turned, to lines.
 
-enum {
-    ATTENTION_ROWS = 128,
-    ATTENTION_KEYS = 128,
-    BACKWARD_KEYS = 120,            // ten tiles of keys; transposed in 16s they stay below 128
-    KEY_TILE = 12,
-    MAX_HEAD = 256
-};
+enum { ATTENTION_ROWS = 128, FORWARD_KEYS = 128, BACKWARD_KEYS = 64, MAX_HEAD = BLOCK_STEPS };
 
-// One group of one sequence as rows; which rows and keys a task covers, and what for.
+// One group of one sequence, as rows.
 typedef struct {
     const AttentionTask *a;
     const Span *span;
     size_t group, shared;           // shared: query heads of the group, H / G
     size_t rows;                    // nq * shared
-    size_t hd, wide;                // wide: hd rounded up to whole panels
+    size_t hd, wide;                // wide: hd rounded up to whole tiles
 } Group;
 
 static Group attention_group(const AttentionTask *a, const Span *span, size_t group) {
     size_t shared = a->shape.H / a->shape.G;
     return (Group){a, span, group, shared, span->nq * shared, a->shape.hd,
-                   round_up(a->shape.hd, PANEL)};
+                   round_up(a->shape.hd, 32)};
 }
 
-// Index of a row in tensors (T, H), and times hd in (T, H * hd).
+// Index of a row in tensors (T, H), of a key in tensors (.., G); times hd in those of heads.
 static size_t row_index(const Group *g, size_t row) {
     return (g->span->q0 + row / g->shared) * g->a->shape.H + g->group * g->shared + row % g->shared;
 }
+static size_t key_index(const Group *g, size_t key) {
+    return (g->span->k0 + key) * g->a->shape.G + g->group;
+}
 
-static size_t row_first_key(const Group *g, size_t row) {
+// The keys that a row sees.
+static size_t row_first(const Group *g, size_t row) {
     return first_key(g->span, row / g->shared, g->a->shape.window);
 }
-static size_t row_end_key(const Group *g, size_t row) { return end_key(g->span, row / g->shared); }
+static size_t row_end(const Group *g, size_t row) { return end_key(g->span, row / g->shared); }
 
-// Keys or values first .. first+n-1 of the group as panels that follow each other: straight, for
-// sums over hd (scores), or transposed, for sums over keys.
-static void pack_keys(Word *panels, Word *stage, const Group *g, const void *x, size_t first,
-                      size_t n, bool over_keys) {
-    DType act = g->a->dev->act;
-    size_t width = g->a->shape.G * g->hd, token = g->span->k0 + first, column = g->group * g->hd;
-    Right right = {.matrix = plain_matrix(act, x, token + n, width)};
-    if (over_keys) {
-        for (size_t d = 0; d < g->hd; d += PANEL)
-            pack_transposed_panels(panels + d * ATTENTION_KEYS, stage, &right, column + d,
-                                   min_size(PANEL, g->hd - d), token, n, act, false);
-        return;
-    }
-    for (size_t j = 0; j < n; j += PANEL)
-        for (size_t d = 0; d < g->hd; d += ROW_WORDS)
-            pack_straight(panels + (j * g->hd + d * PANEL), stage, &right, token + j,
-                          min_size(PANEL, n - j), column + d, min_size(ROW_WORDS, g->hd - d), act,
-                          false);
+// Widens n rows, or keys, of x from number `first` on.
+static void widen_heads(Word *to, size_t stride, const Group *g, const void *x, size_t first,
+                        size_t n, size_t (*index)(const Group *, size_t)) {
+    for (size_t i = 0; i < n; i++)
+        load_row((real *)to + i * stride, g->a->dev->act, x, index(g, first + i) * g->hd, g->hd);
 }
 
-// The pieces of a left operand of hd columns, from its first row on; n_rows were packed.
-static size_t head_pieces(Piece *pieces, const Word *rows, size_t n_rows, size_t hd) {
-    size_t n = 0;
-    for (size_t d = 0; d < hd; d += ROW_WORDS)
-        pieces[n++] = (Piece){rows + d * n_rows, min_size(ROW_WORDS, hd - d)};
-    return n;
+// to (columns, PITCH) = from (rows, stride) transposed, in blocks of 16 x 16.
+static void transpose(Word *to, const Word *from, size_t stride, size_t rows, size_t columns) {
+    for (size_t i = 0; i < rows; i += 16)
+        for (size_t j = 0; j < columns; j += 16)
+            transpose_16(to + j * PITCH + i, PITCH, from + i * stride + j, stride);
 }
 
 // One row meets keys j0 .. j0+n-1: its scores become exp(scale score - max), those of keys outside
@@ -12083,11 +11702,12 @@ static void softmax_row(Word *scores, size_t j0, size_t n, size_t first, size_t 
     Vec largest = vec_all(-INFINITY), total = {0};
     for (size_t j = 0; j < n; j += LANES) {
         Vec s = vec_load(scores + j) * scale;
-        largest = vec_select(s > largest, s, largest);
+        VecInt larger = s > largest;
+        largest = (Vec)((larger & (VecInt)s) | (~larger & (VecInt)largest));
     }
-    float before = *max, now = vec_largest(largest);
-    if (now > before) {
-        Vec shrink = vec_exp(vec_all(before - now));
+    float now = vec_largest(largest);
+    if (now > *max) {
+        Vec shrink = vec_exp(vec_all(*max - now));
         for (size_t d = 0; d < wide; d += LANES) vec_store(out + d, vec_load(out + d) * shrink);
         *sum *= shrink;
         *max = now;
@@ -12102,194 +11722,157 @@ static void softmax_row(Word *scores, size_t j0, size_t n, size_t first, size_t 
 
 // Memory of a forward task.
 typedef struct {
-    Word *keys, *values, *stage;    // panels of a block of keys, straight and transposed
-    Word *q, *scores, *out;         // (ROWS, hd) packed; (TILE_ROWS, KEYS); (ROWS, wide)
+    Word *q;                        // (ROWS, PITCH)
+    Word *keys, *keys_t;            // (KEYS, wide), (hd, PITCH)
+    Word *values;                   // (KEYS, wide)
+    Word *scores;                   // (TILE_ROWS, PITCH)
+    Word *out;                      // (ROWS, wide)
     float *max;                     // (ROWS)
     Vec *sum;                       // (ROWS) partial sums
 } ForwardMemory;
 
 static void carve_forward(ForwardMemory *m, size_t hd, Arena *arena) {
-    size_t wide = round_up(hd, PANEL);
-    m->keys = arena_alloc(arena, ATTENTION_KEYS * wide + 16 * PANEL, sizeof(Word));
-    m->values = arena_alloc(arena, ATTENTION_KEYS * wide, sizeof(Word));
-    m->stage = arena_alloc(arena, STAGE_WORDS, sizeof(Word));
-    m->q = arena_alloc(arena, ATTENTION_ROWS * round_up(hd, ROW_WORDS), sizeof(Word));
-    m->scores = arena_alloc(arena, TILE_ROWS * ROW_WORDS, sizeof(Word));
+    size_t wide = round_up(hd, 32);
+    m->q = arena_alloc(arena, ATTENTION_ROWS * PITCH, sizeof(Word));
+    m->keys = arena_alloc(arena, FORWARD_KEYS * wide, sizeof(Word));
+    m->keys_t = arena_alloc(arena, wide * PITCH, sizeof(Word));
+    m->values = arena_alloc(arena, FORWARD_KEYS * wide, sizeof(Word));
+    m->scores = arena_alloc(arena, TILE_ROWS * PITCH, sizeof(Word));
     m->out = arena_alloc(arena, ATTENTION_ROWS * wide, sizeof(Word));
     m->max = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->max);
     m->sum = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->sum);
 }
 
-// One tile of rows meets the keys j0 .. j0+n-1 that are packed: scores, softmax, p v added to out.
+// A few rows, one tile, meet the keys j0 .. j0+n-1:   s = q k^T,   p = exp(s - max),   out += p v.
 static void forward_tile(const Group *g, const ForwardMemory *m, size_t begin, size_t row,
                          size_t rows, size_t j0, size_t n) {
-    size_t last = begin + row + rows - 1, end = row_end_key(g, last);
-    if (end <= j0 || row_first_key(g, begin + row) >= j0 + n) return;
+    size_t end = row_end(g, begin + row + rows - 1);
+    if (end <= j0 || row_first(g, begin + row) >= j0 + n) return;
     n = min_size(n, end - j0);
-    Piece pieces[MAX_HEAD / ROW_WORDS];
-    size_t n_pieces = head_pieces(pieces, m->q + row * ROW_WORDS, ATTENTION_ROWS, g->hd);
-    for (size_t j = 0; j < n; j += PANEL)
-        multiply(false, m->scores + j, ROW_WORDS, rows, PANEL, false, pieces, n_pieces,
-                 m->keys + j * g->hd);
+    Word *out = m->out + row * g->wide;
+    multiply(false, m->scores, PITCH, false, m->q + row * PITCH, m->keys_t, PITCH, rows, n, g->hd);
     for (size_t i = 0; i < rows; i++) {
         size_t at = begin + row + i;
-        softmax_row(m->scores + i * ROW_WORDS, j0, n, row_first_key(g, at), row_end_key(g, at),
-                    g->a->shape.scale, &m->max[row + i], &m->sum[row + i],
-                    m->out + (row + i) * g->wide, g->wide);
+        softmax_row(m->scores + i * PITCH, j0, n, row_first(g, at), row_end(g, at),
+                    g->a->shape.scale, &m->max[row + i], &m->sum[row + i], out + i * g->wide,
+                    g->wide);
     }
-    Piece p = {m->scores, n};
-    for (size_t d = 0; d < g->hd; d += PANEL)
-        multiply(false, m->out + row * g->wide + d, g->wide, rows, PANEL, true, &p, 1,
-                 m->values + d * ATTENTION_KEYS);
+    multiply(false, out, g->wide, true, m->scores, m->values, g->wide, rows, g->hd, n);
 }
 
 // Attention of rows begin .. begin+rows-1 (at most 128) of a group.
 static void forward_rows(const Group *g, const ForwardMemory *m, size_t begin, size_t rows) {
     const AttentionTask *a = g->a;
-    DType act = a->dev->act;
-    Packed q = {m->q, ATTENTION_ROWS, g->hd, false};
     memset(m->out, 0, rows * g->wide * sizeof *m->out);
+    widen_heads(m->q, PITCH, g, a->q, begin, rows, row_index);
     for (size_t i = 0; i < rows; i++) {
-        pack_row(&q, i, act, a->q, row_index(g, begin + i) * g->hd);
         m->max[i] = -1e30f;                                   // finite: -inf - max must not be NaN
         m->sum[i] = vec_all(0);
     }
-    size_t j0 = row_first_key(g, begin) / ATTENTION_KEYS * ATTENTION_KEYS;
-    for (size_t end = row_end_key(g, begin + rows - 1); j0 < end; j0 += ATTENTION_KEYS) {
-        size_t n = min_size(ATTENTION_KEYS, end - j0);
-        pack_keys(m->keys, m->stage, g, a->k, j0, n, false);
-        pack_keys(m->values, m->stage, g, a->v, j0, n, true);
-        for (size_t row = 0; row < rows; row += TILE_ROWS)
-            forward_tile(g, m, begin, row, min_size(TILE_ROWS, rows - row), j0, n);
+    size_t j0 = row_first(g, begin) / FORWARD_KEYS * FORWARD_KEYS;
+    for (size_t end = row_end(g, begin + rows - 1); j0 < end; j0 += FORWARD_KEYS) {
+        size_t n = min_size(FORWARD_KEYS, end - j0);
+        widen_heads(m->keys, g->wide, g, a->k, j0, n, key_index);
+        transpose(m->keys_t, m->keys, g->wide, n, g->hd);
+        widen_heads(m->values, g->wide, g, a->v, j0, n, key_index);
+        // Rows of a tile multiply values that some of them do not see with p = 0. Where a value is
+        // NaN or infinite that is NaN too, so that rows go one by one then, each to its own end.
+        float poison = 0;
+        for (size_t j = 0; j < n; j++)
+            for (size_t d = 0; d < g->hd; d++) poison += 0 * m->values[j * g->wide + d];
+        size_t height = poison == 0 ? TILE_ROWS : 1;
+        for (size_t row = 0; row < rows; row += height)
+            forward_tile(g, m, begin, row, min_size(height, rows - row), j0, n);
     }
     for (size_t i = 0; i < rows; i++) {
         float sum = vec_sum(m->sum[i]), *out = m->out + i * g->wide;
         size_t at = row_index(g, begin + i);
         for (size_t d = 0; d < g->hd; d++) out[d] /= sum;
-        store_row(act, a->out, at * g->hd, (const real *)out, g->hd);
+        store_row(a->dev->act, a->out, at * g->hd, (const real *)out, g->hd);
         a->lse[at] = m->max[i] + (real)log((double)sum);
     }
 }
 
-// Tasks that are blocks of the rows, or of the keys, of the groups of the sequences. A sequence's
-// last rows, which see the most keys, come first, so that no thread ends late with a long one.
-typedef struct { const AttentionTask *a; size_t block; bool by_keys; } BlockTask;
-
-static size_t span_blocks(const BlockTask *t, const Span *span) {
-    const AttentionShape *shape = &t->a->shape;
-    size_t items = t->by_keys ? span->nk : span->nq * (shape->H / shape->G);
-    return ceil_div(items, t->block);
+// Blocks of rows of the longest sequence's groups; shorter sequences leave some of them empty.
+static size_t row_blocks(const AttentionTask *a) {
+    size_t longest = 0;
+    for (size_t s = 0; s < a->batch->n_spans; s++)
+        longest = max_size(longest, a->batch->spans[s].nq);
+    return ceil_div(longest * (a->shape.H / a->shape.G), ATTENTION_ROWS);
 }
 
-static size_t block_tasks(const BlockTask *t) {
-    size_t tasks = 0;
-    for (size_t s = 0; s < t->a->batch->n_spans; s++)
-        tasks += span_blocks(t, &t->a->batch->spans[s]) * t->a->shape.G;
-    return tasks;
-}
-
-static Group find_block(const BlockTask *t, size_t task, size_t *begin) {
-    const Span *span = t->a->batch->spans;
-    size_t G = t->a->shape.G, blocks = span_blocks(t, span);
-    for (; task >= blocks * G; blocks = span_blocks(t, span)) {
-        task -= blocks * G;
-        span++;
-    }
-    *begin = (t->by_keys ? task / G : blocks - 1 - task / G) * t->block;
-    return attention_group(t->a, span, task % G);
-}
-
+// A task is 128 rows of a group. Last rows, which see the most keys, come first, so that no thread
+// ends late with a long task.
 static void attention_forward_block(void *arguments, size_t task, int thread) {
-    BlockTask *t = arguments;
-    size_t begin;
-    Group g = find_block(t, task, &begin);
-    Arena scratch = {(char *)thread_rows(t->a->dev, thread), 0};
+    const AttentionTask *a = arguments;
+    size_t groups = a->batch->n_spans * a->shape.G;
+    size_t begin = (row_blocks(a) - 1 - task / groups) * ATTENTION_ROWS;
+    const Span *span = &a->batch->spans[task % groups / a->shape.G];
+    Group g = attention_group(a, span, task % a->shape.G);
+    if (begin >= g.rows) return;
+    Arena scratch = {(char *)thread_rows(a->dev, thread), 0};
     ForwardMemory m;
     carve_forward(&m, g.hd, &scratch);
-    forward_rows(&g, &m, begin, min_size(t->block, g.rows - begin));
+    forward_rows(&g, &m, begin, min_size(ATTENTION_ROWS, g.rows - begin));
 }
 
 static void attention_forward_fast(Device *dev, void *out, real *lse, const void *q, const void *k,
                                    const void *v, AttentionShape shape, const Batch *batch) {
     AttentionTask a = {.dev = dev, .out = out, .lse = lse, .q = q, .k = k, .v = v, .shape = shape,
                        .batch = batch};
-    BlockTask t = {&a, ATTENTION_ROWS, false};
-    parallel_for(dev->pool, block_tasks(&t), attention_forward_block, &t);
+    size_t tasks = row_blocks(&a) * batch->n_spans * shape.G;
+    parallel_for(dev->pool, tasks, attention_forward_block, &a);
 }
 
-// Backward, in the notation of chapter 3. Scores are formed transposed, a tile being 12 keys x 128
-// rows, so that p and ds are at once left operands of dv = p^T dout and dk = ds^T q; ds is turned
-// once more for dq = ds k.
+// Backward, in the notation of chapter 3. Scores are formed transposed, keys x rows, so that p and ds
+// are at once A for the sums over rows, dv and dk, and B for the sum over keys, dq^T.
 typedef struct {
-    Word *qt, *doutt, *q, *dout;    // panels of the rows: for sums over hd, for sums over rows
-    Word *keys, *values, *key_panels;   // left operands (KEYS, hd), right operand for dq
-    Word *rows, *stage;             // (ROWS, hd)
-    Word *p, *ds, *ds_rows;         // (TILE_ROWS, ROWS) twice, (ROWS, KEYS)
-    Word *dq, *dk, *dv;             // (ROWS, wide), (keys, wide) twice
+    Word *q, *dout;                 // (ROWS, wide)
+    Word *q_t, *dout_t;             // (hd, PITCH)
+    Word *k, *v, *k_t;              // (KEYS, PITCH) twice, (hd, PITCH)
+    Word *p, *ds;                   // (KEYS, PITCH)
+    Word *dq_t, *dk, *dv;           // (hd, PITCH), (keys, wide) twice
     float *lse, *expected;          // (ROWS)
     int32_t *first, *end;           // (ROWS) keys that a row sees
 } BackwardMemory;
 
 static void carve_backward(BackwardMemory *m, size_t hd, size_t keys, Arena *arena) {
-    size_t wide = round_up(hd, PANEL), packed = round_up(hd, ROW_WORDS);
-    Word **panels[] = {&m->qt, &m->doutt, &m->q, &m->dout, &m->key_panels, &m->rows, &m->dq};
-    for (size_t i = 0; i < sizeof panels / sizeof *panels; i++)
-        *panels[i] = arena_alloc(arena, ATTENTION_ROWS * wide + 16 * PANEL, sizeof(Word));
-    m->keys = arena_alloc(arena, ATTENTION_KEYS * packed, sizeof(Word));
-    m->values = arena_alloc(arena, ATTENTION_KEYS * packed, sizeof(Word));
-    m->stage = arena_alloc(arena, STAGE_WORDS, sizeof(Word));
-    m->p = arena_alloc(arena, 16 * ROW_WORDS, sizeof(Word));
-    m->ds = arena_alloc(arena, 16 * ROW_WORDS, sizeof(Word));
-    m->ds_rows = arena_alloc(arena, ATTENTION_ROWS * ROW_WORDS + 16, sizeof(Word));
-    m->dk = arena_alloc(arena, keys * wide, sizeof(Word));
-    m->dv = arena_alloc(arena, keys * wide, sizeof(Word));
+    size_t wide = round_up(hd, 32);
+    Word **by_rows[] = {&m->q, &m->dout}, **by_heads[] = {&m->q_t, &m->dout_t, &m->k_t, &m->dq_t};
+    Word **by_block[] = {&m->k, &m->v, &m->p, &m->ds}, **by_keys[] = {&m->dk, &m->dv};
+    for (size_t i = 0; i < 2; i++) *by_rows[i] = arena_alloc(arena, ATTENTION_ROWS * wide, 4);
+    for (size_t i = 0; i < 4; i++) *by_heads[i] = arena_alloc(arena, wide * PITCH, 4);
+    for (size_t i = 0; i < 4; i++) *by_block[i] = arena_alloc(arena, BACKWARD_KEYS * PITCH, 4);
+    for (size_t i = 0; i < 2; i++) *by_keys[i] = arena_alloc(arena, keys * wide, 4);
     m->lse = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->lse);
     m->expected = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->expected);
     m->first = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->first);
     m->end = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->end);
 }
 
-// Packs rows begin .. begin+rows-1 of x (T, H * hd) as straight and as transposed panels.
-static void pack_both(Word *straight, Word *transposed, const Group *g, const BackwardMemory *m,
-                      const void *x, size_t begin, size_t rows) {
-    for (size_t i = 0; i < rows; i++)
-        load_row((real *)m->rows + i * g->hd, g->a->dev->act, x, row_index(g, begin + i) * g->hd,
-                 g->hd);
-    Right right = {.matrix = plain_matrix(DT_REAL, m->rows, rows, g->hd)};
-    for (size_t i = 0; i < rows; i += PANEL)
-        for (size_t d = 0; d < g->hd; d += ROW_WORDS)
-            pack_straight(straight + i * g->hd + d * PANEL, m->stage, &right, i,
-                          min_size(PANEL, rows - i), d, min_size(ROW_WORDS, g->hd - d), DT_REAL,
-                          false);
-    for (size_t d = 0; d < g->hd; d += PANEL)
-        pack_transposed_panels(transposed + d * ATTENTION_ROWS, m->stage, &right, d,
-                               min_size(PANEL, g->hd - d), 0, rows, DT_REAL, false);
-}
-
-// All that a block of rows needs in backward, whichever keys it meets.
-static void backward_prepare_rows(const Group *g, const BackwardMemory *m, size_t begin,
-                                  size_t rows) {
+// All that a block of rows needs, whichever keys it meets. Rows beyond the last see nothing.
+static void backward_prepare(const Group *g, const BackwardMemory *m, size_t begin, size_t rows) {
     const AttentionTask *a = g->a;
-    real out[MAX_HEAD], dout[MAX_HEAD];
-    pack_both(m->qt, m->q, g, m, a->q, begin, rows);
-    pack_both(m->doutt, m->dout, g, m, a->dout, begin, rows);
+    real out[MAX_HEAD];
+    widen_heads(m->q, g->wide, g, a->q, begin, rows, row_index);
+    widen_heads(m->dout, g->wide, g, a->dout, begin, rows, row_index);
+    transpose(m->q_t, m->q, g->wide, rows, g->hd);
+    transpose(m->dout_t, m->dout, g->wide, rows, g->hd);
+    memset(m->dq_t, 0, g->wide * PITCH * sizeof *m->dq_t);
+    memset(m->first, 0, ATTENTION_ROWS * sizeof *m->first);
+    memset(m->end, 0, ATTENTION_ROWS * sizeof *m->end);
     for (size_t i = 0; i < rows; i++) {
         size_t at = row_index(g, begin + i);
         load_row(out, a->dev->act, a->out, at * g->hd, g->hd);
-        load_row(dout, a->dev->act, a->dout, at * g->hd, g->hd);
-        m->expected[i] = dot_rows(dout, out, g->hd);
+        m->expected[i] = dot_rows((const real *)m->dout + i * g->wide, out, g->hd);
         m->lse[i] = a->lse[at];
-        m->first[i] = (int32_t)row_first_key(g, begin + i);
-        m->end[i] = (int32_t)row_end_key(g, begin + i);
+        m->first[i] = (int32_t)row_first(g, begin + i);
+        m->end[i] = (int32_t)row_end(g, begin + i);
     }
-    for (size_t i = rows; i < round_up(rows, PANEL); i++) {
-        m->expected[i] = m->lse[i] = 0;
-        m->first[i] = m->end[i] = 0;                          // sees nothing
-    }
-    memset(m->dq, 0, rows * g->wide * sizeof *m->dq);
 }
 
-// p and ds of one key and the rows from `start` on, from scores and dp in their places.
+// p = exp(scale s - lse) and ds = scale p (dp - expected) of one key and n rows, in the places of s
+// and dp; 0 for rows that do not see the key.
 static void backward_key(const Group *g, const BackwardMemory *m, Word *p, Word *ds, size_t key,
                          size_t start, size_t rows) {
     float scale = g->a->shape.scale;
@@ -12297,129 +11880,72 @@ static void backward_key(const Group *g, const BackwardMemory *m, Word *p, Word 
     for (size_t i = start; i < rows; i += LANES) {
         memcpy(&first, m->first + i, sizeof first);
         memcpy(&end, m->end + i, sizeof end);
+        VecInt sees = (at >= first) & (at < end);
         Vec e = vec_exp(vec_fma(-vec_load(m->lse + i), vec_load(p + i), vec_all(scale)));
-        e = (Vec)((VecInt)e & (at >= first) & (at < end));
+        e = vec_where(sees, e);
         vec_store(p + i, e);
-        vec_store(ds + i, e * scale * (vec_load(ds + i) - vec_load(m->expected + i)));
+        e = e * scale * (vec_load(ds + i) - vec_load(m->expected + i));
+        vec_store(ds + i, vec_where(sees, e));
     }
 }
 
-// A tile of n <= 12 keys, from the block's number j on, against all rows of the block: adds to
-// their dk and dv (unless NULL) and leaves ds in m->ds_rows.
-static void backward_tile(const Group *g, const BackwardMemory *m, Word *dk, Word *dv, size_t key,
-                          size_t j, size_t n, size_t rows) {
-    Piece pieces[MAX_HEAD / ROW_WORDS];
-    size_t start = 0, n_pieces;
-    while (start < rows && m->end[min_size(start + PANEL, rows) - 1] <= (int32_t)key)
-        start += PANEL;                                       // rows before all of these keys
-    for (size_t i = 0; i < min_size(start, rows); i++)
-        memset(m->ds_rows + i * ROW_WORDS + j, 0, n * sizeof *m->ds_rows);
-    for (size_t i = start; i < rows; i += PANEL) {
-        n_pieces = head_pieces(pieces, m->keys + j * ROW_WORDS, ATTENTION_KEYS, g->hd);
-        multiply(false, m->p + i, ROW_WORDS, n, PANEL, false, pieces, n_pieces, m->qt + i * g->hd);
-        n_pieces = head_pieces(pieces, m->values + j * ROW_WORDS, ATTENTION_KEYS, g->hd);
-        multiply(false, m->ds + i, ROW_WORDS, n, PANEL, false, pieces, n_pieces,
-                 m->doutt + i * g->hd);
-    }
-    for (size_t i = 0; i < n; i++)
-        backward_key(g, m, m->p + i * ROW_WORDS, m->ds + i * ROW_WORDS, key + i, start, rows);
-    for (size_t i = start; i < rows; i += 16)
-        transpose_16(m->ds_rows + i * ROW_WORDS + j, ROW_WORDS, m->ds + i, ROW_WORDS);
-    if (!dk || start >= rows) return;
-    for (size_t d = 0; d < g->hd; d += PANEL) {
-        size_t skip = d * ATTENTION_ROWS + start * PANEL;
-        Piece p = {m->p + start, rows - start}, ds = {m->ds + start, rows - start};
-        multiply(false, dv + d, g->wide, n, PANEL, true, &p, 1, m->dout + skip);
-        multiply(false, dk + d, g->wide, n, PANEL, true, &ds, 1, m->q + skip);
-    }
-}
-
-// The part of the gradients that rows row0 .. row1-1 and keys key0 .. key1-1 have in common: dq of
-// these rows, dk and dv of these keys. Each sum runs upwards over all there is.
-static void backward_range(const Group *g, const BackwardMemory *m, size_t row0, size_t row1,
-                           size_t key0, size_t key1, bool want_dq, bool want_dk) {
+// A block of rows meets the keys j0 .. j0+n-1.
+static void backward_block(const Group *g, const BackwardMemory *m, size_t begin, size_t rows,
+                           size_t j0, size_t n) {
     const AttentionTask *a = g->a;
-    DType act = a->dev->act;
-    size_t hd = g->hd, width = a->shape.G * hd;
-    Packed keys = {m->keys, ATTENTION_KEYS, hd, false};
-    Packed values = {m->values, ATTENTION_KEYS, hd, false};
-    if (want_dk) memset(m->dk, 0, (key1 - key0) * g->wide * sizeof *m->dk);
-    if (want_dk) memset(m->dv, 0, (key1 - key0) * g->wide * sizeof *m->dv);
-    for (size_t begin = row0; begin < row1; begin += ATTENTION_ROWS) {
-        size_t rows = min_size(ATTENTION_ROWS, row1 - begin);
-        size_t end = min_size(key1, row_end_key(g, begin + rows - 1));
-        if (end <= key0 || row_first_key(g, begin) >= key1) continue;
-        backward_prepare_rows(g, m, begin, rows);
-        for (size_t j0 = key0; j0 < end; j0 += BACKWARD_KEYS) {
-            size_t n = min_size(BACKWARD_KEYS, end - j0);
-            if (j0 + n <= row_first_key(g, begin)) continue;
-            for (size_t j = 0; j < n; j++) {
-                size_t index = (g->span->k0 + j0 + j) * width + g->group * hd;
-                pack_row(&keys, j, act, a->k, index);
-                pack_row(&values, j, act, a->v, index);
-            }
-            for (size_t j = 0; j < n; j += KEY_TILE) {
-                size_t at = (j0 + j - key0) * g->wide;
-                backward_tile(g, m, want_dk ? m->dk + at : NULL, m->dv + at, j0 + j, j,
-                              min_size(KEY_TILE, n - j), rows);
-            }
-            if (!want_dq) continue;
-            pack_keys(m->key_panels, m->stage, g, a->k, j0, n, true);
-            Piece ds = {m->ds_rows, n};
-            for (size_t d = 0; d < hd; d += PANEL)
-                multiply(false, m->dq + d, g->wide, rows, PANEL, true, &ds, 1,
-                         m->key_panels + d * ATTENTION_KEYS);
-        }
-        for (size_t i = 0; want_dq && i < rows; i++)
-            store_row(act, a->dq, row_index(g, begin + i) * hd, (real *)m->dq + i * g->wide, hd);
-    }
-    for (size_t j = key0; want_dk && j < key1; j++) {
-        size_t index = (g->span->k0 + j) * width + g->group * hd;
-        store_row(act, a->dk, index, (real *)m->dk + (j - key0) * g->wide, hd);
-        store_row(act, a->dv, index, (real *)m->dv + (j - key0) * g->wide, hd);
-    }
+    size_t hd = g->hd, wide = g->wide, start = 0;
+    while (m->end[min_size(start + 32, rows) - 1] <= (int32_t)j0) start += 32;
+    const Word *q = m->q + start * wide, *dout = m->dout + start * wide;
+    Word *p = m->p + start, *ds = m->ds + start, *dk = m->dk + j0 * wide, *dv = m->dv + j0 * wide;
+    size_t count = rows - start;                              // rows before `start` see none of them
+    (void)begin;
+    widen_heads(m->k, PITCH, g, a->k, j0, n, key_index);
+    widen_heads(m->v, PITCH, g, a->v, j0, n, key_index);
+    transpose(m->k_t, m->k, PITCH, n, hd);
+    multiply(false, p, PITCH, false, m->k, m->q_t + start, PITCH, n, count, hd);      // s = k q^T
+    multiply(false, ds, PITCH, false, m->v, m->dout_t + start, PITCH, n, count, hd);  // dp = v dout^T
+    for (size_t j = 0; j < n; j++)
+        backward_key(g, m, m->p + j * PITCH, m->ds + j * PITCH, j0 + j, start, rows);
+    multiply(false, dv, wide, true, p, dout, wide, n, hd, count);                     // dv += p dout
+    multiply(false, dk, wide, true, ds, q, wide, n, hd, count);                       // dk += ds q
+    multiply(false, m->dq_t + start, PITCH, true, m->k_t, ds, PITCH, hd, count, n);   // dq += ds k
 }
 
-// A task is a whole group of a sequence.
+// A task is a whole group of a sequence, so that dk and dv are summed by one thread, row after row.
 static void attention_backward_group(void *arguments, size_t task, int thread) {
     AttentionTask *a = arguments;
     const Span *span = &a->batch->spans[task / a->shape.G];
     Group g = attention_group(a, span, task % a->shape.G);
+    DType act = a->dev->act;
     Arena scratch = {(char *)thread_rows(a->dev, thread), 0};
     BackwardMemory m;
     carve_backward(&m, g.hd, span->nk, &scratch);
-    backward_range(&g, &m, 0, g.rows, 0, span->nk, true, true);
+    memset(m.dk, 0, span->nk * g.wide * sizeof *m.dk);
+    memset(m.dv, 0, span->nk * g.wide * sizeof *m.dv);
+    for (size_t begin = 0; begin < g.rows; begin += ATTENTION_ROWS) {
+        size_t rows = min_size(ATTENTION_ROWS, g.rows - begin);
+        size_t j0 = row_first(&g, begin) / BACKWARD_KEYS * BACKWARD_KEYS;
+        backward_prepare(&g, &m, begin, rows);
+        for (size_t end = row_end(&g, begin + rows - 1); j0 < end; j0 += BACKWARD_KEYS)
+            backward_block(&g, &m, begin, rows, j0, min_size(BACKWARD_KEYS, end - j0));
+        for (size_t i = 0; i < rows; i += 16)                 // q is used up: dq takes its place
+            for (size_t d = 0; d < g.hd; d += 16)
+                transpose_16(m.q + i * g.wide + d, g.wide, m.dq_t + d * PITCH + i, PITCH);
+        for (size_t i = 0; i < rows; i++)
+            store_row(act, a->dq, row_index(&g, begin + i) * g.hd, (real *)m.q + i * g.wide, g.hd);
+    }
+    for (size_t j = 0; j < span->nk; j++) {
+        store_row(act, a->dk, key_index(&g, j) * g.hd, (real *)m.dk + j * g.wide, g.hd);
+        store_row(act, a->dv, key_index(&g, j) * g.hd, (real *)m.dv + j * g.wide, g.hd);
+    }
 }
 
-// A task is a block of rows, for dq, or of keys, for dk and dv.
-static void attention_backward_block(void *arguments, size_t task, int thread) {
-    BlockTask *t = arguments;
-    size_t begin;
-    Group g = find_block(t, task, &begin);
-    Arena scratch = {(char *)thread_rows(t->a->dev, thread), 0};
-    BackwardMemory m;
-    carve_backward(&m, g.hd, BACKWARD_KEYS, &scratch);
-    size_t nk = g.span->nk;
-    if (t->by_keys)
-        backward_range(&g, &m, 0, g.rows, begin, min_size(nk, begin + t->block), false, true);
-    else backward_range(&g, &m, begin, min_size(g.rows, begin + t->block), 0, nk, true, false);
-}
-
-// With fewer groups than threads, dq and dk, dv are computed apart: 7 products instead of 5, but as
-// many tasks as there are blocks. Both ways give the same bits.
 static void attention_backward_fast(Device *dev, void *dq, void *dk, void *dv, const void *dout,
                                     const void *q, const void *k, const void *v, const void *out,
                                     const real *lse, AttentionShape shape, const Batch *batch) {
     AttentionTask a = {dev, (void *)(uintptr_t)out, dq, dk, dv, q, k, v, dout,
                        (real *)(uintptr_t)lse, shape, batch};
-    size_t groups = batch->n_spans * shape.G;
-    if (groups >= (size_t)dev->pool->threads) {
-        parallel_for(dev->pool, groups, attention_backward_group, &a);
-        return;
-    }
-    BlockTask by_rows = {&a, ATTENTION_ROWS, false}, by_keys = {&a, BACKWARD_KEYS, true};
-    parallel_for(dev->pool, block_tasks(&by_rows), attention_backward_block, &by_rows);
-    parallel_for(dev->pool, block_tasks(&by_keys), attention_backward_block, &by_keys);
+    parallel_for(dev->pool, batch->n_spans * shape.G, attention_backward_group, &a);
 }
 
 // ------------------------------------------------------------------------------- the fast op table
@@ -12432,27 +11958,22 @@ static const Ops fast_ops = {
 
 // Bytes for the largest call. Words are counted as float32, though bf16 takes half of them.
 static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
-    size_t chunk = chunk_rows(s->threads), pad = ROW_WORDS, width = max_size(s->D, s->F);
-    size_t rows = min_size(chunk, s->T), head_rows = min_size(chunk, s->S);
-    size_t any_rows = max_size(rows, head_rows), tokens = max_size(s->T, s->S);
-    size_t rank = 3 * round_up(s->max_r, pad);
-    // Forward: x, masked x, u of three products.
-    size_t forward = any_rows * (2 * round_up(width, pad) + rank);
-    // Backward: du of all tokens; then for a chunk dy, du and, with dropout, two products of
-    // (rows, K), or for a sequence the transposes of u and du.
-    size_t dy = max_size(rows * (max_size(3 * s->D, 2 * s->F) + 3 * pad),
-                         head_rows * (HEAD_SLICE + s->max_r));
-    size_t backward = 3 * tokens * s->max_r +
-                      max_size(dy + any_rows * (rank + 2 * width), 2 * s->max_r * (tokens + pad));
+    size_t width = max_size(s->D, s->F), tokens = max_size(s->T, s->S);
+    size_t rows = min_size(CHUNK_ROWS, tokens), rank = 3 * left_words(rows, s->max_r);
+    // Forward: x, masked x and u.
+    size_t forward = 2 * left_words(rows, width) + rank;
+    // Backward: du of all tokens; then for a chunk dy and du, for a sequence u and du transposed.
+    size_t dy = max_size(left_words(rows, HEAD_COLUMNS), 3 * left_words(rows, width));
+    size_t backward = 3 * tokens * s->max_r + 48 +
+                      max_size(dy + rank, 2 * left_words(s->max_r, tokens));
     *shared = max_size(forward, backward) * sizeof(Word) + 64 * 32;
 
     Arena matmuls = {NULL, 0}, attention = {NULL, 0}, attention_backward = {NULL, 0};
     ForwardMemory forward_memory;
     BackwardMemory backward_memory;
-    arena_alloc(&matmuls, 2 * PANEL_WORDS + STAGE_WORDS + TASK_ROWS * TASK_COLUMNS, sizeof(Word));
+    arena_alloc(&matmuls, (BLOCK_STEPS + 16 + 2 * TASK_ROWS) * LINE, sizeof(Word));
     carve_forward(&forward_memory, s->hd, &attention);
-    carve_backward(&backward_memory, s->hd, max_size(s->max_span, BACKWARD_KEYS),
-                   &attention_backward);
+    carve_backward(&backward_memory, s->hd, s->max_span, &attention_backward);
     size_t plain = max_size(max_size(3 * width, s->V_chunk), s->D + 2 * s->hd) * sizeof(real);
     *per_thread = max_size(max_size(matmuls.used, attention.used),
                            max_size(attention_backward.used, round_up(plain, 64)));
