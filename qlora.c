@@ -9127,6 +9127,7 @@ static int plot_curve(Trainer *t, Buffer *svg, const char *key, const char *colo
                                 370 - 340 * loss / highest);
         region_free(&region);
     }
+    region_free(&region);
     return bad || buffer_printf(svg, t->err, "\"/>\n") ? -1 : 0;
 }
 
@@ -9138,6 +9139,7 @@ static double highest_loss(const Trainer *t) {
         if (json_to_double(json_get(line, "loss"), &loss)) highest = fmax(highest, loss);
         if (json_to_double(json_get(line, "eval_loss"), &loss)) highest = fmax(highest, loss);
     }
+    region_free(&region);
     return highest;
 }
 
