@@ -2552,19 +2552,16 @@ static int write_tensors(const char *path, TensorInfo *tensors, size_t n, Tensor
 // =================================================================================================
 //  8. Unicode and regular expressions
 //
-//  Tokenizers cut text by regular expressions over Unicode classes, and may want it normalised
-//  first. Both need tables, which stand packed at the end of this file; each tokenizer unpacks them.
-//  The regular expressions are those of Oniguruma, the library inside `tokenizers`, as far as
-//  tokenizer.json files use them; the rest is refused by name when the pattern is compiled. (Where
-//  case does not matter, one character stands for one: ss does not match a sharp s.)
+//  Tokenizers cut text by regular expressions over Unicode's general categories; some (Qwen) want it
+//  in normal form C first. Both need tables, which stand packed at the end of this file; each
+//  tokenizer unpacks them. The regular expressions are those of Oniguruma, the library inside
+//  `tokenizers`, as far as tokenizer.json files use them; the rest is refused, with its place, when
+//  the pattern is compiled.
 // =================================================================================================
 
-enum { UNICODE_LIMIT = 0x110000, REPLACEMENT_CHARACTER = 0xFFFD };
+enum { UNICODE_LIMIT = 0x110000, MAX_CANONICAL = 2100 };
 
-typedef enum {
-    UNICODE_CATEGORIES, UNICODE_COMBINING, UNICODE_LOWER, UNICODE_FOLDS, UNICODE_CANONICAL,
-    UNICODE_COMPATIBILITY
-} UnicodeTable;
+typedef enum { UNICODE_CATEGORIES, UNICODE_CLASSES, UNICODE_CANONICAL } UnicodeTable;
 static const char *const *unicode_table(UnicodeTable which);       // the last lines of this file
 
 // General categories, in the order of their names below; a set of them is a mask of bits.
@@ -2576,23 +2573,21 @@ typedef enum {
 static const char category_names[] = "LuLlLtLmLoMnMcMeNdNlNoPcPdPsPePiPfPoSmScSkSoZsZlZpCcCfCsCoCn";
 
 #define CAT_BIT(category) (1u << (category))
-#define CAT_LETTERS (0x1Fu << CAT_LU)
-#define CAT_MARKS (0x7u << CAT_MN)
-#define CAT_NUMBERS (0x7u << CAT_ND)
-#define CAT_PUNCTUATION (0x7Fu << CAT_PC)
+#define CAT_CASED (CAT_BIT(CAT_LU) | CAT_BIT(CAT_LL) | CAT_BIT(CAT_LT))
 
-// A run of characters `stride` apart that all map to the character `distance` away.
-typedef struct { uint32_t first, last, stride; int32_t distance; } CaseRun;
+typedef struct { uint64_t key, value; } KeyValue;     // arrays of them are sorted by key
 
 typedef struct {
     uint8_t category[UNICODE_LIMIT];        // flat: one load answers \p{L}
-    const CaseRun *lower, *folds;
-    size_t n_lower, n_folds;
+    uint8_t class[UNICODE_LIMIT];           // canonical combining class, or NFC_CARE, see below
+    size_t n_splits, n_joins;
+    KeyValue splits[MAX_CANONICAL];         // a character -> the two it is made of (or one: 0, x)
+    KeyValue joins[MAX_CANONICAL];          // two characters -> the one that they make
 } Unicode;
 
 // ------------------------------------------------------------------------------------ the tables
 
-// Reads the numbers of a packed table one after the other.
+// Reads the numbers of a packed table one after the other: base 26, the last digit in lower case.
 typedef struct { const char *const *line; const char *at; } PackedReader;
 
 static PackedReader packed_open(UnicodeTable which) {
@@ -2616,77 +2611,40 @@ static int32_t packed_signed(PackedReader *r) {
     return n & 1 ? -(int32_t)(n / 2) - 1 : (int32_t)(n / 2);
 }
 
-static const CaseRun *unicode_case_runs(UnicodeTable which, size_t *n, Region *region,
-                                        qlora_error *err) {
-    PackedReader count = packed_open(which), reader = count;
-    for (*n = 0; packed_more(&count); ++*n)
-        for (int i = 0; i < 4; i++) packed_number(&count);
-    CaseRun *runs = region_alloc(region, *n, sizeof *runs, err);
-    uint32_t end = 0;
-    for (size_t i = 0; runs && i < *n && packed_more(&reader); i++) {
-        uint32_t first = end + packed_number(&reader), length = packed_number(&reader);
-        uint32_t stride = packed_number(&reader);
-        runs[i] = (CaseRun){first, first + (length - 1) * stride, stride, packed_signed(&reader)};
-        end = runs[i].last + 1;
+// A table of runs: a value, how many characters have it.
+static void unpack_runs(UnicodeTable which, uint8_t out[UNICODE_LIMIT]) {
+    PackedReader r = packed_open(which);
+    for (uint32_t code = 0; packed_more(&r);) {
+        int value = (int)packed_number(&r);
+        uint32_t length = packed_number(&r);
+        memset(out + code, value, length);
+        code += length;
     }
-    return runs;
+}
+
+static int compare_keys(const void *a, const void *b) {
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
 }
 
 static const Unicode *unicode_open(Region *region, qlora_error *err) {
     Unicode *u = region_alloc(region, 1, sizeof *u, err);
     if (!u) return NULL;
-    PackedReader reader = packed_open(UNICODE_CATEGORIES);
-    for (uint32_t code = 0; packed_more(&reader);) {
-        int category = (int)packed_number(&reader);
-        uint32_t length = packed_number(&reader);
-        memset(u->category + code, category, length);
-        code += length;
+    unpack_runs(UNICODE_CATEGORIES, u->category);
+    unpack_runs(UNICODE_CLASSES, u->class);
+    PackedReader r = packed_open(UNICODE_CANONICAL);
+    uint32_t code = 0, part[2] = {0, 0};              // each part as distance to the one before it
+    for (; packed_more(&r) && u->n_splits < MAX_CANONICAL; code++) {
+        code += packed_number(&r);
+        uint32_t kind = packed_number(&r);            // 0 one part; 1 two; 2 two, never united again
+        for (uint32_t i = kind ? 0 : 1; i < 2; i++)
+            part[i] = (uint32_t)((int32_t)part[i] + packed_signed(&r));
+        uint64_t both = (uint64_t)(kind ? part[0] : 0) << 32 | part[1];
+        u->splits[u->n_splits++] = (KeyValue){code, both};
+        if (kind == 1) u->joins[u->n_joins++] = (KeyValue){both, code};
     }
-    u->lower = unicode_case_runs(UNICODE_LOWER, &u->n_lower, region, err);
-    u->folds = unicode_case_runs(UNICODE_FOLDS, &u->n_folds, region, err);
-    return u->lower && u->folds ? u : NULL;
-}
-
-static uint32_t case_map(const CaseRun *runs, size_t n, uint32_t code) {
-    size_t low = 0, high = n;
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        const CaseRun *run = &runs[middle];
-        if (code > run->last) low = middle + 1;
-        else if (code < run->first) high = middle;
-        else return (code - run->first) % run->stride ? code
-                  : (uint32_t)((int32_t)code + run->distance);
-    }
-    return code;
-}
-
-static uint32_t unicode_lower_case(const Unicode *u, uint32_t code) {
-    return case_map(u->lower, u->n_lower, code);
-}
-
-// What all characters that differ by case only have in common.
-static uint32_t unicode_fold(const Unicode *u, uint32_t code) {
-    return case_map(u->folds, u->n_folds, unicode_lower_case(u, code));
-}
-
-enum { MAX_KIN = 8 };                       // no character has more than four forms
-
-static size_t unicode_kin_in(const CaseRun *runs, size_t n, uint32_t code, uint32_t *kin,
-                             size_t found) {
-    for (size_t i = 0; i < n && found < MAX_KIN; i++) {
-        uint32_t source = (uint32_t)((int32_t)code - runs[i].distance);
-        if (source < runs[i].first || source > runs[i].last) continue;
-        if ((source - runs[i].first) % runs[i].stride == 0) kin[found++] = source;
-    }
-    return found;
-}
-
-// All characters that fold like this one, itself included; returns how many.
-static size_t unicode_kin(const Unicode *u, uint32_t code, uint32_t kin[MAX_KIN]) {
-    kin[0] = unicode_fold(u, code);
-    size_t lowers = unicode_kin_in(u->folds, u->n_folds, kin[0], kin, 1), n = lowers;
-    for (size_t i = 0; i < lowers; i++) n = unicode_kin_in(u->lower, u->n_lower, kin[i], kin, n);
-    return n;
+    qsort(u->joins, u->n_joins, sizeof *u->joins, compare_keys);
+    return u;
 }
 
 static bool unicode_in(const Unicode *u, uint32_t code, uint32_t categories) {
@@ -2702,7 +2660,7 @@ static bool unicode_is_space(uint32_t c) {
 
 // Letters, marks, digits, connectors and the circled letters: what \w means.
 static bool unicode_is_word(const Unicode *u, uint32_t c) {
-    uint32_t set = CAT_LETTERS | CAT_MARKS | CAT_BIT(CAT_ND) | CAT_BIT(CAT_NL) | CAT_BIT(CAT_PC);
+    uint32_t set = (CAT_BIT(CAT_ND) - 1) | CAT_BIT(CAT_ND) | CAT_BIT(CAT_NL) | CAT_BIT(CAT_PC);
     return unicode_in(u, c, set) || (c >= 0x24B6 && c <= 0x24E9) || (c >= 0x1F130 && c <= 0x1F149)
         || (c >= 0x1F150 && c <= 0x1F169) || (c >= 0x1F170 && c <= 0x1F189);
 }
@@ -2728,36 +2686,35 @@ static inline size_t utf8_before(const char *text, size_t at) {
     return at;
 }
 
+// Is the text one character and no more (nor a NUL)?
+static bool utf8_is_one(const char *text, size_t n) {
+    uint32_t code;
+    return n > 0 && utf8_next(text, &code) == n && code != 0;
+}
+
 // How many of the bytes at an invalid place stand for one U+FFFD: as many as begin a character
-// (Unicode's "maximal subpart", the practice of Python and Rust). *cut: the text ended too early.
+// (Unicode's "maximal subpart", the practice of Python and Rust): those that some continuation makes
+// valid, which the lowest or the highest one shows. *cut: the text ended too early.
 static size_t utf8_invalid_length(const char *text, size_t n, bool *cut) {
-    const unsigned char *s = (const unsigned char *)text;
-    size_t length = s[0] >= 0xF0 ? 4 : s[0] >= 0xE0 ? 3 : 2, i = 1;
-    *cut = false;
-    if (s[0] < 0xC2 || s[0] > 0xF4) return 1;
-    for (; i < length && i < n; i++) {
-        unsigned char low = 0x80, high = 0xBF;        // overlong forms and surrogates end at byte 2
-        if (i == 1 && s[0] == 0xE0) low = 0xA0;
-        if (i == 1 && s[0] == 0xED) high = 0x9F;
-        if (i == 1 && s[0] == 0xF0) low = 0x90;
-        if (i == 1 && s[0] == 0xF4) high = 0x8F;
-        if (s[i] < low || s[i] > high) return i;
+    for (size_t length = min_size(n, 3); length; length--) {
+        for (int fill = 0x80; fill <= 0xBF; fill += 0x3F) {
+            char whole[4];
+            uint32_t code;
+            memset(whole, fill, sizeof whole);
+            memcpy(whole, text, length);
+            if (utf8_decode(whole, sizeof whole, &code) <= length) continue;
+            *cut = length == n;
+            return length;
+        }
     }
-    *cut = true;
-    return i;
+    *cut = false;
+    return 1;
 }
 
 // Length of the valid text at the beginning.
 static size_t utf8_valid_prefix(const char *text, size_t n) {
-    size_t i = 0;
-    while (i < n) {
-        uint64_t eight;
-        while (i + 8 <= n && (memcpy(&eight, text + i, 8), !(eight & 0x8080808080808080u))) i += 8;
-        uint32_t code;
-        size_t length = utf8_decode(text + i, n - i, &code);
-        if (!length) break;
-        i += length;
-    }
+    size_t i = 0, length = 1;
+    for (uint32_t code; i < n && length; i += length) length = utf8_decode(text + i, n - i, &code);
     return i;
 }
 
@@ -2767,12 +2724,12 @@ static int utf8_append_lossy(Buffer *out, const char *text, size_t n, size_t *ho
                              qlora_error *err) {
     if (hold_back) *hold_back = 0;
     while (n) {
+        bool cut;
         size_t valid = utf8_valid_prefix(text, n);
         if (buffer_append(out, text, valid, err)) return -1;
         text += valid;
         n -= valid;
         if (!n) break;
-        bool cut;
         size_t bad = utf8_invalid_length(text, n, &cut);
         if (cut && hold_back) { *hold_back = n; return 0; }
         if (buffer_append(out, "\xEF\xBF\xBD", 3, err)) return -1;
@@ -2782,130 +2739,59 @@ static int utf8_append_lossy(Buffer *out, const char *text, size_t n, size_t *ho
     return 0;
 }
 
-// ---------------------------------------------------------------------------------- normal forms
+// --------------------------------------------------------------------------------- normal form C
 
-// NFC, NFD, NFKC and NFKD (Unicode Standard Annex 15). Characters without `care` are never changed
-// by the form and never unite with what precedes them; text made of them alone is not touched.
-typedef struct { uint32_t code, first, count; } Decomposition;      // parts[first .. first+count-1]
-typedef struct { uint32_t first, second, composed; } Composition;
-typedef struct { uint32_t first, last, class; } CombiningRun;
+// NFC (Unicode Standard Annex 15): decompose every character, sort the marks behind each letter by
+// their class, then unite what can be united. Text in which no character has a class is in normal
+// form already. NFC_CARE marks characters of class 0 that are changed or may unite with what is
+// before them. Korean syllables follow from a formula, all others stand in the table.
+enum { NFC_CARE = 255, HANGUL = 0xAC00, HANGUL_COUNT = 11172, JAMO_L = 0x1100, JAMO_V = 0x1161,
+       JAMO_T = 0x11A7, JAMO_LS = 19, JAMO_VS = 21, JAMO_TS = 28 };
 
-typedef struct {
-    bool compose;
-    size_t n_decompositions, n_compositions, n_combining;
-    Decomposition *decompositions;          // sorted by code
-    Composition *compositions;              // sorted by both characters
-    CombiningRun *combining;                // sorted
-    uint32_t *parts;
-    uint8_t care[UNICODE_LIMIT / 8];
-} NormalForm;
+// A character on its way through: its class, its place (so that sorting keeps the order of equals)
+// and its code.
+static uint32_t nfc_class(uint64_t item) { return (uint32_t)(item >> 56); }
+static uint32_t nfc_code(uint64_t item) { return (uint32_t)(item & 0x1FFFFF); }
 
-enum { HANGUL = 0xAC00, HANGUL_COUNT = 11172, JAMO_L = 0x1100, JAMO_V = 0x1161, JAMO_T = 0x11A7,
-       JAMO_LS = 19, JAMO_VS = 21, JAMO_TS = 28 };
-
-static int compare_decompositions(const void *a, const void *b) {
-    const Decomposition *x = a, *y = b;
-    return (x->code > y->code) - (x->code < y->code);
+static uint64_t key_value(const KeyValue *table, size_t n, uint64_t key) {
+    const KeyValue *found = bsearch(&key, table, n, sizeof *table, compare_keys);
+    return found ? found->value : 0;
 }
 
-static int compare_compositions(const void *a, const void *b) {
-    const Composition *x = a, *y = b;
-    if (x->first != y->first) return x->first < y->first ? -1 : 1;
-    return (x->second > y->second) - (x->second < y->second);
-}
-
-static bool normal_care(const NormalForm *form, uint32_t code) {
-    return form->care[code / 8] >> code % 8 & 1;
-}
-
-static void normal_set_care(NormalForm *form, uint32_t code) {
-    form->care[code / 8] |= (uint8_t)(1u << code % 8);
-}
-
-static uint32_t combining_class(const NormalForm *form, uint32_t code) {
-    size_t low = 0, high = form->n_combining;
-    while (low < high) {
-        size_t middle = (low + high) / 2;
-        const CombiningRun *run = &form->combining[middle];
-        if (code > run->last) low = middle + 1;
-        else if (code < run->first) high = middle;
-        else return run->class;
-    }
-    return 0;
-}
-
-// A character on its way through normalisation: its class in the top byte.
-static int normal_push(const NormalForm *form, uint32_t code, Buffer *out, qlora_error *err) {
-    uint32_t item = combining_class(form, code) << 24 | code;
-    return buffer_append(out, &item, sizeof item, err);
-}
-
-// Appends the full decomposition. The recursion follows our own tables, which are three deep.
-static int normal_decompose(const NormalForm *form, uint32_t code, Buffer *out, qlora_error *err) {
+// Appends the full decomposition. The recursion follows our own table, which is three deep.
+static int nfc_decompose(const Unicode *u, uint32_t code, Buffer *items, qlora_error *err) {
+    uint64_t parts = code < 0x80 ? 0 : key_value(u->splits, u->n_splits, code);
     if (code >= HANGUL && code < HANGUL + HANGUL_COUNT) {
         uint32_t s = code - HANGUL, t = s % JAMO_TS;
-        if (normal_push(form, JAMO_L + s / (JAMO_VS * JAMO_TS), out, err)) return -1;
-        if (normal_push(form, JAMO_V + s / JAMO_TS % JAMO_VS, out, err)) return -1;
-        return t ? normal_push(form, JAMO_T + t, out, err) : 0;
+        parts = t ? (uint64_t)(code - t) << 32 | (JAMO_T + t)
+              : (uint64_t)(JAMO_L + s / JAMO_TS / JAMO_VS) << 32 | (JAMO_V + s / JAMO_TS % JAMO_VS);
     }
-    Decomposition key = {code, 0, 0};
-    const Decomposition *found = code < 0x80 ? NULL
-        : bsearch(&key, form->decompositions, form->n_decompositions, sizeof key,
-                  compare_decompositions);
-    if (!found) return normal_push(form, code, out, err);
-    for (uint32_t i = 0; i < found->count; i++)
-        if (normal_decompose(form, form->parts[found->first + i], out, err)) return -1;
-    return 0;
-}
-
-// Sorts marks by class, stably. Few: by insertion; a hostile crowd of them: by counting.
-static int normal_sort_marks(uint32_t *items, size_t n, const qlora_allocator *a,
-                             qlora_error *err) {
-    if (n <= 32) {
-        for (size_t i = 1; i < n; i++) {
-            uint32_t item = items[i];
-            size_t j = i;
-            for (; j > 0 && items[j - 1] >> 24 > item >> 24; j--) items[j] = items[j - 1];
-            items[j] = item;
-        }
-        return 0;
-    }
-    size_t start[257] = {0};
-    uint32_t *copy = mem_alloc(a, n, sizeof *copy, err);
-    if (!copy) return -1;
-    memcpy(copy, items, n * sizeof *copy);
-    for (size_t i = 0; i < n; i++) start[(copy[i] >> 24) + 1]++;
-    for (size_t i = 1; i < 257; i++) start[i] += start[i - 1];
-    for (size_t i = 0; i < n; i++) items[start[copy[i] >> 24]++] = copy[i];
-    mem_free(a, copy, n, sizeof *copy);
-    return 0;
+    if (parts)
+        return (parts >> 32 && nfc_decompose(u, (uint32_t)(parts >> 32), items, err))
+            || nfc_decompose(u, (uint32_t)parts, items, err) ? -1 : 0;
+    uint64_t class = u->class[code] == NFC_CARE ? 0 : u->class[code];
+    uint64_t item = class << 56 | items->size / sizeof item << 21 | code;
+    return buffer_append(items, &item, sizeof item, err);
 }
 
 // The one character that the two make, or 0.
-static uint32_t normal_pair(const NormalForm *form, uint32_t first, uint32_t second) {
-    if (first >= JAMO_L && first < JAMO_L + JAMO_LS && second >= JAMO_V
-        && second < JAMO_V + JAMO_VS)
-        return HANGUL + ((first - JAMO_L) * JAMO_VS + (second - JAMO_V)) * JAMO_TS;
-    if (first >= HANGUL && first < HANGUL + HANGUL_COUNT && (first - HANGUL) % JAMO_TS == 0
-        && second > JAMO_T && second < JAMO_T + JAMO_TS)
-        return first + (second - JAMO_T);
-    Composition key = {first, second, 0};
-    const Composition *found = bsearch(&key, form->compositions, form->n_compositions, sizeof key,
-                                       compare_compositions);
-    return found ? found->composed : 0;
+static uint32_t nfc_join(const Unicode *u, uint32_t first, uint32_t second) {
+    uint32_t l = first - JAMO_L, v = second - JAMO_V, s = first - HANGUL, t = second - JAMO_T;
+    if (l < JAMO_LS && v < JAMO_VS) return HANGUL + (l * JAMO_VS + v) * JAMO_TS;
+    if (s < HANGUL_COUNT && s % JAMO_TS == 0 && t > 0 && t < JAMO_TS) return first + t;
+    return (uint32_t)key_value(u->joins, u->n_joins, (uint64_t)first << 32 | second);
 }
 
-// Composes in place; returns the new count. A mark unites with the last starter unless a mark of
-// its own or a higher class stands between them.
-static size_t normal_compose(const NormalForm *form, uint32_t *items, size_t n) {
+// Composes in place; returns the new count. A mark unites with the last starter (a character of
+// class 0) unless a mark of its own or a higher class stands between them.
+static size_t nfc_compose(const Unicode *u, uint64_t *items, size_t n) {
     size_t out = 0, starter = SIZE_MAX;
     uint32_t last_class = 0;
     for (size_t i = 0; i < n; i++) {
-        uint32_t class = items[i] >> 24, code = items[i] & 0xFFFFFF;
-        if (starter != SIZE_MAX && (out == starter + 1 || last_class < class)) {
-            uint32_t composed = normal_pair(form, items[starter] & 0xFFFFFF, code);
-            if (composed) { items[starter] = composed; continue; }
-        }
+        uint32_t class = nfc_class(items[i]), composed = 0;
+        if (starter != SIZE_MAX && (out == starter + 1 || last_class < class))
+            composed = nfc_join(u, nfc_code(items[starter]), nfc_code(items[i]));
+        if (composed) { items[starter] = composed; continue; }
         if (class == 0) starter = out;
         last_class = class;
         items[out++] = items[i];
@@ -2913,204 +2799,71 @@ static size_t normal_compose(const NormalForm *form, uint32_t *items, size_t n) 
     return out;
 }
 
-// Normalises text[0..n) as a whole; `items` is scratch.
-static int normal_run(const NormalForm *form, const char *text, size_t n, Buffer *items,
-                      Buffer *out, qlora_error *err) {
+// Appends the normal form of text[0..n); `items` is scratch.
+static int nfc_run(const Unicode *u, const char *text, size_t n, Buffer *items, Buffer *out,
+                   qlora_error *err) {
+    uint32_t code;
     items->size = 0;
     for (size_t i = 0; i < n;) {
-        uint32_t code;
         i += utf8_next(text + i, &code);
-        if (normal_decompose(form, code, items, err)) return -1;
+        if (nfc_decompose(u, code, items, err)) return -1;
     }
-    uint32_t *list = (uint32_t *)(void *)items->data;
+    uint64_t *list = (uint64_t *)(void *)items->data;
     size_t count = items->size / sizeof *list;
-    for (size_t i = 0; i < count;) {
-        size_t end = i + 1;
-        if (list[i] >> 24) {
-            while (end < count && list[end] >> 24) end++;
-            if (normal_sort_marks(list + i, end - i, items->allocator, err)) return -1;
-        }
-        i = end;
+    for (size_t i = 0, marks; i < count; i += marks + 1) {
+        for (marks = 0; i + marks < count && nfc_class(list[i + marks]); marks++) {}
+        if (marks > 1) qsort(list + i, marks, sizeof *list, compare_keys);
     }
-    if (form->compose) count = normal_compose(form, list, count);
+    count = nfc_compose(u, list, count);
     for (size_t i = 0; i < count; i++) {
         char bytes[4];
-        if (buffer_append(out, bytes, utf8_encode(bytes, list[i] & 0xFFFFFF), err)) return -1;
+        if (buffer_append(out, bytes, utf8_encode(bytes, nfc_code(list[i])), err)) return -1;
     }
     return 0;
 }
 
-// Appends the normal form of valid text. If the care bits tell that the text is in it already, sets
-// *same and appends nothing.
-static int normal_apply(const NormalForm *form, const char *text, size_t n, Buffer *out, bool *same,
-                        qlora_error *err) {
+// Appends the normal form of valid text, working only where characters have a class, from the
+// character before them on. If none has, sets *same and appends nothing.
+static int nfc_apply(const Unicode *u, const char *text, size_t n, Buffer *out, bool *same,
+                     qlora_error *err) {
     Buffer items = {.allocator = out->allocator};
-    size_t done = 0, last = 0;              // last: the start of the latest character without care
+    size_t done = 0, last = 0, end;                   // last: the latest character without a class
+    uint32_t code;
     int bad = 0;
-    *same = true;
-    for (size_t i = 0; i < n && !bad;) {
-        uint32_t code;
-        size_t length = utf8_next(text + i, &code);
-        if (code < 0x80 || !normal_care(form, code)) { last = i; i += length; continue; }
-        size_t end = i + length;
-        while (end < n) {
+    for (size_t i = 0; i < n && !bad; i = end) {
+        end = i + utf8_next(text + i, &code);
+        if (!u->class[code]) { last = i; continue; }
+        for (size_t length; end < n; end += length) {
             length = utf8_next(text + end, &code);
-            if (!normal_care(form, code)) break;
-            end += length;
+            if (!u->class[code]) break;
         }
-        *same = false;
         bad = buffer_append(out, text + done, last - done, err)
-           || normal_run(form, text + last, end - last, &items, out, err);
-        done = last = i = end;
+           || nfc_run(u, text + last, end - last, &items, out, err);
+        done = last = end;
     }
+    *same = done == 0;
     if (!bad && !*same) bad = buffer_append(out, text + done, n - done, err);
     buffer_free(&items);
     return bad ? -1 : 0;
 }
 
-// Reads a table of decompositions; called once with form->parts NULL to count, once to fill.
-static void normal_read_canonical(NormalForm *form, size_t *n, size_t *n_parts) {
-    PackedReader reader = packed_open(UNICODE_CANONICAL);
-    uint32_t code = 0, last[2] = {0, 0};
-    for (; packed_more(&reader); code++) {
-        code += packed_number(&reader);
-        uint32_t kind = packed_number(&reader), count = kind ? 2 : 1;
-        for (uint32_t i = 0; i < count; i++) {
-            last[i] = (uint32_t)((int32_t)last[i] + packed_signed(&reader));
-            if (form->parts) form->parts[*n_parts + i] = last[i];
-        }
-        if (form->parts) {
-            form->decompositions[*n] = (Decomposition){code, (uint32_t)*n_parts, count};
-            if (kind == 1)
-                form->compositions[form->n_compositions++] = (Composition){last[0], last[1], code};
-        }
-        *n += 1;
-        *n_parts += count;
-    }
-}
-
-static void normal_read_compatibility(NormalForm *form, size_t *n, size_t *n_parts) {
-    PackedReader reader = packed_open(UNICODE_COMPATIBILITY);
-    uint32_t code = 0, last = 0;
-    while (packed_more(&reader)) {
-        code += packed_number(&reader);
-        uint32_t codes = packed_number(&reader), count = packed_number(&reader);
-        uint32_t first = (uint32_t)*n_parts;
-        for (uint32_t i = 0; i < count; i++) {
-            last = (uint32_t)((int32_t)last + packed_signed(&reader));
-            if (form->parts) form->parts[*n_parts + i] = last;
-        }
-        *n_parts += count;
-        for (uint32_t k = 0; k < codes; k++, code++, *n += 1) {
-            if (form->parts) form->decompositions[*n] = (Decomposition){code, first, count};
-            if (k + 1 == codes) break;
-            // The next code has the same parts, the last of them one further on.
-            first = (uint32_t)*n_parts;
-            if (form->parts) {
-                memcpy(form->parts + first, form->parts + first - count, count * sizeof(uint32_t));
-                form->parts[first + count - 1]++;
-            }
-            *n_parts += count;
-            last++;
-        }
-        code++;
-        *n += 1;
-    }
-}
-
-static int normal_read_combining(NormalForm *form, Region *region, qlora_error *err) {
-    PackedReader count = packed_open(UNICODE_COMBINING), reader = count;
-    while (packed_more(&count)) {
-        for (int i = 0; i < 3; i++) packed_number(&count);
-        form->n_combining++;
-    }
-    form->combining = region_alloc(region, form->n_combining, sizeof *form->combining, err);
-    if (!form->combining) return -1;
-    uint32_t code = 0;
-    for (size_t i = 0; i < form->n_combining && packed_more(&reader); i++) {
-        uint32_t first = code + packed_number(&reader);
-        code = first + packed_number(&reader);
-        form->combining[i] = (CombiningRun){first, code - 1, packed_number(&reader)};
-    }
-    return 0;
-}
-
-// Marks what the form can change or unite: marks, second halves of pairs, and every character that
-// alone does not stay what it is.
-static int normal_find_care(NormalForm *form, const qlora_allocator *a, qlora_error *err) {
-    for (size_t i = 0; i < form->n_combining; i++)
-        for (uint32_t c = form->combining[i].first; c <= form->combining[i].last; c++)
-            normal_set_care(form, c);
-    if (form->compose) {
-        for (size_t i = 0; i < form->n_compositions; i++)
-            normal_set_care(form, form->compositions[i].second);
-        for (uint32_t c = JAMO_V; c < JAMO_V + JAMO_VS; c++) normal_set_care(form, c);
-        for (uint32_t c = JAMO_T + 1; c < JAMO_T + JAMO_TS; c++) normal_set_care(form, c);
-    } else {
-        for (uint32_t c = HANGUL; c < HANGUL + HANGUL_COUNT; c++) normal_set_care(form, c);
-    }
-    Buffer items = {.allocator = a}, out = {.allocator = a};
-    int bad = 0;
-    for (size_t i = 0; i < form->n_decompositions && !bad; i++) {
-        char text[4];
-        uint32_t first;
-        size_t n = utf8_encode(text, form->decompositions[i].code);
-        out.size = items.size = 0;
-        bad = normal_run(form, text, n, &items, &out, err);
-        if (bad) break;
-        bool changed = out.size != n || memcmp(out.data, text, n) != 0;
-        memcpy(&first, items.data, sizeof first);
-        if (changed || (first >> 24) != 0) normal_set_care(form, form->decompositions[i].code);
-    }
-    buffer_free(&items);
-    buffer_free(&out);
-    return bad;
-}
-
-static const NormalForm *normal_open(bool compose, bool compatibility, Region *region,
-                                     qlora_error *err) {
-    NormalForm *form = region_alloc(region, 1, sizeof *form, err);
-    if (!form || normal_read_combining(form, region, err)) return NULL;
-    size_t n = 0, n_parts = 0;
-    normal_read_canonical(form, &n, &n_parts);
-    size_t n_pairs = n;
-    if (compatibility) normal_read_compatibility(form, &n, &n_parts);
-    form->compose = compose;
-    form->n_decompositions = n;
-    form->decompositions = region_alloc(region, n, sizeof *form->decompositions, err);
-    form->compositions = region_alloc(region, n_pairs, sizeof *form->compositions, err);
-    form->parts = region_alloc(region, n_parts, sizeof *form->parts, err);
-    if (!form->decompositions || !form->compositions || !form->parts) return NULL;
-    n = n_parts = 0;
-    normal_read_canonical(form, &n, &n_parts);
-    if (compatibility) normal_read_compatibility(form, &n, &n_parts);
-    qsort(form->decompositions, n, sizeof *form->decompositions, compare_decompositions);
-    qsort(form->compositions, form->n_compositions, sizeof *form->compositions,
-          compare_compositions);
-    return normal_find_care(form, region->allocator, err) ? NULL : form;
-}
-
 // --------------------------------------------------------------- regular expressions: the program
 
-// A pattern becomes a program for a small backtracking machine. Jumps are relative, so that a piece
-// of program may be moved and copied (a{3} is three copies). Everything that matches one character
-// is a class, also a plain letter.
+// A pattern becomes a program for a small backtracking machine. Jumps are relative, so that a step
+// may be put before a finished piece of program.
 typedef enum {
-    OP_CLASS,                       // one character of class `class`
-    OP_LOOP,                        // min to max characters of the class, as many as there are
+    OP_CLASS,                       // min to max characters of class `class`, as many as there are
     OP_SPLIT,                       // try at +x first, at +y when that fails
     OP_JUMP,                        // go on at +x
-    OP_LOOK_AHEAD, OP_LOOK_NOT,     // what follows, up to OP_LOOK_END, must or must not match here;
-    OP_LOOK_END,                    //   +x is the place behind it
-    OP_ATOMIC, OP_ATOMIC_END,       // between them: the first way to match is the only one
-    OP_LINE_START, OP_LINE_END, OP_TEXT_START, OP_TEXT_END, OP_LAST_LINE_END,
-    OP_WORD_EDGE, OP_NOT_WORD_EDGE,
-    OP_MATCH
+    OP_AHEAD, OP_NOT_AHEAD,         // what follows, up to OP_END, must or must not match here
+    OP_ATOMIC,                      // it must match, and the first way is the only one; +x is behind
+    OP_LINE_START, OP_LINE_END,
+    OP_END                          // of the pattern, or of what one of the three above has begun
 } RegexOp;
 
 typedef struct {
-    uint8_t op;
-    bool possessive;                // OP_LOOP: never gives a character back
+    RegexOp op;
+    bool possessive;                // OP_CLASS: never gives a character back
     uint32_t class, min, max;
     int32_t x, y;
 } RegexStep;
@@ -3121,13 +2874,12 @@ typedef struct { ItemKind kind; bool negate; uint32_t first, last; } ClassItem;
 
 typedef struct {
     uint64_t ascii[2];              // the answer for U+0000 to U+007F
-    uint32_t categories;            // and for all others: these categories
-    uint32_t first, count;          // and these items
-    bool negate;
+    uint32_t first, count;          // the items that give it for all others
+    bool negate, others;            // others: there may be some above U+007F
 } CharClass;
 
-enum { REGEX_MAX_PATTERN = 1 << 16, REGEX_MAX_STEPS = 1 << 14, REGEX_MAX_DEPTH = 64,
-       REGEX_MAX_ALTERNATIVES = 64, REGEX_MAX_STACK = 1 << 20 };
+enum { REGEX_MAX_PATTERN = 1 << 14, REGEX_MAX_DEPTH = 64, REGEX_MAX_ALTERNATIVES = 64,
+       REGEX_MAX_STACK = 1 << 20 };
 #define REGEX_NO_LIMIT UINT32_MAX
 
 typedef struct {
@@ -3138,7 +2890,6 @@ typedef struct {
     uint32_t n_alternatives;
     uint32_t start[REGEX_MAX_ALTERNATIVES];     // of the alternatives at the top level
     uint64_t by_byte[256];          // which of them can begin with this byte
-    uint64_t by_end;                // and which can match at the end of the text
 } Regex;
 
 static bool item_holds(const Unicode *u, const ClassItem *item, uint32_t code) {
@@ -3154,7 +2905,6 @@ static bool item_holds(const Unicode *u, const ClassItem *item, uint32_t code) {
 // The answer without the table.
 static bool class_search(const Unicode *u, const ClassItem *items, const CharClass *class,
                          uint32_t code) {
-    if (unicode_in(u, code, class->categories)) return !class->negate;
     for (uint32_t i = 0; i < class->count; i++)
         if (item_holds(u, &items[class->first + i], code)) return !class->negate;
     return class->negate;
@@ -3168,16 +2918,16 @@ static inline bool class_holds(const Regex *re, const CharClass *class, uint32_t
 // -------------------------------------------------------------- regular expressions: the compiler
 
 typedef struct {
-    const char *pattern, *at, *end;
+    const char *pattern, *at;       // ends with NUL
     const char *name;               // for messages: where the pattern stands
     const Unicode *unicode;
     Buffer steps, classes, items;   // of RegexStep, CharClass, ClassItem
-    bool fold;                      // inside (?i
+    bool fold;                      // inside (?i:
     int depth;
     qlora_error *err;
 } RegexCompiler;
 
-static int regex_fail(RegexCompiler *c, const char *at, const char *what) {
+static int regex_fail(const RegexCompiler *c, const char *at, const char *what) {
     return fail(c->err, "%s: regular expression, character %td: %s in \"%.200s\"", c->name,
                 at - c->pattern + 1, what, c->pattern);
 }
@@ -3188,158 +2938,122 @@ static RegexStep *regex_step(const RegexCompiler *c, size_t i) {
     return (RegexStep *)(void *)c->steps.data + i;
 }
 
-// Puts n steps (or, with NULL, room for them) before step `at`.
-static int regex_insert(RegexCompiler *c, size_t at, const RegexStep *steps, size_t n) {
-    if (regex_size(c) + n > REGEX_MAX_STEPS)
-        return regex_fail(c, c->at, "the program grows too large");
-    if (buffer_reserve(&c->steps, n * sizeof *steps, c->err)) return -1;
+static int regex_emit(RegexCompiler *c, RegexStep step) {
+    return buffer_append(&c->steps, &step, sizeof step, c->err);
+}
+
+// Puts a step before step `at`.
+static int regex_insert(RegexCompiler *c, size_t at, RegexStep step) {
+    if (regex_emit(c, step)) return -1;
     RegexStep *place = regex_step(c, at);
-    memmove(place + n, place, (regex_size(c) - at) * sizeof *steps);
-    if (steps) memcpy(place, steps, n * sizeof *steps);
-    c->steps.size += n * sizeof *steps;
+    memmove(place + 1, place, (regex_size(c) - at - 1) * sizeof step);
+    *place = step;
     return 0;
 }
 
-static int regex_emit(RegexCompiler *c, RegexStep step) {
-    return regex_insert(c, regex_size(c), &step, 1);
+// Wraps the steps from `from` on in OP_AHEAD, OP_NOT_AHEAD or OP_ATOMIC.
+static int regex_wrap(RegexCompiler *c, size_t from, RegexOp op) {
+    int32_t behind = (int32_t)(regex_size(c) - from) + 2;
+    if (regex_insert(c, from, (RegexStep){.op = op, .x = behind})) return -1;
+    return regex_emit(c, (RegexStep){.op = OP_END});
 }
 
+// Adds an item to the class being read. Where case does not matter, only ASCII letters are known:
+// besides their other case, k has the Kelvin sign and s the long s.
 static int regex_item(RegexCompiler *c, ItemKind kind, uint32_t first, uint32_t last, bool negate) {
     ClassItem item = {kind, negate, first, last};
-    uint32_t cases = CAT_BIT(CAT_LU) | CAT_BIT(CAT_LL) | CAT_BIT(CAT_LT);
     if (buffer_append(&c->items, &item, sizeof item, c->err)) return -1;
     if (!c->fold || kind == ITEM_SPACE || kind == ITEM_WORD) return 0;
-    if (kind == ITEM_CATEGORIES)
-        return (first & cases) == 0 || (first & cases) == cases ? 0
-             : regex_fail(c, c->at, "a property of case where case does not matter");
-    if (last - first > 255)
-        return regex_fail(c, c->at, "a range that long where case does not matter");
-    for (uint32_t code = first; code <= last; code++) {
-        uint32_t kin[MAX_KIN];
-        size_t n = unicode_kin(c->unicode, code, kin);
-        for (size_t i = 0; i < n; i++) {
+    if (kind == ITEM_CATEGORIES ? (first & CAT_CASED) && (first & CAT_CASED) != CAT_CASED
+                                : last >= 128)
+        return regex_fail(c, c->at, "more than ASCII letters where case does not matter");
+    for (uint32_t code = first; kind == ITEM_RANGE && code <= last; code++) {
+        if (!isalpha((int)code)) continue;
+        uint32_t low = code | 32, kin[3] = {low, low - 32, low == 'k' ? 0x212A : 0x17F};
+        for (int i = 0; i < (low == 'k' || low == 's' ? 3 : 2); i++) {
             item.first = item.last = kin[i];
-            if (n > 1 && buffer_append(&c->items, &item, sizeof item, c->err)) return -1;
+            if (buffer_append(&c->items, &item, sizeof item, c->err)) return -1;
         }
     }
     return 0;
 }
 
-// Makes a class of all items from first_item on and emits it.
+// Makes a class of all items from first_item on and emits one character of it.
 static int regex_class(RegexCompiler *c, size_t first_item, bool negate) {
-    ClassItem *items = (ClassItem *)(void *)c->items.data;
-    size_t n_items = c->items.size / sizeof *items, n = c->classes.size / sizeof(CharClass);
-    CharClass class = {.first = (uint32_t)first_item, .negate = negate};
-    // Categories become one mask; ranges inside ASCII are needed for the table alone.
-    size_t kept = first_item;
-    for (size_t i = first_item; i < n_items; i++)
-        if (items[i].kind == ITEM_CATEGORIES)
-            class.categories |= items[i].negate ? ~items[i].first : items[i].first;
-    class.count = (uint32_t)(n_items - first_item);
+    const ClassItem *items = (const ClassItem *)(const void *)c->items.data;
+    CharClass class = {.first = (uint32_t)first_item, .negate = negate, .others = negate,
+                       .count = (uint32_t)(c->items.size / sizeof *items - first_item)};
+    uint32_t n = (uint32_t)(c->classes.size / sizeof class);
     for (uint32_t code = 0; code < 128; code++)
         if (class_search(c->unicode, items, &class, code))
             class.ascii[code / 64] |= (uint64_t)1 << code % 64;
-    for (size_t i = first_item; i < n_items; i++) {
-        bool ascii = items[i].kind == ITEM_RANGE && items[i].last < 128;
-        if (!ascii && items[i].kind != ITEM_CATEGORIES) items[kept++] = items[i];
+    for (uint32_t i = 0; i < class.count; i++) {
+        const ClassItem *item = &items[first_item + i];
+        if (item->kind != ITEM_RANGE || item->last >= 128) class.others = true;
     }
-    class.count = (uint32_t)(kept - first_item);
-    c->items.size = kept * sizeof *items;
     if (buffer_append(&c->classes, &class, sizeof class, c->err)) return -1;
-    return regex_emit(c, (RegexStep){.op = OP_CLASS, .class = (uint32_t)n});
+    return regex_emit(c, (RegexStep){.op = OP_CLASS, .class = n, .min = 1, .max = 1});
 }
 
-// After \p or \P: {L}, {Lu}, {^Lu}.
+// After \p or \P: {L} or {Lu}.
 static int regex_property(RegexCompiler *c, bool negate) {
     const char *start = c->at;
-    if (c->at >= c->end || *c->at != '{') return regex_fail(c, start, "\\p without {...}");
-    c->at++;
-    if (c->at < c->end && *c->at == '^') { negate = !negate; c->at++; }
-    const char *name = c->at;
-    while (c->at < c->end && *c->at != '}') c->at++;
-    size_t n = (size_t)(c->at - name);
-    if (c->at >= c->end) return regex_fail(c, start, "\\p{ without }");
-    c->at++;
     uint32_t set = 0;
-    for (int i = 0; i < CAT_COUNT; i++)
-        if ((n == 1 || n == 2) && memcmp(category_names + 2 * i, name, n) == 0) set |= CAT_BIT(i);
-    if (n == 3 && memcmp(name, "Any", 3) == 0) set = CAT_BIT(CAT_COUNT) - 1;
-    if (!set) return regex_fail(c, start, "a property other than a general category");
+    size_t n = strcspn(start, "}");
+    for (size_t i = 0; i < CAT_COUNT && start[0] == '{' && (n == 2 || n == 3); i++)
+        if (memcmp(category_names + 2 * i, start + 1, n - 1) == 0) set |= CAT_BIT(i);
+    if (!set || start[n] != '}')
+        return regex_fail(c, start, "a property other than a general category");
+    c->at += n + 1;
     return regex_item(c, ITEM_CATEGORIES, set, 0, negate);
 }
 
-static int regex_hex(RegexCompiler *c, size_t min, size_t max, uint32_t *code) {
-    size_t n = 0;
-    for (*code = 0; n < max && c->at < c->end && isxdigit((unsigned char)*c->at); n++, c->at++) {
-        int digit = *c->at;
-        *code = *code << 4 | (uint32_t)(digit <= '9' ? digit - '0' : (digit | 32) - 'a' + 10);
-    }
-    if (n < min) return regex_fail(c, c->at, "too few hexadecimal digits");
-    if (*code >= UNICODE_LIMIT || (*code >= 0xD800 && *code < 0xE000))
-        return regex_fail(c, c->at, "no character has that code");
-    return 0;
-}
-
-// Reads what follows a backslash. A shorthand such as \s becomes an item and sets *is_item;
+// Reads one character or escape. A shorthand such as \s becomes an item and sets *is_item;
 // otherwise *code is the character.
-static int regex_escape(RegexCompiler *c, uint32_t *code, bool *is_item) {
-    static const char from[] = "tnrfvae", to[] = "\t\n\r\f\v\a\x1B";
-    const char *start = c->at - 1;
+static int regex_character(RegexCompiler *c, uint32_t *code, bool *is_item) {
+    static const char from[] = "tnrfv", to[] = "\t\n\r\f\v";
+    const char *start = c->at;
     *is_item = false;
-    if (c->at >= c->end) return regex_fail(c, start, "a backslash at the end");
+    if (!*start) return regex_fail(c, start, "an end too early");
     c->at += utf8_next(c->at, code);
-    uint32_t e = *code;
-    const char *control = e && e < 128 ? strchr(from, (int)e) : NULL;
-    if (control) { *code = (uint32_t)to[control - from]; return 0; }
-    if (e == 'x' && c->at < c->end && *c->at == '{') {
-        c->at++;
-        if (regex_hex(c, 1, 8, code)) return -1;
-        if (c->at >= c->end || *c->at != '}') return regex_fail(c, c->at, "expected }");
-        c->at++;
-        return 0;
-    }
-    if (e == 'x') {
-        if (regex_hex(c, 1, 2, code)) return -1;
-        return *code < 128 ? 0 : regex_fail(c, start, "\\x with a byte that is no character");
-    }
-    if (e == 'u') return regex_hex(c, 4, 4, code);
+    if (*code != '\\') return 0;
+    if (!*c->at) return regex_fail(c, start, "a backslash at the end");
+    c->at += utf8_next(c->at, code);
+    if (*code >= 128 || !isalnum((int)*code)) return 0;
     *is_item = true;
-    switch (e) {
-    case 's': case 'S': return regex_item(c, ITEM_SPACE, 0, 0, e == 'S');
-    case 'w': case 'W': return regex_item(c, ITEM_WORD, 0, 0, e == 'W');
-    case 'd': case 'D': return regex_item(c, ITEM_CATEGORIES, CAT_BIT(CAT_ND), 0, e == 'D');
-    case 'p': case 'P': return regex_property(c, e == 'P');
+    switch (*code) {
+    case 's': case 'S': return regex_item(c, ITEM_SPACE, 0, 0, *code == 'S');
+    case 'w': case 'W': return regex_item(c, ITEM_WORD, 0, 0, *code == 'W');
+    case 'd': case 'D': return regex_item(c, ITEM_CATEGORIES, CAT_BIT(CAT_ND), 0, *code == 'D');
+    case 'p': case 'P': return regex_property(c, *code == 'P');
     default: break;
     }
     *is_item = false;
-    if (e < 128 && isalnum((int)e)) return regex_fail(c, start, "an escape that is not supported");
+    const char *control = strchr(from, (int)*code);
+    if (!control) return regex_fail(c, start, "an escape that is not supported");
+    *code = (uint32_t)to[control - from];
     return 0;
 }
 
 static int regex_brackets(RegexCompiler *c) {
     const char *start = c->at++;
     size_t first_item = c->items.size / sizeof(ClassItem);
-    bool negate = c->at < c->end && *c->at == '^', first = true;
+    bool negate = *c->at == '^', first = true, is_item;
     if (negate) c->at++;
-    for (;; first = false) {
-        if (c->at >= c->end) return regex_fail(c, start, "[ without ]");
-        const char *item_at = c->at;
-        if (*c->at == ']' && !first) break;
-        if (*c->at == '[') return regex_fail(c, c->at, "a class inside a class");
-        if (c->end - c->at >= 2 && c->at[0] == '&' && c->at[1] == '&')
-            return regex_fail(c, c->at, "an intersection of classes (&&)");
+    for (; first || *c->at != ']'; first = false) {
+        const char *here = c->at;
         uint32_t low, high;
-        bool is_item = false;
-        c->at += utf8_next(c->at, &low);
-        if (low == '\\' && regex_escape(c, &low, &is_item)) return -1;
+        if (!*here) return regex_fail(c, start, "[ without ]");
+        if (*here == '[') return regex_fail(c, here, "a class inside a class");
+        if (here[0] == '&' && here[1] == '&') return regex_fail(c, here, "&& in a class");
+        if (regex_character(c, &low, &is_item)) return -1;
         if (is_item) continue;
         high = low;
-        if (c->end - c->at >= 2 && c->at[0] == '-' && c->at[1] != ']') {
+        if (c->at[0] == '-' && c->at[1] != ']') {
             c->at++;
-            c->at += utf8_next(c->at, &high);
-            if (high == '[') return regex_fail(c, c->at - 1, "a class inside a class");
-            if (high == '\\' && regex_escape(c, &high, &is_item)) return -1;
-            if (is_item || high < low) return regex_fail(c, item_at, "a range without order");
+            if (*c->at == '[') return regex_fail(c, c->at, "a class inside a class");
+            if (regex_character(c, &high, &is_item)) return -1;
+            if (is_item || high < low) return regex_fail(c, here, "a range without order");
         }
         if (regex_item(c, ITEM_RANGE, low, high, false)) return -1;
     }
@@ -3349,278 +3063,195 @@ static int regex_brackets(RegexCompiler *c) {
 
 static int regex_alternatives(RegexCompiler *c);
 
-// Wraps steps [from, end) in an opening and a closing step; +x of the opening one leads behind.
-static int regex_wrap(RegexCompiler *c, size_t from, RegexOp open, RegexOp close) {
-    int32_t length = (int32_t)(regex_size(c) - from) + 2;
-    if (regex_insert(c, from, &(RegexStep){.op = (uint8_t)open, .x = length}, 1)) return -1;
-    return regex_emit(c, (RegexStep){.op = (uint8_t)close});
-}
-
-// The letters between (? and : or ). Only i is known.
-static int regex_flags(RegexCompiler *c) {
-    bool on = true;
-    const char *start = c->at;
-    for (; c->at < c->end && *c->at != ':' && *c->at != ')'; c->at++) {
-        if (*c->at == '-') on = false;
-        else if (*c->at == 'i') c->fold = on;
-        else return regex_fail(c, start, "a group or flag that is not supported after (?");
-    }
-    return c->at < c->end ? 0 : regex_fail(c, start, "( without )");
-}
-
 static int regex_group(RegexCompiler *c) {
-    const char *start = c->at++;
-    size_t from = regex_size(c);
-    bool fold = c->fold, closed_by_outer = false;
-    char kind = 0;
-    if (++c->depth > REGEX_MAX_DEPTH) return regex_fail(c, start, "groups nested too deeply");
-    if (c->at < c->end && *c->at == '?') {
-        c->at++;
-        kind = c->at < c->end ? *c->at : 0;
-        if (kind && strchr("=!>:", kind)) c->at++;
-        else {
-            if (regex_flags(c)) return -1;
-            // (?i) without a colon holds to the end of the group around it, whose ) stays unread.
-            closed_by_outer = *c->at++ == ')';
-        }
-    }
+    static const struct { const char *open; RegexOp op; } groups[] = {
+        {"(?i:", OP_END}, {"(?:", OP_END}, {"(?=", OP_AHEAD}, {"(?!", OP_NOT_AHEAD},
+        {"(?>", OP_ATOMIC}, {"(?", OP_END}, {"(", OP_END}};
+    const char *start = c->at;
+    size_t from = regex_size(c), i = 0;
+    bool fold = c->fold;
+    while (strncmp(start, groups[i].open, strlen(groups[i].open)) != 0) i++;
+    if (i == 5) return regex_fail(c, start, "a group or flag that is not supported after (?");
+    c->at += strlen(groups[i].open);
+    if (i == 0) c->fold = true;
     if (regex_alternatives(c)) return -1;
-    if (!closed_by_outer) {
-        if (c->at >= c->end) return regex_fail(c, start, "( without )");
-        c->at++;
-    }
+    if (*c->at++ != ')') return regex_fail(c, start, "( without )");
     c->fold = fold;
-    c->depth--;
-    if (kind == '=') return regex_wrap(c, from, OP_LOOK_AHEAD, OP_LOOK_END);
-    if (kind == '!') return regex_wrap(c, from, OP_LOOK_NOT, OP_LOOK_END);
-    if (kind == '>') return regex_wrap(c, from, OP_ATOMIC, OP_ATOMIC_END);
-    return 0;
+    return groups[i].op == OP_END ? 0 : regex_wrap(c, from, groups[i].op);
 }
 
 // One unit: a character, a class, a group, an assertion.
 static int regex_atom(RegexCompiler *c) {
-    static const struct { char letter; RegexOp op; } assertions[] = {
-        {'A', OP_TEXT_START}, {'z', OP_TEXT_END}, {'Z', OP_LAST_LINE_END}, {'b', OP_WORD_EDGE},
-        {'B', OP_NOT_WORD_EDGE}};
     size_t first_item = c->items.size / sizeof(ClassItem);
+    uint32_t code = '\n';
+    bool is_item = false, any = *c->at == '.';        // . is [^\n]
     if (*c->at == '(') return regex_group(c);
     if (*c->at == '[') return regex_brackets(c);
-    if (strchr("*+?", *c->at)) return regex_fail(c, c->at, "a quantifier with nothing before it");
+    if (strchr("*+?{", *c->at)) return regex_fail(c, c->at, "a quantifier with nothing before it");
     if (*c->at == '^' || *c->at == '$')
         return regex_emit(c, (RegexStep){.op = *c->at++ == '^' ? OP_LINE_START : OP_LINE_END});
-    for (size_t i = 0; *c->at == '\\' && i < sizeof assertions / sizeof *assertions; i++) {
-        if (c->end - c->at < 2 || c->at[1] != assertions[i].letter) continue;
-        c->at += 2;
-        return regex_emit(c, (RegexStep){.op = (uint8_t)assertions[i].op});
-    }
-    uint32_t code;
-    bool is_item = false, any = *c->at == '.';
-    c->at += utf8_next(c->at, &code);
-    if (code == '\\' && regex_escape(c, &code, &is_item)) return -1;
-    if (any) code = '\n';                             // . is [^\n]
+    if (any) c->at++;
+    else if (regex_character(c, &code, &is_item)) return -1;
     if (!is_item && regex_item(c, ITEM_RANGE, code, code, false)) return -1;
     return regex_class(c, first_item, any);
 }
 
-// With which characters can the steps [from, end) begin: with which of ASCII, and with others, too?
-// And can they match without consuming anything?
-typedef struct { uint64_t ascii[2]; bool other, empty; } FirstSet;
+// With which bytes can a match of some steps begin? And can they match nothing?
+typedef struct { bool byte[256], empty; int steps; } FirstSet;
 
-static int regex_first(RegexCompiler *c, size_t from, size_t end, FirstSet *first) {
-    size_t n = end - from, top = 0;
-    *first = (FirstSet){{0, 0}, false, false};
-    uint32_t *todo = mem_alloc(c->steps.allocator, 2 * n + 1, sizeof *todo, c->err);
-    uint8_t *seen = mem_alloc(c->steps.allocator, n + 1, 1, c->err);
+static void regex_first(const RegexCompiler *c, size_t i, size_t end, FirstSet *first) {
     const CharClass *classes = (const CharClass *)(const void *)c->classes.data;
-    if (todo && seen) todo[top++] = (uint32_t)from;
-    while (top) {
-        size_t i = todo[--top];
-        if (i >= end) { first->empty = true; continue; }
-        if (seen[i - from]) continue;
-        seen[i - from] = 1;
-        const RegexStep *step = regex_step(c, i);
-        size_t next = i + 1;
-        if (step->op == OP_MATCH) { first->empty = true; continue; }
-        if (step->op == OP_CLASS || step->op == OP_LOOP) {
-            const CharClass *class = &classes[step->class];
-            first->ascii[0] |= class->ascii[0];
-            first->ascii[1] |= class->ascii[1];
-            first->other = first->other || class->negate || class->categories || class->count;
-            if (step->op == OP_CLASS || step->min) continue;
-        } else if (step->op == OP_JUMP || step->op == OP_SPLIT || step->op == OP_LOOK_AHEAD
-                   || step->op == OP_LOOK_NOT) {
-            next = (size_t)((ptrdiff_t)i + step->x);
+    while (i < end && ++first->steps < 10000) {       // so many: "can match nothing", to be safe
+        const RegexStep *s = regex_step(c, i);
+        if (s->op == OP_CLASS) {
+            const CharClass *class = &classes[s->class];
+            for (size_t b = 0; b < 256; b++)
+                if (b < 128 ? class->ascii[b / 64] >> b % 64 & 1 : class->others)
+                    first->byte[b] = true;
+            if (s->min) return;
         }
-        todo[top++] = (uint32_t)next;
-        if (step->op == OP_SPLIT) todo[top++] = (uint32_t)((ptrdiff_t)i + step->y);
+        if (s->op == OP_SPLIT) regex_first(c, (size_t)((ptrdiff_t)i + s->y), end, first);
+        bool jumps = s->op == OP_SPLIT || s->op == OP_JUMP || s->op == OP_AHEAD
+                  || s->op == OP_NOT_AHEAD;
+        i = (size_t)((ptrdiff_t)i + (jumps ? s->x : 1));
     }
-    int bad = todo && seen ? 0 : -1;
-    mem_free(c->steps.allocator, todo, 2 * n + 1, sizeof *todo);
-    mem_free(c->steps.allocator, seen, n + 1, 1);
-    return bad;
+    first->empty = true;
 }
 
-typedef struct { uint32_t min, max; bool lazy, possessive; } Quantifier;
-
-// {n}, {n,}, {,m}, {n,m}; anything else after { is plain text, as in Oniguruma: *found stays false.
-static int regex_braces(RegexCompiler *c, Quantifier *q, bool *found) {
-    const char *at = c->at + 1, *start = c->at;
-    uint32_t numbers[2] = {0, REGEX_NO_LIMIT};
-    int given[2] = {0, 0}, k = 0;
-    for (; at < c->end && *at != '}'; at++) {
-        if (*at == ',' && k == 0) { k = 1; continue; }
-        if (*at < '0' || *at > '9') return 0;
-        numbers[k] = (given[k]++ ? numbers[k] : 0) * 10 + (uint32_t)(*at - '0');
-        if (numbers[k] > 1000) return regex_fail(c, start, "a repetition above 1000");
+// {n}, {n,}, {,m}, {n,m}
+static int regex_braces(RegexCompiler *c, uint32_t *min, uint32_t *max) {
+    const char *start = c->at;
+    uint32_t number = 0;
+    bool comma = false, digits = false;
+    *min = 0;
+    for (c->at++; *c->at != '}'; c->at++) {
+        if (*c->at == ',' && !comma) {
+            comma = true;
+            *min = number;
+            number = 0;
+            digits = false;
+            continue;
+        }
+        if (!isdigit((unsigned char)*c->at)) return regex_fail(c, start, "{ that is no repetition");
+        number = number * 10 + (uint32_t)(*c->at - '0');
+        digits = true;
+        if (number > 1000) return regex_fail(c, start, "a repetition above 1000");
     }
-    if (at >= c->end || !(given[0] || given[1])) return 0;
-    c->at = at + 1;
-    *found = true;
-    *q = (Quantifier){numbers[0], k ? numbers[1] : numbers[0], false, false};
-    if (q->min > q->max) return regex_fail(c, start, "a repetition without order");
-    if (c->at < c->end && *c->at == '?') {
-        c->at++;
-        if (k) q->lazy = true;
-        else q->min = 0;                              // Oniguruma: x{n}? is (?:x{n})?
-        if (!k && q->max > 1) return regex_fail(c, start, "{n}?");
-    }
+    c->at++;
+    *max = digits ? number : REGEX_NO_LIMIT;
+    if (!comma) *min = number;
+    if (*c->at == '?' || *max < *min || *max == 0 || (!digits && (!comma || !*min)))
+        return regex_fail(c, start, "a repetition of that kind");
     return 0;
 }
 
-static int regex_quantifier(RegexCompiler *c, Quantifier *q, bool *found) {
-    *found = false;
-    if (c->at >= c->end) return 0;
-    if (*c->at == '{') return regex_braces(c, q, found);
-    if (!strchr("*+?", *c->at)) return 0;
-    char kind = *c->at++;
-    *q = (Quantifier){kind == '+', kind == '?' ? 1 : REGEX_NO_LIMIT, false, false};
-    *found = true;
-    if (c->at < c->end && *c->at == '?') { q->lazy = true; c->at++; }
-    else if (c->at < c->end && *c->at == '+') { q->possessive = true; c->at++; }
-    return 0;
-}
-
-// Emits a split whose two ways are +1 and `other`; a lazy one takes `other` first.
-static RegexStep regex_split(bool lazy, size_t other) {
-    int32_t far = (int32_t)other;
-    return (RegexStep){.op = OP_SPLIT, .x = lazy ? far : 1, .y = lazy ? 1 : far};
-}
-
-// Turns the unit at steps [from, end) into its repetition.
-static int regex_repeat(RegexCompiler *c, size_t from, Quantifier q) {
+// Turns the unit at the steps from `from` on into its repetition.
+static int regex_repeat(RegexCompiler *c, size_t from, uint32_t min, uint32_t max, bool lazy,
+                        bool possessive) {
     size_t n = regex_size(c) - from;
     RegexStep *unit = regex_step(c, from);
-    if (n == 1 && unit->op == OP_CLASS && !q.lazy) {
-        *unit = (RegexStep){.op = OP_LOOP, .possessive = q.possessive, .class = unit->class,
-                            .min = q.min, .max = q.max};
+    if (n == 1 && unit->op == OP_CLASS && unit->min == 1 && unit->max == 1 && !lazy) {
+        unit->min = min;
+        unit->max = max;
+        unit->possessive = possessive;
         return 0;
     }
-    FirstSet first;
-    if (regex_first(c, from, from + n, &first)) return -1;
-    if (first.empty && q.max == REGEX_NO_LIMIT)
+    if (min > 1 || (max > 1 && max != REGEX_NO_LIMIT))
+        return regex_fail(c, c->at, "{n,m} of more than one character");
+    FirstSet first = {.empty = false};
+    regex_first(c, from, from + n, &first);
+    if (first.empty && max > 1)
         return regex_fail(c, c->at, "an endless repetition of what can match nothing");
-    RegexStep *copy = mem_alloc(c->steps.allocator, n, sizeof *copy, c->err);
-    if (!copy) return -1;
-    memcpy(copy, unit, n * sizeof *copy);
-    c->steps.size = from * sizeof *copy;
-    int bad = 0;
-    for (uint32_t i = 0; i < q.min && !bad; i++) bad = regex_insert(c, regex_size(c), copy, n);
-    if (q.max == REGEX_NO_LIMIT) {                    // L: split +1, out; unit; jump L
-        bad = bad || regex_emit(c, regex_split(q.lazy, n + 2))
-           || regex_insert(c, regex_size(c), copy, n)
-           || regex_emit(c, (RegexStep){.op = OP_JUMP, .x = -(int32_t)n - 1});
-    } else {                                          // (split +1, out; unit) for each optional one
-        for (uint32_t i = q.min; i < q.max && !bad; i++)
-            bad = regex_emit(c, regex_split(q.lazy, (q.max - i) * (n + 1)))
-               || regex_insert(c, regex_size(c), copy, n);
-    }
-    mem_free(c->steps.allocator, copy, n, sizeof *copy);
-    if (bad) return -1;
-    return q.possessive ? regex_wrap(c, from, OP_ATOMIC, OP_ATOMIC_END) : 0;
+    // ?  split(+1, behind) unit      *  split(+1, behind) unit jump(back)      +  unit split(back, +1)
+    int32_t length = (int32_t)n, more = min ? -length : 1, behind = min ? 1 : length + 2 - (max == 1);
+    RegexStep split = {.op = OP_SPLIT, .x = lazy ? behind : more, .y = lazy ? more : behind};
+    if ((min == 0 || max > 1) && regex_insert(c, min ? from + n : from, split)) return -1;
+    if (min == 0 && max > 1 && regex_emit(c, (RegexStep){.op = OP_JUMP, .x = -length - 1}))
+        return -1;
+    return possessive ? regex_wrap(c, from, OP_ATOMIC) : 0;
 }
 
 // Units one after the other, up to | or ) or the end.
 static int regex_sequence(RegexCompiler *c) {
-    while (c->at < c->end && *c->at != '|' && *c->at != ')') {
+    while (*c->at && *c->at != '|' && *c->at != ')') {
         size_t from = regex_size(c);
         if (regex_atom(c)) return -1;
-        for (bool found = true; found;) {
-            Quantifier q = {0, 0, false, false};
-            if (regex_quantifier(c, &q, &found)) return -1;
-            if (found && regex_repeat(c, from, q)) return -1;
+        while (*c->at && strchr("*+?{", *c->at)) {
+            uint32_t min = *c->at == '+', max = *c->at == '?' ? 1 : REGEX_NO_LIMIT;
+            bool lazy = false, possessive = false;
+            if (*c->at == '{') {
+                if (regex_braces(c, &min, &max)) return -1;
+            } else {
+                lazy = *++c->at == '?';
+                possessive = *c->at == '+';
+                c->at += lazy || possessive;
+            }
+            if (regex_repeat(c, from, min, max, lazy, possessive)) return -1;
         }
     }
     return 0;
 }
 
-// Alternatives inside a group: split +1, next; sequence; jump to the end; next ...
+// Alternatives inside a group: split(+1, next) sequence jump(end), and so on with the next.
 static int regex_alternatives(RegexCompiler *c) {
-    size_t from = regex_size(c), last_jump = SIZE_MAX;
+    size_t from = regex_size(c);
+    if (++c->depth > REGEX_MAX_DEPTH) return regex_fail(c, c->at, "too much nested too deeply");
     if (regex_sequence(c)) return -1;
-    while (c->at < c->end && *c->at == '|') {
+    if (*c->at == '|') {
+        size_t jump = regex_size(c) + 1;
+        RegexStep split = {.op = OP_SPLIT, .x = 1, .y = (int32_t)(jump - from) + 1};
         c->at++;
-        size_t n = regex_size(c) - from;
-        RegexStep split = regex_split(false, n + 2);
-        if (regex_insert(c, from, &split, 1)) return -1;
-        // Until the end is known, each jump holds the way back to the one before it.
-        size_t jump = regex_size(c);
-        int32_t back = last_jump == SIZE_MAX ? 0 : (int32_t)(jump - last_jump);
-        if (regex_emit(c, (RegexStep){.op = OP_JUMP, .x = back})) return -1;
-        last_jump = jump;
-        from = regex_size(c);
-        if (regex_sequence(c)) return -1;
+        if (regex_insert(c, from, split) || regex_emit(c, (RegexStep){.op = OP_JUMP})
+            || regex_alternatives(c)) return -1;
+        regex_step(c, jump)->x = (int32_t)(regex_size(c) - jump);
     }
-    while (last_jump != SIZE_MAX) {
-        int32_t back = regex_step(c, last_jump)->x;
-        regex_step(c, last_jump)->x = (int32_t)(regex_size(c) - last_jump);
-        last_jump = back ? last_jump - (size_t)back : SIZE_MAX;
-    }
+    c->depth--;
     return 0;
 }
 
 // The alternatives of the whole pattern are kept apart, with the bytes they can begin with.
 static int regex_top_level(RegexCompiler *c, Regex *re) {
-    do {
+    for (bool more = true; more; more = *c->at == '|') {
         if (re->n_alternatives == REGEX_MAX_ALTERNATIVES)
             return regex_fail(c, c->at, "more than 64 alternatives");
         if (re->n_alternatives) c->at++;
         size_t from = regex_size(c);
-        uint64_t bit = (uint64_t)1 << re->n_alternatives;
-        FirstSet first;
-        if (regex_sequence(c) || regex_emit(c, (RegexStep){.op = OP_MATCH})) return -1;
-        if (regex_first(c, from, regex_size(c), &first)) return -1;
-        for (size_t byte = 0; byte < 256; byte++) {
-            bool can = byte < 128 ? first.ascii[byte / 64] >> byte % 64 & 1 : first.other;
-            if (can || first.empty) re->by_byte[byte] |= bit;
-        }
-        if (first.empty) re->by_end |= bit;
+        FirstSet first = {.empty = false};
+        if (regex_sequence(c)) return -1;
+        regex_first(c, from, regex_size(c), &first);
+        if (first.empty) return regex_fail(c, c->at, "an alternative that can match nothing");
+        for (size_t b = 0; b < 256; b++)
+            re->by_byte[b] |= (uint64_t)first.byte[b] << re->n_alternatives;
         re->start[re->n_alternatives++] = (uint32_t)from;
-    } while (c->at < c->end && *c->at == '|');
-    return c->at < c->end ? regex_fail(c, c->at, ") without (") : 0;
+        if (regex_emit(c, (RegexStep){.op = OP_END})) return -1;
+    }
+    return *c->at ? regex_fail(c, c->at, ") without (") : 0;
 }
 
-static void *region_copy(Region *region, const Buffer *b, qlora_error *err) {
-    void *copy = region_alloc(region, max_size(b->size, 1), 1, err);
-    if (copy && b->size) memcpy(copy, b->data, b->size);
+// Moves what a buffer holds to the region.
+static void *regex_keep(Region *region, Buffer *b, qlora_error *err) {
+    void *copy = b->size ? region_alloc(region, b->size, 1, err) : NULL;
+    if (copy) memcpy(copy, b->data, b->size);
     return copy;
 }
 
-// Compiles a pattern of n bytes of UTF-8; `name` says in messages where it stands.
+// Compiles a pattern of n bytes of UTF-8 behind which is a NUL; `name` says in messages where it
+// stands. Every alternative must take at least one character.
 static const Regex *regex_compile(const Unicode *unicode, const char *pattern, size_t n,
                                   const char *name, Region *region, qlora_error *err) {
-    RegexCompiler c = {.pattern = pattern, .at = pattern, .end = pattern + n, .name = name,
-                       .unicode = unicode, .err = err};
+    RegexCompiler c = {.pattern = pattern, .at = pattern, .name = name, .unicode = unicode,
+                       .err = err};
     c.steps.allocator = c.classes.allocator = c.items.allocator = region->allocator;
     Regex *re = region_alloc(region, 1, sizeof *re, err);
     int bad = !re;
-    if (!bad && n > REGEX_MAX_PATTERN) bad = regex_fail(&c, pattern, "more than 65536 bytes");
-    if (!bad && memchr(pattern, 0, n)) bad = regex_fail(&c, pattern, "a NUL character");
+    if (!bad && (n > REGEX_MAX_PATTERN || strlen(pattern) != n))
+        bad = regex_fail(&c, pattern, "a NUL character, or more than 16384 bytes,");
     bad = bad || regex_top_level(&c, re);
     if (!bad) {
         re->unicode = unicode;
-        re->steps = region_copy(region, &c.steps, err);
-        re->classes = region_copy(region, &c.classes, err);
-        re->items = region_copy(region, &c.items, err);
+        re->steps = regex_keep(region, &c.steps, err);
+        re->classes = regex_keep(region, &c.classes, err);
+        re->items = regex_keep(region, &c.items, err);
         bad = !re->steps || !re->classes || !re->items;
     }
     buffer_free(&c.steps);
@@ -3631,61 +3262,43 @@ static const Regex *regex_compile(const Unicode *unicode, const char *pattern, s
 
 // --------------------------------------------------------------- regular expressions: the matcher
 
-// A place to go back to: which, depends on the step it was left at.
-//   OP_SPLIT    take the other way, at pos
-//   OP_LOOP     give back one character: pos is the end, low the least it may become
-//   others      the beginning of a look-ahead or atomic group, at pos; low is the group around it
+// A place to go back to. Left at OP_SPLIT: take the other way, at pos. Left at OP_CLASS: give back
+// one character; pos is the end, low the least it may become.
 typedef struct { uint32_t step; size_t pos, low; } Choice;
 
 typedef struct {
     Buffer stack;                   // of Choice
     size_t budget;                  // steps that may still be taken before the pattern is given up
+    const Regex *re;                // the rest is what regex_find was given
+    const char *text;
+    size_t n;
+    qlora_error *err;
 } RegexRun;
 
 // Backtracking can take exponential time. No pattern that is met in practice needs more than a few
 // steps a character; one that does, ends in an error instead of a hang.
-static RegexRun regex_run(size_t text_bytes, const qlora_allocator *a) {
-    return (RegexRun){.stack = {.allocator = a}, .budget = ((size_t)1 << 24) + 512 * text_bytes};
+static RegexRun regex_run(size_t text_bytes, const qlora_allocator *a, qlora_error *err) {
+    return (RegexRun){.stack = {.allocator = a}, .budget = ((size_t)1 << 24) + 512 * text_bytes,
+                      .err = err};
 }
 
-static int regex_exhausted(qlora_error *err) {
-    return fail(err, "a regular expression of the tokenizer takes too long on this text");
+static int regex_exhausted(const RegexRun *run) {
+    return fail(run->err, "a regular expression of the tokenizer takes too long on this text");
 }
 
-static int regex_push(RegexRun *run, Choice choice, qlora_error *err) {
-    if (run->stack.size >= REGEX_MAX_STACK * sizeof choice) return regex_exhausted(err);
-    return buffer_append(&run->stack, &choice, sizeof choice, err);
-}
-
-static bool regex_word_at(const Regex *re, const char *text, size_t n, size_t at) {
-    uint32_t code;
-    if (at >= n) return false;
-    utf8_next(text + at, &code);
-    static const ClassItem word = {ITEM_WORD, false, 0, 0};
-    return item_holds(re->unicode, &word, code);
-}
-
-static bool regex_assert(const Regex *re, RegexOp op, const char *text, size_t n, size_t at) {
-    switch (op) {
-    case OP_LINE_START: return at == 0 || (text[at - 1] == '\n' && at < n);
-    case OP_LINE_END: return at == n || text[at] == '\n';
-    case OP_TEXT_START: return at == 0;
-    case OP_TEXT_END: return at == n;
-    case OP_LAST_LINE_END: return at == n || (at + 1 == n && text[at] == '\n');
-    default: break;
-    }
-    bool before = at > 0 && regex_word_at(re, text, n, utf8_before(text, at));
-    return (before != regex_word_at(re, text, n, at)) == (op == OP_WORD_EDGE);
+static int regex_push(RegexRun *run, Choice choice) {
+    if (run->stack.size >= REGEX_MAX_STACK * sizeof choice) return regex_exhausted(run);
+    return buffer_append(&run->stack, &choice, sizeof choice, run->err);
 }
 
 // Runs over at most max characters of the class; returns how many and moves *at behind them.
-static inline size_t regex_span(const Regex *re, const CharClass *class, uint32_t max,
-                                const char *text, size_t n, size_t *at) {
+static inline size_t regex_span(const RegexRun *run, const CharClass *class, uint32_t max,
+                                size_t *at) {
     size_t count = 0, i = *at;
-    while (i < n && count < max) {
+    while (i < run->n && count < max) {
         uint32_t code;
-        size_t length = utf8_next(text + i, &code);
-        if (!class_holds(re, class, code)) break;
+        size_t length = utf8_next(run->text + i, &code);
+        if (!class_holds(run->re, class, code)) break;
         i += length;
         count++;
     }
@@ -3693,108 +3306,82 @@ static inline size_t regex_span(const Regex *re, const CharClass *class, uint32_
     return count;
 }
 
-// Takes back choices until one is left to try. Returns false when there is none; else sets the step
-// and position to go on from. *group is the innermost open look-ahead or atomic group.
-static bool regex_back(const Regex *re, RegexRun *run, const char *text, uint32_t *step, size_t *at,
-                       size_t *group) {
-    while (run->stack.size) {
-        Choice *top = (Choice *)(void *)(run->stack.data + run->stack.size) - 1;
-        const RegexStep *left = &re->steps[top->step];
-        *step = top->step;
-        *at = top->pos;
-        if (left->op == OP_LOOP) {
-            *at = top->pos = utf8_before(text, top->pos);
-            if (top->pos <= top->low) run->stack.size -= sizeof *top;
-            *step += 1;
-            return true;
-        }
-        run->stack.size -= sizeof *top;
-        if (left->op == OP_SPLIT) {
-            *step = (uint32_t)((int32_t)*step + left->y);
-            return true;
-        }
-        *group = top->low;
-        if (left->op == OP_LOOK_NOT) {                // its inside failed: that is what was wanted
-            *step = (uint32_t)((int32_t)*step + left->x);
-            return true;
-        }
-    }
-    return false;
+// Takes back the latest choice above `base`. Returns false when there is none; else sets the step
+// and position to go on from.
+static bool regex_back(RegexRun *run, size_t base, uint32_t *step, size_t *at) {
+    if (run->stack.size == base) return false;
+    Choice *top = (Choice *)(void *)(run->stack.data + run->stack.size) - 1;
+    const RegexStep *left = &run->re->steps[top->step];
+    if (left->op == OP_CLASS) top->pos = utf8_before(run->text, top->pos);
+    *at = top->pos;
+    *step = (uint32_t)((int32_t)top->step + (left->op == OP_CLASS ? 1 : left->y));
+    if (left->op == OP_SPLIT || top->pos <= top->low) run->stack.size -= sizeof *top;
+    return true;
 }
 
-// Tries one alternative at one place. Returns 1 and the end of the match, 0, or -1.
-static int regex_try(const Regex *re, RegexRun *run, uint32_t step, const char *text, size_t n,
-                     size_t at, size_t *match_end, qlora_error *err) {
-    size_t group = SIZE_MAX;                          // index in the stack
-    run->stack.size = 0;
+// Tries to match from one step on at one place. Returns 1 and the end of the match, 0, or -1. It
+// calls itself for what look-ahead and atomic groups hold: as deep as the pattern nests them.
+static int regex_try(RegexRun *run, uint32_t step, size_t at, size_t *match_end) {
+    const char *text = run->text;
+    const size_t base = run->stack.size;
     for (;;) {
-        const RegexStep *s = &re->steps[step];
+        const RegexStep *s = &run->re->steps[step];
         bool ok = true;
-        size_t from = at, count;
-        if (run->budget-- == 0) { run->budget = 0; return regex_exhausted(err); }
-        switch ((RegexOp)s->op) {
-        case OP_MATCH: *match_end = at; return 1;
+        size_t low = at, count;
+        int32_t next = 1;
+        if (run->budget == 0) return regex_exhausted(run);
+        run->budget--;
+        switch (s->op) {
         case OP_CLASS:
-            ok = regex_span(re, &re->classes[s->class], 1, text, n, &at) == 1;
-            step++;
-            break;
-        case OP_LOOP:
-            count = regex_span(re, &re->classes[s->class], s->max, text, n, &at);
+            count = regex_span(run, &run->re->classes[s->class], s->max, &at);
             run->budget -= min_size(count / 8, run->budget);
             ok = count >= s->min;
-            step++;
             // Nothing can fail after the last step, so nothing would be given back.
-            if (!ok || count == s->min || s->possessive || s[1].op == OP_MATCH) break;
-            for (uint32_t i = 0; i < s->min; i++) {
-                uint32_t code;
-                from += utf8_next(text + from, &code);
-            }
-            if (regex_push(run, (Choice){step - 1, at, from}, err)) return -1;
+            if (!ok || count == s->min || s->possessive || s[1].op == OP_END) break;
+            for (uint32_t i = 0, code; i < s->min; i++) low += utf8_next(text + low, &code);
+            if (regex_push(run, (Choice){step, at, low})) return -1;
             break;
-        case OP_JUMP: step = (uint32_t)((int32_t)step + s->x); break;
         case OP_SPLIT:
-            if (regex_push(run, (Choice){step, at, 0}, err)) return -1;
-            step = (uint32_t)((int32_t)step + s->x);
+            if (regex_push(run, (Choice){step, at, 0})) return -1;
+            next = s->x;
             break;
-        case OP_LOOK_AHEAD: case OP_LOOK_NOT: case OP_ATOMIC: {
-            size_t here = run->stack.size / sizeof(Choice);
-            if (regex_push(run, (Choice){step, at, group}, err)) return -1;
-            group = here;
-            step++;
-            break;
-        }
-        case OP_LOOK_END: case OP_ATOMIC_END: {       // forget every choice made inside
-            const Choice *open = (const Choice *)(const void *)run->stack.data + group;
-            const RegexStep *opening = &re->steps[open->step];
-            run->stack.size = group * sizeof(Choice);
-            group = open->low;
-            if (s->op == OP_LOOK_END) at = open->pos;
-            ok = opening->op != OP_LOOK_NOT;
-            step++;
+        case OP_JUMP: next = s->x; break;
+        case OP_AHEAD: case OP_NOT_AHEAD: case OP_ATOMIC: {
+            int inside = regex_try(run, step + 1, at, &low);
+            if (inside < 0) return -1;
+            ok = inside == (s->op != OP_NOT_AHEAD);
+            if (s->op == OP_ATOMIC) at = low;
+            next = s->x;
             break;
         }
-        default:
-            ok = regex_assert(re, (RegexOp)s->op, text, n, at);
-            step++;
+        case OP_LINE_START: ok = at == 0 || (text[at - 1] == '\n' && at < run->n); break;
+        case OP_LINE_END: ok = at == run->n || text[at] == '\n'; break;
+        case OP_END:
+            *match_end = at;
+            run->stack.size = base;
+            return 1;
         }
-        if (!ok && !regex_back(re, run, text, &step, &at, &group)) return 0;
+        step = (uint32_t)((int32_t)step + next);
+        if (!ok && !regex_back(run, base, &step, &at)) return 0;
     }
 }
 
 // Finds the leftmost match that begins at `from` or later in valid UTF-8. Returns 1, 0 or -1.
-static int regex_find(const Regex *re, RegexRun *run, const char *text, size_t n, size_t from,
-                      size_t *start, size_t *end, qlora_error *err) {
-    for (size_t at = from;;) {
-        uint64_t ways = at < n ? re->by_byte[(unsigned char)text[at]] : re->by_end;
+static int regex_find(RegexRun *run, const Regex *re, const char *text, size_t n, size_t from,
+                      size_t *start, size_t *end) {
+    uint32_t code;
+    run->re = re;
+    run->text = text;
+    run->n = n;
+    run->stack.size = 0;
+    for (*start = from; *start < n; *start += utf8_next(text + *start, &code)) {
+        uint64_t ways = re->by_byte[(unsigned char)text[*start]];
         for (uint32_t i = 0; ways; i++, ways >>= 1) {
-            if (!(ways & 1)) continue;
-            int found = regex_try(re, run, re->start[i], text, n, at, end, err);
-            if (found) { *start = at; return found; }
+            int found = ways & 1 ? regex_try(run, re->start[i], *start, end) : 0;
+            if (found) return found;
         }
-        if (at >= n) return 0;
-        uint32_t code;
-        at += utf8_next(text + at, &code);
     }
+    return 0;
 }
 // =================================================================================================
 //  9. The tokenizer
@@ -3811,30 +3398,25 @@ static int regex_find(const Regex *re, RegexRun *run, const char *text, size_t n
 //  All of it is data read from tokenizer.json; a kind that is not known is refused by name.
 // =================================================================================================
 
-enum { MAX_TOKEN_BYTES = 1 << 16, MAX_TOKENS = 1 << 24, MAX_TOKENIZER_STEPS = 32 };
+enum { MAX_TOKEN_BYTES = 1 << 16, MAX_TOKENS = 1 << 21, MAX_TOKENIZER_STEPS = 16, MAX_AFFIX = 8 };
 
 // ------------------------------------------------------------------------------------ vocabulary
 
 typedef struct {
-    const char *text;
+    const char *text;               // NULL: no token has this id
     uint32_t length;
-    int32_t id;
     bool added;                     // is looked for in the text itself
     bool special;
     bool outside;                   // not one of the model's own tokens, only an added one
 } Token;
 
 typedef struct { int32_t left, right, merged; uint32_t rank; } Merge;      // left -1: empty slot
-#define NO_RANK UINT32_MAX
 
 typedef struct {
-    Token *tokens;                  // in the order they were read
-    size_t n_tokens, max_tokens;
-    uint32_t *by_text;              // hash table of index + 1 in tokens
-    uint32_t *by_id;                // (n_ids) index + 1 in tokens; 0: no token has that id
-    size_t n_text_slots, n_ids, longest;
+    Token *tokens;                  // (n_ids) by id
+    uint32_t *by_text;              // hash table of id + 1
     Merge *merges;                  // hash table
-    size_t n_merge_slots;
+    size_t n_ids, n_tokens, max_ids, longest, n_text_slots, n_merge_slots;
 } Vocabulary;
 
 static uint64_t hash_mix(uint64_t h) {
@@ -3852,20 +3434,12 @@ static uint64_t hash_bytes(const char *text, size_t n) {
     return hash_mix(hash_mix(h ^ word));
 }
 
-// A power of two that leaves at least a third of a hash table of n entries empty.
+// A power of two that leaves at least a third of a hash table of n entries empty. The tables below
+// are searched from the hash on, slot by slot, up to an empty one.
 static size_t hash_slots(size_t n) {
     size_t slots = 16;
     while (slots < n + n / 2) slots *= 2;
     return slots;
-}
-
-// Room for a known number of tokens. Their texts are looked up by a hash table with open addressing.
-static int vocabulary_open(Vocabulary *v, size_t max_tokens, Region *region, qlora_error *err) {
-    v->max_tokens = max_tokens;
-    v->n_text_slots = hash_slots(max_tokens);
-    v->tokens = region_alloc(region, max_tokens, sizeof *v->tokens, err);
-    v->by_text = region_alloc(region, v->n_text_slots, sizeof *v->by_text, err);
-    return v->tokens && v->by_text ? 0 : -1;
 }
 
 // The slot of that text, or the empty one where it would go.
@@ -3878,70 +3452,22 @@ static uint32_t *vocabulary_slot(const Vocabulary *v, const char *text, size_t n
     }
 }
 
-static Token *vocabulary_find(const Vocabulary *v, const char *text, size_t n) {
-    if (n > v->longest) return NULL;
-    uint32_t slot = *vocabulary_slot(v, text, n);
-    return slot ? &v->tokens[slot - 1] : NULL;
-}
-
+// The id of the token with exactly this text, or -1.
 static int32_t vocabulary_id(const Vocabulary *v, const char *text, size_t n) {
-    const Token *token = vocabulary_find(v, text, n);
-    return token ? token->id : -1;
+    return n > v->longest ? -1 : (int32_t)*vocabulary_slot(v, text, n) - 1;
 }
 
 // The same among the tokens that merging knows.
 static int32_t model_id(const Vocabulary *v, const char *text, size_t n) {
-    const Token *token = vocabulary_find(v, text, n);
-    return token && !token->outside ? token->id : -1;
+    int32_t id = vocabulary_id(v, text, n);
+    return id >= 0 && !v->tokens[id].outside ? id : -1;
 }
 
-// Adds a token whose text stays where it is. Its id is checked here for range, in vocabulary_close
-// for being the only one.
-static int vocabulary_add(Vocabulary *v, const char *text, size_t n, size_t id, const char *file,
-                          qlora_error *err) {
-    if (n > MAX_TOKEN_BYTES) return fail(err, "%s: the token with id %zu has %zu bytes (65536 at "
-                                         "most)", file, id, n);
-    if (id >= MAX_TOKENS)
-        return fail(err, "%s: token \"%.100s\" has id %zu, expected less than 16777216", file, text,
-                    id);
-    if (v->n_tokens == v->max_tokens) return fail(err, "%s: more tokens than were counted", file);
-    uint32_t *slot = vocabulary_slot(v, text, n);
-    if (*slot) return fail(err, "%s: token \"%.100s\" stands there twice", file, text);
-    v->tokens[v->n_tokens] = (Token){.text = text, .length = (uint32_t)n, .id = (int32_t)id};
-    *slot = (uint32_t)++v->n_tokens;
-    v->longest = max_size(v->longest, n);
-    v->n_ids = max_size(v->n_ids, id + 1);
-    return 0;
+static const Token *vocabulary_token(const Vocabulary *v, size_t id) {
+    return id < v->n_ids && v->tokens[id].text ? &v->tokens[id] : NULL;
 }
 
-// Makes by_id; called once for the model's own tokens, and again when added ones have come.
-static int vocabulary_close(Vocabulary *v, const char *file, Region *region, qlora_error *err) {
-    v->by_id = region_alloc(region, v->n_ids, sizeof *v->by_id, err);
-    if (!v->by_id) return -1;
-    for (size_t i = 0; i < v->n_tokens; i++) {
-        uint32_t *slot = &v->by_id[v->tokens[i].id];
-        if (*slot)
-            return fail(err, "%s: tokens \"%.100s\" and \"%.100s\" have the same id %d", file,
-                        v->tokens[*slot - 1].text, v->tokens[i].text, v->tokens[i].id);
-        *slot = (uint32_t)i + 1;
-    }
-    return 0;
-}
-
-static const Token *vocabulary_token(const Vocabulary *v, int32_t id) {
-    uint32_t slot = id >= 0 && (size_t)id < v->n_ids ? v->by_id[id] : 0;
-    return slot ? &v->tokens[slot - 1] : NULL;
-}
-
-// Merges are looked up by the pair of ids, the innermost operation of encoding.
-static int merges_open(Vocabulary *v, size_t n, Region *region, qlora_error *err) {
-    v->n_merge_slots = hash_slots(n);
-    v->merges = region_alloc(region, v->n_merge_slots, sizeof *v->merges, err);
-    for (size_t i = 0; v->merges && i < v->n_merge_slots; i++) v->merges[i].left = -1;
-    return v->merges ? 0 : -1;
-}
-
-// The slot of the pair, or the empty one where it would go.
+// The merge of the pair, or the empty slot where it would go: the innermost step of encoding.
 static inline Merge *merge_slot(const Vocabulary *v, int32_t left, int32_t right) {
     uint64_t key = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
     for (size_t i = hash_mix(key);; i++) {
@@ -3950,158 +3476,113 @@ static inline Merge *merge_slot(const Vocabulary *v, int32_t left, int32_t right
     }
 }
 
-// Adds the merge of two tokens given by text. Of duplicates the last counts, as in `tokenizers`.
-static int merge_add(Vocabulary *v, const char *left, size_t n_left, const char *right,
-                     size_t n_right, size_t rank, Buffer *scratch, const char *file,
-                     qlora_error *err) {
-    const Token *a = vocabulary_find(v, left, n_left), *b = vocabulary_find(v, right, n_right);
-    if (!a || !b)
-        return fail(err, "%s: merge %zu: \"%.*s\" is not in the vocabulary", file, rank,
-                    (int)min_size(a ? n_right : n_left, 100), a ? right : left);
-    scratch->size = 0;
-    if (buffer_append(scratch, left, n_left, err) || buffer_append(scratch, right, n_right, err))
-        return -1;
-    const Token *merged = vocabulary_find(v, scratch->data, scratch->size);
-    if (!merged)
-        return fail(err, "%s: merge %zu: \"%.100s\" + \"%.100s\" is not in the vocabulary", file,
-                    rank, a->text, b->text);
-    *merge_slot(v, a->id, b->id) = (Merge){a->id, b->id, merged->id, (uint32_t)rank};
-    return 0;
-}
-
 // -------------------------------------------------------------------------------- what is read
 
-typedef enum { NORMAL_FORM, NORMAL_PREPEND, NORMAL_REPLACE, NORMAL_STRIP, NORMAL_LOWERCASE }
-    NormalKind;
+typedef enum { NORMAL_NFC, NORMAL_PREPEND, NORMAL_REPLACE, NORMAL_TRIM } NormalKind;
 
 typedef struct {
     NormalKind kind;
-    const NormalForm *form;
-    const Regex *regex;
+    const Regex *regex;             // NORMAL_REPLACE
     const char *text;               // prepended, or put in place of what the regex matches
-    size_t length;
-    bool left, right;               // NORMAL_STRIP: which sides
     bool only_first;                // NORMAL_PREPEND: only where the whole text begins
 } NormalStep;
 
-typedef enum { PRE_SPLIT, PRE_PREFIX_SPACE, PRE_METASPACE, PRE_BYTES } PreKind;
-typedef enum { SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_WITH_PREVIOUS, SPLIT_WITH_NEXT,
-               SPLIT_CONTIGUOUS } SplitBehavior;
+typedef enum { SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_BEFORE } SplitBehavior;
 typedef enum { PREPEND_FIRST, PREPEND_ALWAYS, PREPEND_NEVER } PrependScheme;
 
+// Either cuts the text at the matches, or (replacement given) rewrites it: puts the replacement in
+// front and in place of each match, which is a space.
 typedef struct {
-    PreKind kind;
-    const Regex *regex;             // PRE_SPLIT
+    const Regex *regex;
     SplitBehavior behavior;
-    bool invert;                    // PRE_SPLIT: what does not match is what is looked for
-    PrependScheme scheme;           // PRE_METASPACE
-    const char *replacement;        // PRE_METASPACE: what a space becomes
+    bool invert;                    // SPLIT_REMOVED: removes what does not match
+    const char *replacement;
+    PrependScheme scheme;
 } PreStep;
 
-typedef enum { DECODE_REPLACE, DECODE_METASPACE, DECODE_BYTE_FALLBACK, DECODE_BYTE_LEVEL,
-               DECODE_FUSE, DECODE_STRIP, DECODE_JOIN } DecodeKind;
-
+// Tokens to text: Replace or Metaspace, then ByteFallback or ByteLevel, then Strip.
 typedef struct {
-    DecodeKind kind;
-    const Regex *regex;             // DECODE_REPLACE
-    const char *text;               // replacement, or the character that is stripped or replaced
-    size_t length;
-    PrependScheme scheme;
-    size_t start, stop;             // DECODE_STRIP: how many at most
-    bool fused;                     // all tokens have become one before this step
-} DecodeStep;
+    const Regex *replace;           // NULL: nothing is replaced
+    const char *with, *strip;       // strip: text taken away from the beginning
+    size_t strips;                  // as often at most
+    bool drop_first;                // Metaspace: in the first token nothing comes in its place
+    bool byte_fallback, byte_level;
+} DecodeSteps;
 
 // A token that is looked for in the text itself. `pattern` is its text, normalised if it says so.
-typedef struct {
+typedef struct AddedToken {
     const char *pattern;
     size_t length;
     int32_t id;
     bool lstrip, rstrip, single_word;
+    const struct AddedToken *shorter;       // the longest other one that this one begins with
 } AddedToken;
 
-// Added tokens sorted by pattern, so that those with a common beginning lie together.
+// Added tokens sorted by pattern.
 typedef struct {
     AddedToken *tokens;
     size_t n;
     size_t first[257];              // tokens that begin with byte b: first[b] .. first[b + 1] - 1
 } AddedSet;
 
-enum { UNK_MISSING = -2 };          // named, but no token: an error once it is needed
-
 typedef struct Tokenizer {
     Region region;                  // everything below lives here
-    const char *file;               // for messages: what was read
     const Unicode *unicode;
     Vocabulary vocabulary;
     AddedSet added_raw, added_normalized;
-    NormalStep *normalizers;
-    PreStep *pre_tokenizers;
-    DecodeStep *decoders;
-    size_t n_normalizers, n_pre_tokenizers, n_decoders;
+    NormalStep normalizers[MAX_TOKENIZER_STEPS];
+    PreStep pre_tokenizers[MAX_TOKENIZER_STEPS];
+    DecodeSteps decode;
+    size_t n_normalizers, n_pre_tokenizers;
 
     bool byte_level;                // pieces are bytes, tokens are written in the alphabet below
     bool ignore_merges;             // a piece that is a token as a whole is not built up
     bool byte_fallback, fuse_unk;
     bool cut_at_space;              // no merge reaches from another character into a "▁"
-    int32_t unk_id;                 // of unknown characters; -1: they are left out; or UNK_MISSING
-    int32_t byte_id[256];           // byte-level: of a byte; byte_fallback: of <0xHH>; or -1
-    int32_t *char_id;               // (65536) of a character, or -1
-    int32_t *prefix, *suffix;       // what the post-processor puts around a text
+    int32_t unk_id;                 // of unknown characters; -1: they are left out
+    int32_t byte_id[256];           // byte_level: of a byte; else of <0xHH>; -1: there is none
+    int32_t prefix[MAX_AFFIX], suffix[MAX_AFFIX];     // what stands around a text
     size_t n_prefix, n_suffix;
 
     // From tokenizer_config.json and its companions. Texts NULL and ids -1 where there is none.
-    const char *chat_template, *class_name;
-    const char *bos_token, *eos_token, *pad_token, *unk_token;
-    int32_t bos_id, eos_id, pad_id, config_unk_id;
-    bool add_bos_token, add_eos_token;
+    const char *chat_template, *bos_token, *eos_token;
+    int32_t bos_id, eos_id;
 } Tokenizer;
 
 static const char space_mark[] = "\xE2\x96\x81";      // ▁ U+2581, how sentencepiece writes a space
 
+static bool starts_with(const char *text, size_t n, const char *start) {
+    size_t length = strlen(start);
+    return n >= length && memcmp(text, start, length) == 0;
+}
+
 // The alphabet of byte-level tokenizers: printable Latin-1 bytes stand for themselves, the other 68
 // are written as U+0100, U+0101, ...
 static uint32_t byte_to_char(unsigned byte) {
-    if (byte >= 0x21 && byte <= 0x7E) return byte;
-    if (byte >= 0xA1 && byte != 0xAD) return byte;
-    if (byte < 0x21) return 0x100 + byte;
-    return byte == 0xAD ? 0x143 : 0x121 + (byte - 0x7F);
+    if ((byte >= 0x21 && byte <= 0x7E) || (byte >= 0xA1 && byte != 0xAD)) return byte;
+    return byte < 0x21 ? 0x100 + byte : byte == 0xAD ? 0x143 : 0x121 + (byte - 0x7F);
 }
 
 static int char_to_byte(uint32_t code) {              // or -1
-    if (code < 0x100) return byte_to_char(code) == code ? (int)code : -1;
-    if (code <= 0x120) return (int)code - 0x100;
-    if (code <= 0x142) return (int)code - 0x121 + 0x7F;
-    return code == 0x143 ? 0xAD : -1;
+    uint32_t byte = code < 0x100 ? code : code <= 0x120 ? code - 0x100
+                  : code <= 0x142 ? code - 0x121 + 0x7F : 0xAD;
+    return byte_to_char(byte) == code ? (int)byte : -1;
 }
 
-static int append_byte_alphabet(Buffer *out, const char *text, size_t n, qlora_error *err) {
-    for (size_t i = 0; i < n; i++) {
-        char bytes[4];
-        size_t length = utf8_encode(bytes, byte_to_char((unsigned char)text[i]));
-        if (buffer_append(out, bytes, length, err)) return -1;
-    }
-    return 0;
-}
-
-// Is this the text of a byte token, <0xHH> with exactly two hexadecimal digits? Returns it, or -1.
+// The byte of a byte token, <0xHH> with exactly two hexadecimal digits, or -1.
 static int byte_token(const char *text, size_t n) {
-    if (n != 6 || memcmp(text, "<0x", 3) != 0 || text[5] != '>') return -1;
-    int value = 0;
-    for (int i = 3; i < 5; i++) {
-        int c = (unsigned char)text[i];
-        if (!isxdigit(c)) return -1;
-        value = value * 16 + (c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
-    }
-    return value;
+    bool is = n == 6 && memcmp(text, "<0x", 3) == 0 && isxdigit((unsigned char)text[3])
+           && isxdigit((unsigned char)text[4]) && text[5] == '>';
+    return is ? (int)strtol(text + 3, NULL, 16) : -1;
 }
 
-// ------------------------------------------------------------------------------------- encoding
+// ----------------------------------------------------------------------------- byte-pair encoding
 
 // Pieces repeat: a small table of the latest ones and their ids saves most of the work.
 typedef struct { uint8_t length, count; char text[26]; int32_t ids[9]; } CachedPiece;
 enum { MAX_CACHED_PIECES = 4096 };
 
-// A symbol in a long piece: a token so far, in a linked list.
+// A symbol of a piece: a token so far, in a linked list. A candidate: two neighbours that merge.
 typedef struct { int32_t id, previous, next; } Symbol;
 typedef struct { uint32_t rank; int32_t at, left, right, merged; } Candidate;
 
@@ -4120,7 +3601,7 @@ typedef struct {
 
 static int encoder_open(Encoder *e, const Tokenizer *t, size_t n, Buffer *ids, qlora_error *err) {
     const qlora_allocator *a = t->region.allocator;
-    *e = (Encoder){.t = t, .ids = ids, .regex = regex_run(n, a), .err = err};
+    *e = (Encoder){.t = t, .ids = ids, .regex = regex_run(n, a, err), .err = err};
     e->normal[0].allocator = e->normal[1].allocator = a;
     e->symbols.allocator = e->list.allocator = e->heap.allocator = a;
     for (size_t i = 0; i < t->n_pre_tokenizers; i++) e->rewritten[i].allocator = a;
@@ -4131,50 +3612,15 @@ static int encoder_open(Encoder *e, const Tokenizer *t, size_t n, Buffer *ids, q
 }
 
 static void encoder_close(Encoder *e) {
-    buffer_free(&e->normal[0]);
-    buffer_free(&e->normal[1]);
+    Buffer *buffers[] = {&e->normal[0], &e->normal[1], &e->symbols, &e->list, &e->heap,
+                         &e->regex.stack};
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) buffer_free(buffers[i]);
     for (size_t i = 0; i < e->t->n_pre_tokenizers; i++) buffer_free(&e->rewritten[i]);
-    buffer_free(&e->symbols);
-    buffer_free(&e->list);
-    buffer_free(&e->heap);
-    buffer_free(&e->regex.stack);
     mem_free(e->t->region.allocator, e->cache, e->n_cache, sizeof *e->cache);
 }
 
 static int push_id(Buffer *ids, int32_t id, qlora_error *err) {
     return buffer_append(ids, &id, sizeof id, err);
-}
-
-// Few symbols: look for the lowest rank again and again, the leftmost among equals.
-enum { FEW_SYMBOLS = 64 };
-
-static size_t merge_few(const Vocabulary *v, int32_t *ids, size_t n) {
-    uint32_t rank[FEW_SYMBOLS];                       // of the pair that begins at i
-    int32_t merged[FEW_SYMBOLS];
-    for (size_t i = 0; i + 1 < n; i++) {
-        const Merge *merge = merge_slot(v, ids[i], ids[i + 1]);
-        rank[i] = merge->left < 0 ? NO_RANK : merge->rank;
-        merged[i] = merge->merged;
-    }
-    while (n > 1) {
-        size_t best = 0;
-        for (size_t i = 1; i + 1 < n; i++)
-            if (rank[i] < rank[best]) best = i;
-        if (rank[best] == NO_RANK) break;
-        ids[best] = merged[best];
-        n--;
-        for (size_t i = best + 1; i < n; i++) {
-            ids[i] = ids[i + 1];
-            rank[i - 1] = rank[i];
-            merged[i - 1] = merged[i];
-        }
-        for (size_t i = best ? best - 1 : 0; i <= best && i + 1 < n; i++) {
-            const Merge *merge = merge_slot(v, ids[i], ids[i + 1]);
-            rank[i] = merge->left < 0 ? NO_RANK : merge->rank;
-            merged[i] = merge->merged;
-        }
-    }
-    return n;
 }
 
 // Lower rank first; of equal ones the leftmost. The heap below is the usual binary one.
@@ -4216,9 +3662,9 @@ static int push_candidate(Encoder *e, const Symbol *symbols, int32_t at) {
                                            merge->merged}, e->err);
 }
 
-// Many symbols: a heap of the pairs that can be merged; O(n log n). A candidate whose symbols have
-// changed since it was pushed is passed over.
-static int merge_many(Encoder *e, int32_t *ids, size_t *n) {
+// Merges what can be merged: a heap of the candidates, O(n log n). One whose symbols have changed
+// since it was pushed is passed over.
+static int merge_symbols(Encoder *e, int32_t *ids, size_t *n) {
     e->list.size = e->heap.size = 0;
     if (*n > INT32_MAX / 2) return fail(e->err, "a piece of text is too long to be tokenised");
     if (buffer_reserve(&e->list, *n * sizeof(Symbol), e->err)) return -1;
@@ -4246,70 +3692,48 @@ static int merge_many(Encoder *e, int32_t *ids, size_t *n) {
     return 0;
 }
 
-// What stands for a character that is no token: its bytes, if all have a token, else the unknown
-// token, several of them as one if they are to be fused. *unknown counts those not yet written.
-static int push_unknown(Encoder *e, const char *text, size_t n, size_t *unknown) {
-    const Tokenizer *t = e->t;
-    bool all = t->byte_fallback;
-    int32_t ids[8];
-    for (size_t i = 0; i < n && all; i++) {
-        char name[8];
-        snprintf(name, sizeof name, "<0x%02X>", (unsigned)(unsigned char)text[i]);
-        ids[i] = model_id(&t->vocabulary, name, 6);
-        all = ids[i] >= 0;
-    }
-    if (all) return buffer_append(&e->symbols, ids, n * sizeof *ids, e->err);
-    if (t->unk_id == UNK_MISSING)
-        return fail(e->err, "%s: a character is not in the vocabulary, nor is model.unk_token",
-                    t->file);
-    if (t->unk_id < 0) return 0;
-    if (*unknown && !t->fuse_unk) return push_id(&e->symbols, t->unk_id, e->err);
-    *unknown = 1;
-    return 0;
-}
-
-// The symbols a piece begins with, before any merge.
+// The symbols a piece begins with, before any merge. A character that is no token becomes its byte
+// tokens, if all exist, else the unknown token; with fuse_unk several become one of them.
 static int first_symbols(Encoder *e, const char *text, size_t n) {
     const Tokenizer *t = e->t;
-    size_t unknown = 0;
+    bool after_unknown = false;
     e->symbols.size = 0;
-    for (size_t i = 0; i < n;) {
-        char alphabet[4];
-        const char *symbol = text + i;
-        size_t length, in_text = 1;
-        int32_t id;
-        if (t->byte_level) {
-            id = t->byte_id[(unsigned char)*symbol];
-            length = id < 0 ? utf8_encode(alphabet, byte_to_char((unsigned char)*symbol)) : 1;
-            symbol = alphabet;
-        } else {
-            uint32_t code;
-            in_text = length = utf8_next(symbol, &code);
-            id = code < 0x10000 ? t->char_id[code] : model_id(&t->vocabulary, symbol, length);
+    for (size_t i = 0, length; i < n; i += length) {
+        uint32_t code;
+        length = t->byte_level ? 1 : utf8_next(text + i, &code);
+        int32_t ids[4] = {t->byte_level ? t->byte_id[(unsigned char)text[i]]
+                                        : model_id(&t->vocabulary, text + i, length)};
+        size_t count = 1;
+        bool known = ids[0] >= 0;
+        if (!known && t->byte_fallback && !t->byte_level) {
+            known = true;
+            for (count = 0; count < length && known; count++) {
+                ids[count] = t->byte_id[(unsigned char)text[i + count]];
+                known = ids[count] >= 0;
+            }
         }
-        i += in_text;
-        if (id < 0) {
-            if (push_unknown(e, symbol, length, &unknown)) return -1;
-            continue;
+        if (!known) {
+            ids[0] = t->unk_id;
+            count = t->unk_id >= 0 && !(after_unknown && t->fuse_unk);
         }
-        if (unknown && push_id(&e->symbols, t->unk_id, e->err)) return -1;
-        unknown = 0;
-        if (push_id(&e->symbols, id, e->err)) return -1;
+        after_unknown = !known;
+        if (buffer_append(&e->symbols, ids, count * sizeof *ids, e->err)) return -1;
     }
-    return unknown ? push_id(&e->symbols, t->unk_id, e->err) : 0;
+    return 0;
 }
 
 // Looks for a whole piece in the model's vocabulary; *id is -1 if it is not there.
 static int whole_piece(Encoder *e, const char *text, size_t n, int32_t *id) {
     *id = -1;
     if (n > e->t->vocabulary.longest) return 0;
-    if (e->t->byte_level) {
-        e->heap.size = 0;                             // only scratch here
-        if (append_byte_alphabet(&e->heap, text, n, e->err)) return -1;
-        text = e->heap.data;
-        n = e->heap.size;
+    e->heap.size = 0;                                 // only scratch here
+    for (size_t i = 0; i < n && e->t->byte_level; i++) {
+        char bytes[4];
+        size_t length = utf8_encode(bytes, byte_to_char((unsigned char)text[i]));
+        if (buffer_append(&e->heap, bytes, length, e->err)) return -1;
     }
-    *id = model_id(&e->t->vocabulary, text, n);
+    *id = e->t->byte_level ? model_id(&e->t->vocabulary, e->heap.data, e->heap.size)
+                           : model_id(&e->t->vocabulary, text, n);
     return 0;
 }
 
@@ -4323,15 +3747,10 @@ static int encode_piece(Encoder *e, const char *text, size_t n) {
     }
     int32_t whole = -1;
     if (e->t->ignore_merges && whole_piece(e, text, n, &whole)) return -1;
-    if (whole >= 0) {
-        e->symbols.size = 0;
-        if (push_id(&e->symbols, whole, e->err)) return -1;
-    } else if (first_symbols(e, text, n)) return -1;
-    int32_t *ids = (int32_t *)(void *)e->symbols.data;
-    size_t count = e->symbols.size / sizeof *ids;
-    if (count > FEW_SYMBOLS) {
-        if (merge_many(e, ids, &count)) return -1;
-    } else if (count > 1) count = merge_few(&e->t->vocabulary, ids, count);
+    if (whole < 0 && first_symbols(e, text, n)) return -1;
+    int32_t *ids = whole < 0 ? (int32_t *)(void *)e->symbols.data : &whole;
+    size_t count = whole < 0 ? e->symbols.size / sizeof *ids : 1;
+    if (count > 1 && merge_symbols(e, ids, &count)) return -1;
     if (cached && count <= sizeof cached->ids / sizeof *ids) {
         cached->length = (uint8_t)n;
         cached->count = (uint8_t)count;
@@ -4344,11 +3763,10 @@ static int encode_piece(Encoder *e, const char *text, size_t n) {
 // Sentencepiece-style text comes as one piece. Where no merge can reach over the beginning of a
 // word, its words are encoded one by one: the same ids, from short pieces that repeat.
 static int encode_words(Encoder *e, const char *text, size_t n) {
-    if (!e->t->cut_at_space) return encode_piece(e, text, n);
     size_t begin = 0;
     bool in_marks = true;                             // at the ▁ in front of a word
-    for (size_t i = 0; i < n; i++) {
-        bool mark = n - i >= 3 && memcmp(text + i, space_mark, 3) == 0;
+    for (size_t i = 0; i < n && e->t->cut_at_space; i++) {
+        bool mark = starts_with(text + i, n - i, space_mark);
         if (mark && !in_marks) {
             if (encode_piece(e, text + begin, i - begin)) return -1;
             begin = i;
@@ -4361,97 +3779,17 @@ static int encode_words(Encoder *e, const char *text, size_t n) {
 
 // ------------------------------------------------------------------------------ pre-tokenizers
 
-// The matches of a regular expression, one after the other, as Oniguruma's iterator gives them:
-// an empty match directly behind another one does not count.
-typedef struct {
-    const Regex *regex;
-    const char *text;
-    size_t n, from, last_end;
-    bool any;
-} MatchIterator;
-
-static int next_match(MatchIterator *m, RegexRun *run, size_t *start, size_t *end,
-                      qlora_error *err) {
-    while (m->from <= m->n) {
-        int found = regex_find(m->regex, run, m->text, m->n, m->from, start, end, err);
-        if (found <= 0) return found;
-        if (*start == *end && m->any && m->last_end == *end) {
-            uint32_t code;
-            m->from += m->from < m->n ? utf8_next(m->text + m->from, &code) : 1;
-            continue;
-        }
-        m->from = m->last_end = *end;
-        m->any = true;
-        return 1;
-    }
-    return 0;
-}
-
-static int pre_tokenize(Encoder *e, size_t step, const char *text, size_t n, bool at_start);
-
-// A split under way: the piece that may still grow, and whether what it ends with was a match.
-typedef struct { size_t start, end; bool any, match; } OpenPiece;
-
-// The next part of the text, a match or what lies between two: hands on what is complete. Whether a
-// part joins the piece before it is all that the behaviours differ in.
-static int split_part(Encoder *e, size_t step, const char *text, bool at_start, OpenPiece *open,
-                      size_t start, size_t end, bool match) {
-    const PreStep *s = &e->t->pre_tokenizers[step];
-    match = match != s->invert;
-    if (s->behavior == SPLIT_ISOLATED || s->behavior == SPLIT_REMOVED) {
-        if (match && s->behavior == SPLIT_REMOVED) return 0;
-        return pre_tokenize(e, step + 1, text + start, end - start, at_start && start == 0);
-    }
-    bool was_match = open->any && open->match;
-    bool join = s->behavior == SPLIT_CONTIGUOUS ? match == was_match
-              : s->behavior == SPLIT_WITH_PREVIOUS ? match && !was_match : was_match && !match;
-    if (open->any && join) {
-        open->end = end;
-        open->match = match;
-        return 0;
-    }
-    OpenPiece done = *open;
-    *open = (OpenPiece){start, end, true, match};
-    return !done.any ? 0 : pre_tokenize(e, step + 1, text + done.start, done.end - done.start,
-                                        at_start && done.start == 0);
-}
-
-static int pre_split(Encoder *e, size_t step, const char *text, size_t n, bool at_start) {
-    MatchIterator matches = {.regex = e->t->pre_tokenizers[step].regex, .text = text, .n = n};
-    OpenPiece open = {0, 0, false, false};
+// Appends text with every match replaced.
+static int replace_matches(RegexRun *run, const Regex *regex, const char *text, size_t n,
+                           const char *with, Buffer *out) {
     size_t done = 0, start, end;
     int found;
-    while ((found = next_match(&matches, &e->regex, &start, &end, e->err)) > 0) {
-        if (start > done && split_part(e, step, text, at_start, &open, done, start, false))
-            return -1;
-        if (split_part(e, step, text, at_start, &open, start, end, true)) return -1;
+    while ((found = regex_find(run, regex, text, n, done, &start, &end)) > 0) {
+        if (buffer_append(out, text + done, start - done, run->err)
+            || buffer_append(out, with, strlen(with), run->err)) return -1;
         done = end;
     }
-    if (found < 0) return -1;
-    if (done < n && split_part(e, step, text, at_start, &open, done, n, false)) return -1;
-    return !open.any ? 0 : pre_tokenize(e, step + 1, text + open.start, open.end - open.start,
-                                        at_start && open.start == 0);
-}
-
-static bool starts_with(const char *text, size_t n, const char *start) {
-    size_t length = strlen(start);
-    return n >= length && memcmp(text, start, length) == 0;
-}
-
-// Appends text with every space replaced.
-static int append_replacing_spaces(Buffer *out, const char *text, size_t n, const char *replacement,
-                                   qlora_error *err) {
-    size_t length = strlen(replacement);
-    while (n) {
-        const char *space = memchr(text, ' ', n);
-        size_t before = space ? (size_t)(space - text) : n;
-        if (buffer_append(out, text, before, err)) return -1;
-        if (!space) break;
-        if (buffer_append(out, replacement, length, err)) return -1;
-        text += before + 1;
-        n -= before + 1;
-    }
-    return 0;
+    return found < 0 ? -1 : buffer_append(out, text + done, n - done, run->err);
 }
 
 // Sends text through pre-tokenizer `step` and all that follow. at_start: it is where the whole text
@@ -4460,106 +3798,81 @@ static int pre_tokenize(Encoder *e, size_t step, const char *text, size_t n, boo
     if (n == 0) return 0;
     if (step == e->t->n_pre_tokenizers) return encode_words(e, text, n);
     const PreStep *s = &e->t->pre_tokenizers[step];
-    Buffer *out = &e->rewritten[step];
-    out->size = 0;
-    int bad = 0;
-    switch (s->kind) {
-    case PRE_SPLIT:
-        return pre_split(e, step, text, n, at_start);
-    case PRE_PREFIX_SPACE:
-        if (text[0] == ' ') return pre_tokenize(e, step + 1, text, n, at_start);
-        bad = buffer_append(out, " ", 1, e->err) || buffer_append(out, text, n, e->err);
-        break;
-    case PRE_METASPACE:
-        if ((s->scheme == PREPEND_ALWAYS || (s->scheme == PREPEND_FIRST && at_start))
-            && text[0] != ' ' && !starts_with(text, n, s->replacement))
-            bad = buffer_append(out, s->replacement, strlen(s->replacement), e->err);
-        bad = bad || append_replacing_spaces(out, text, n, s->replacement, e->err);
-        break;
-    case PRE_BYTES:
-        bad = append_byte_alphabet(out, text, n, e->err);
-        break;
+    if (s->replacement) {
+        Buffer *out = &e->rewritten[step];
+        bool prepend = s->scheme == PREPEND_ALWAYS || (s->scheme == PREPEND_FIRST && at_start);
+        out->size = 0;
+        if (text[0] == ' ' || starts_with(text, n, s->replacement)) prepend = false;
+        if (prepend && buffer_append(out, s->replacement, strlen(s->replacement), e->err))
+            return -1;
+        if (replace_matches(&e->regex, s->regex, text, n, s->replacement, out)) return -1;
+        return pre_tokenize(e, step + 1, out->data, out->size, at_start);
     }
-    return bad ? -1 : pre_tokenize(e, step + 1, out->data, out->size, at_start);
+    // The gaps between the matches and the matches, unless the behaviour removes them, go on.
+    bool gaps = s->behavior != SPLIT_REMOVED || !s->invert;
+    bool matches = s->behavior == SPLIT_ISOLATED || (s->behavior == SPLIT_REMOVED && s->invert);
+    size_t done = 0, from = 0, start, end;
+    int found;
+    while ((found = regex_find(&e->regex, s->regex, text, n, from, &start, &end)) > 0) {
+        if (gaps && pre_tokenize(e, step + 1, text + done, start - done, at_start && done == 0))
+            return -1;
+        if (matches && pre_tokenize(e, step + 1, text + start, end - start, at_start && start == 0))
+            return -1;
+        from = end;
+        done = s->behavior == SPLIT_BEFORE ? start : end;
+    }
+    if (found < 0 || !gaps) return found;
+    return pre_tokenize(e, step + 1, text + done, n - done, at_start && done == 0);
 }
 
 // --------------------------------------------------------------------------------- normalizers
-
-static int replace_matches(const Regex *regex, RegexRun *run, const char *text, size_t n,
-                           const char *with, size_t n_with, Buffer *out, qlora_error *err) {
-    MatchIterator matches = {.regex = regex, .text = text, .n = n};
-    size_t done = 0, start, end;
-    int found;
-    while ((found = next_match(&matches, run, &start, &end, err)) > 0) {
-        if (buffer_append(out, text + done, start - done, err)) return -1;
-        if (buffer_append(out, with, n_with, err)) return -1;
-        done = end;
-    }
-    return found < 0 ? -1 : buffer_append(out, text + done, n - done, err);
-}
-
-static int append_lower_case(const Unicode *u, const char *text, size_t n, Buffer *out,
-                             qlora_error *err) {
-    for (size_t i = 0; i < n;) {
-        uint32_t code;
-        char bytes[4];
-        i += utf8_next(text + i, &code);
-        size_t length = utf8_encode(bytes, unicode_lower_case(u, code));
-        // U+0130, the dotted capital I, is the one character that becomes two.
-        int bad = code == 0x130 ? buffer_append(out, "i\xCC\x87", 3, err)
-                                : buffer_append(out, bytes, length, err);
-        if (bad) return -1;
-    }
-    return 0;
-}
 
 // How many bytes of white space text begins with, or (at_end) ends with.
 static size_t space_length(const char *text, size_t n, bool at_end) {
     size_t length = 0;
     while (length < n) {
         uint32_t code;
-        size_t at = at_end ? utf8_before(text, n - length) : length;
-        size_t bytes = utf8_next(text + at, &code);
+        size_t bytes = utf8_next(text + (at_end ? utf8_before(text, n - length) : length), &code);
         if (!unicode_is_space(code)) break;
         length += bytes;
     }
     return length;
 }
 
+// Sentencepiece's remove_extra_whitespaces: spaces at both ends go, several in a row become one.
+static int append_trimmed(Buffer *out, const char *text, size_t n, qlora_error *err) {
+    for (bool more = true; more;) {
+        more = n >= 1 && text[n - 1] == ' ';
+        size_t mark = n >= 3 && starts_with(text + n - 3, 3, space_mark) ? 3 : more;
+        more = mark > 0;
+        n -= mark;
+    }
+    for (size_t i = 0; i < n; i++) {
+        bool extra = text[i] == ' ' && (out->size == 0 || out->data[out->size - 1] == ' ');
+        if (!extra && buffer_append(out, text + i, 1, err)) return -1;
+    }
+    return 0;
+}
+
 // Applies the normalizers; *text and *n become what they make of it. at_start: as in pre_tokenize.
 static int normalize(Encoder *e, const char **text, size_t *n, bool at_start) {
     for (size_t i = 0; i < e->t->n_normalizers && *n; i++) {
         const NormalStep *s = &e->t->normalizers[i];
-        Buffer *out = &e->normal[0];
-        if (*text == out->data) out = &e->normal[1];
-        out->size = 0;
+        Buffer *out = &e->normal[*text == e->normal[0].data];
         bool same = false;
         int bad = 0;
+        out->size = 0;
         switch (s->kind) {
-        case NORMAL_FORM:
-            bad = normal_apply(s->form, *text, *n, out, &same, e->err);
-            break;
+        case NORMAL_NFC: bad = nfc_apply(e->t->unicode, *text, *n, out, &same, e->err); break;
         case NORMAL_PREPEND:
-            if (s->only_first && !at_start) continue;
-            bad = buffer_append(out, s->text, s->length, e->err)
+            same = s->only_first && !at_start;
+            bad = buffer_append(out, s->text, strlen(s->text), e->err)
                || buffer_append(out, *text, *n, e->err);
             break;
         case NORMAL_REPLACE:
-            // The commonest of all, " " to "▁", needs no regular expression.
-            bad = !s->regex ? append_replacing_spaces(out, *text, *n, s->text, e->err)
-                : replace_matches(s->regex, &e->regex, *text, *n, s->text, s->length, out, e->err);
+            bad = replace_matches(&e->regex, s->regex, *text, *n, s->text, out);
             break;
-        case NORMAL_STRIP: {
-            size_t left = s->left ? space_length(*text, *n, false) : 0;
-            *text += left;
-            *n -= left;
-            *n -= s->right ? space_length(*text, *n, true) : 0;
-            bad = buffer_append(out, *text, *n, e->err);
-            break;
-        }
-        case NORMAL_LOWERCASE:
-            bad = append_lower_case(e->t->unicode, *text, *n, out, e->err);
-            break;
+        case NORMAL_TRIM: bad = append_trimmed(out, *text, *n, e->err); break;
         }
         if (bad) return -1;
         if (same) continue;
@@ -4571,41 +3884,39 @@ static int normalize(Encoder *e, const char **text, size_t *n, bool at_start) {
 
 // -------------------------------------------------------------------------------- added tokens
 
-// The longest added token that text begins with, or NULL. The tokens are sorted: those that agree
-// with the text up to some depth are a range, which each byte narrows.
+// The order of patterns: as strcmp; with `prefix`, a text that begins with the pattern equals it.
+static int compare_patterns(const char *a, size_t n, const char *b, size_t m) {
+    int order = memcmp(a, b, min_size(n, m));
+    return order ? order : (n > m) - (n < m);
+}
+
+static bool begins_with(const char *text, size_t n, const AddedToken *token) {
+    return token->length <= n && memcmp(text, token->pattern, token->length) == 0;
+}
+
+// The longest added token that text begins with, or NULL. Whatever sorts between such a token and
+// the text begins with that token, too: from the last one not behind the text, follow `shorter`.
 static const AddedToken *longest_added(const AddedSet *set, const char *text, size_t n) {
-    size_t low = set->first[(unsigned char)text[0]], high = set->first[(unsigned char)text[0] + 1];
-    const AddedToken *longest = NULL;
-    for (size_t depth = 1; low < high; depth++) {
-        if (set->tokens[low].length == depth) longest = &set->tokens[low++];
-        if (depth == n) break;
-        unsigned char byte = (unsigned char)text[depth];
-        size_t limits[2] = {low, high};               // the first tokens >= byte, > byte
-        for (unsigned k = 0; k < 2; k++) {
-            size_t from = limits[0], to = high;
-            while (from < to) {
-                size_t middle = (from + to) / 2;
-                if ((unsigned char)set->tokens[middle].pattern[depth] < byte + k) from = middle + 1;
-                else to = middle;
-            }
-            limits[k] = from;
-        }
-        low = limits[0];
-        high = limits[1];
+    size_t begin = set->first[(unsigned char)text[0]], low = begin;
+    size_t high = set->first[(unsigned char)text[0] + 1];
+    while (low < high) {
+        size_t middle = (low + high) / 2;
+        const AddedToken *token = &set->tokens[middle];
+        if (compare_patterns(token->pattern, token->length, text, n) <= 0) low = middle + 1;
+        else high = middle;
     }
-    return longest;
+    const AddedToken *token = low > begin ? &set->tokens[low - 1] : NULL;
+    while (token && !begins_with(text, n, token)) token = token->shorter;
+    return token;
 }
 
 // Do no word characters stand on either side?
 static bool is_single_word(const Unicode *u, const char *text, size_t n, size_t start, size_t end) {
-    uint32_t code;
-    bool word = false;
-    for (int side = 0; side < 2 && !word; side++) {
-        if (side == 0 ? start == 0 : end == n) continue;
-        utf8_next(text + (side == 0 ? utf8_before(text, start) : end), &code);
-        word = unicode_is_word(u, code) || code == 0x200C || code == 0x200D;
-    }
-    return !word;
+    uint32_t before = ' ', behind = ' ';
+    if (start > 0) utf8_next(text + utf8_before(text, start), &before);
+    if (end < n) utf8_next(text + end, &behind);
+    bool joins = (before | 1) == 0x200D || (behind | 1) == 0x200D;     // zero-width (non-)joiners
+    return !joins && !unicode_is_word(u, before) && !unicode_is_word(u, behind);
 }
 
 typedef int (*SegmentFunction)(Encoder *e, const char *text, size_t n, bool at_start);
@@ -4615,9 +3926,7 @@ static int split_added(Encoder *e, const AddedSet *set, const char *text, size_t
                        SegmentFunction rest) {
     size_t done = 0;
     for (size_t i = 0; i < n && set->n;) {
-        unsigned char byte = (unsigned char)text[i];
-        const AddedToken *token = set->first[byte] == set->first[byte + 1] ? NULL
-                                : longest_added(set, text + i, n - i);
+        const AddedToken *token = longest_added(set, text + i, n - i);
         if (!token) { i++; continue; }
         size_t start = i, end = i + token->length;
         i = end;
@@ -4672,150 +3981,55 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, bool
 // token_stream_free.
 typedef struct {
     Buffer held;                    // bytes that cannot be shown yet
-    Buffer token[2];                // the token on its way through the decoders, by turns
-    size_t count[MAX_TOKENIZER_STEPS];      // what each step counts
+    Buffer token;                   // the token with its spaces replaced
     RegexRun regex;
-    bool open;
+    size_t strips;                  // how often the beginning may still be stripped
+    bool open, any;                 // any: a token has come
 } TokenStream;
 
-// Releases a stream that is not ended.
-static void token_stream_free(TokenStream *s) {
-    if (!s->open) return;
-    buffer_free(&s->held);
-    buffer_free(&s->token[0]);
-    buffer_free(&s->token[1]);
-    buffer_free(&s->regex.stack);
-    *s = (TokenStream){.open = false};
+// Appends decoded text, without what is stripped from the beginning of the whole.
+static int stream_emit(const Tokenizer *t, TokenStream *s, const char *text, size_t n, Buffer *out,
+                       qlora_error *err) {
+    for (; s->strips && starts_with(text, n, t->decode.strip); s->strips--) {
+        text += strlen(t->decode.strip);
+        n -= strlen(t->decode.strip);
+    }
+    if (n) s->strips = 0;
+    return buffer_append(out, text, n, err);
 }
 
-static int decode_token(const Tokenizer *t, TokenStream *s, size_t step, const char *text, size_t n,
-                        Buffer *out, qlora_error *err);
-
-// Hands the held bytes on. A run of byte tokens that is no valid UTF-8 becomes as many U+FFFD as it
-// has bytes; that can be known only when the run has ended.
-static int flush_byte_run(const Tokenizer *t, TokenStream *s, size_t step, Buffer *out,
-                          qlora_error *err) {
-    size_t n = s->held.size;
-    if (!n) return 0;
-    Buffer run = s->held;
-    s->held = (Buffer){.allocator = run.allocator};
-    int bad = 0;
-    if (utf8_valid_prefix(run.data, n) == n)
-        bad = decode_token(t, s, step + 1, run.data, n, out, err);
-    else
-        for (size_t i = 0; i < n && !bad; i++)
-            bad = decode_token(t, s, step + 1, "\xEF\xBF\xBD", 3, out, err);
-    buffer_free(&run);
+// Appends the held bytes, which nothing can complete any more: an incomplete character of
+// byte-level tokens is one U+FFFD; a run of byte tokens that is no valid UTF-8 is one for each byte.
+static int stream_flush(const Tokenizer *t, TokenStream *s, Buffer *out, qlora_error *err) {
+    size_t n = s->held.size, marks = t->decode.byte_level ? min_size(n, 1) : n;
+    bool valid = utf8_valid_prefix(s->held.data, n) == n;
+    int bad = n && valid ? stream_emit(t, s, s->held.data, n, out, err) : 0;
+    for (size_t i = 0; i < marks && !valid && !bad; i++)
+        bad = stream_emit(t, s, "\xEF\xBF\xBD", 3, out, err);
+    s->held.size = 0;
     return bad;
 }
 
-// Bytes of byte-level tokens: whole characters are handed on, an incomplete one is kept.
-static int decode_bytes(const Tokenizer *t, TokenStream *s, size_t step, const char *text, size_t n,
-                        Buffer *out, qlora_error *err) {
-    size_t old = s->held.size, i = 0;
-    bool known = true;
-    for (; i < n && known; ) {
-        uint32_t code;
+// Bytes of byte-level tokens: whole characters are handed on, an incomplete one is kept. A token
+// with a character outside the alphabet is plain text.
+static int stream_bytes(TokenStream *s, const char *text, size_t n, Buffer *out, qlora_error *err) {
+    size_t old = s->held.size, keep;
+    uint32_t code;
+    int byte = 0;
+    for (size_t i = 0; i < n && byte >= 0;) {
         i += utf8_next(text + i, &code);
-        int byte = char_to_byte(code);
-        known = byte >= 0;
+        byte = char_to_byte(code);
         char c = (char)byte;
-        if (known && buffer_append(&s->held, &c, 1, err)) return -1;
+        if (buffer_append(&s->held, &c, 1, err)) return -1;
     }
-    if (!known) {                                     // a token outside the alphabet is plain text
+    if (byte < 0) {
         s->held.size = old;
         if (buffer_append(&s->held, text, n, err)) return -1;
     }
-    Buffer whole = {.allocator = s->held.allocator};
-    size_t keep;
-    int bad = utf8_append_lossy(&whole, s->held.data, s->held.size, &keep, err);
-    if (!bad) {
-        memmove(s->held.data, s->held.data + s->held.size - keep, keep);
-        s->held.size = keep;
-        bad = whole.size ? decode_token(t, s, step + 1, whole.data, whole.size, out, err) : 0;
-    }
-    buffer_free(&whole);
-    return bad;
-}
-
-// Strips up to `start` and `stop` characters. Of fused text, the characters stripped so far are
-// counted, and SIZE_MAX says that another one has come.
-static void decode_strip(const DecodeStep *d, size_t *count, const char **text, size_t *n) {
-    size_t stripped = d->fused ? *count : 0;
-    while (stripped < d->start && starts_with(*text, *n, d->text)) {
-        *text += d->length;
-        *n -= d->length;
-        stripped++;
-    }
-    if (d->fused) *count = *n ? SIZE_MAX : stripped;
-    for (size_t i = 0; i < d->stop && *n >= d->length; i++) {
-        if (memcmp(*text + *n - d->length, d->text, d->length) != 0) break;
-        *n -= d->length;
-    }
-}
-
-// Every "▁" is a space, but those of the first token are only the mark of its beginning.
-static int decode_metaspace(const DecodeStep *d, bool first, const char *text, size_t n,
-                            Buffer *out, qlora_error *err) {
-    bool drop = first && d->scheme != PREPEND_NEVER;
-    for (size_t i = 0; i < n; i++) {
-        bool mark = starts_with(text + i, n - i, d->text);
-        if (mark && !drop && buffer_append(out, " ", 1, err)) return -1;
-        if (!mark && buffer_append(out, text + i, 1, err)) return -1;
-        if (mark) i += d->length - 1;
-    }
+    if (utf8_append_lossy(out, s->held.data, s->held.size, &keep, err)) return -1;
+    if (keep) memmove(s->held.data, s->held.data + s->held.size - keep, keep);
+    s->held.size = keep;
     return 0;
-}
-
-// Sends one token's text through decoder `step` and all that follow.
-static int decode_token(const Tokenizer *t, TokenStream *s, size_t step, const char *text, size_t n,
-                        Buffer *out, qlora_error *err) {
-    for (; step < t->n_decoders; step++) {
-        const DecodeStep *d = &t->decoders[step];
-        Buffer *next = &s->token[text == s->token[0].data];
-        size_t *count = &s->count[step];
-        int byte, bad = 0;
-        switch (d->kind) {
-        case DECODE_FUSE:
-            continue;
-        case DECODE_STRIP:
-            decode_strip(d, count, &text, &n);
-            continue;
-        case DECODE_JOIN:
-            if ((*count)++ && buffer_append(out, " ", 1, err)) return -1;
-            continue;
-        case DECODE_BYTE_LEVEL:
-            return decode_bytes(t, s, step, text, n, out, err);
-        case DECODE_BYTE_FALLBACK:
-            byte = byte_token(text, n);
-            if (byte >= 0) {
-                char c = (char)byte;
-                return buffer_append(&s->held, &c, 1, err);
-            }
-            if (s->held.size) {
-                // The buffer that holds the text may be used again while the run is flushed.
-                Buffer copy = {.allocator = s->held.allocator};
-                bad = buffer_append(&copy, text, n, err) || flush_byte_run(t, s, step, out, err)
-                   || decode_token(t, s, step + 1, copy.data, n, out, err);
-                buffer_free(&copy);
-                return bad ? -1 : 0;
-            }
-            continue;
-        case DECODE_REPLACE:
-            next->size = 0;
-            bad = replace_matches(d->regex, &s->regex, text, n, d->text, d->length, next, err);
-            break;
-        case DECODE_METASPACE:
-            next->size = 0;
-            bad = decode_metaspace(d, *count == 0 || d->fused, text, n, next, err);
-            *count = 1;
-            break;
-        }
-        if (bad) return -1;
-        text = next->data;
-        n = next->size;
-    }
-    return buffer_append(out, text, n, err);
 }
 
 // Appends what token `id` adds to the text. Bytes that do not make a character yet are held back,
@@ -4824,566 +4038,418 @@ static int decode_token(const Tokenizer *t, TokenStream *s, size_t step, const c
 static int token_stream_push(const Tokenizer *t, TokenStream *s, int32_t id, bool skip_special,
                              Buffer *out, qlora_error *err) {
     const qlora_allocator *a = t->region.allocator;
-    if (!s->open) {
-        *s = (TokenStream){.held = {.allocator = a}, .regex = regex_run(0, a), .open = true};
-        s->token[0].allocator = s->token[1].allocator = a;
-    }
-    const Token *token = vocabulary_token(&t->vocabulary, id);
+    const DecodeSteps *d = &t->decode;
+    if (!s->open)
+        *s = (TokenStream){.held = {.allocator = a}, .token = {.allocator = a},
+                           .regex = regex_run(0, a, err), .strips = d->strips, .open = true};
+    const Token *token = id < 0 ? NULL : vocabulary_token(&t->vocabulary, (size_t)id);
     if (!token || (skip_special && token->special)) return 0;
-    s->regex.budget = (size_t)1 << 20;
-    return decode_token(t, s, 0, token->text, token->length, out, err);
+    const char *text = token->text;
+    size_t n = token->length;
+    if (d->replace) {
+        s->token.size = 0;
+        s->regex.budget = (size_t)1 << 20;
+        s->regex.err = err;
+        if (replace_matches(&s->regex, d->replace, text, n, d->drop_first && !s->any ? "" : d->with,
+                            &s->token)) return -1;
+        text = s->token.data;
+        n = s->token.size;
+    }
+    s->any = true;
+    if (d->byte_level) return stream_bytes(s, text, n, out, err);
+    int byte = d->byte_fallback ? byte_token(text, n) : -1;
+    char c = (char)byte;
+    if (byte >= 0) return buffer_append(&s->held, &c, 1, err);
+    return stream_flush(t, s, out, err) || stream_emit(t, s, text, n, out, err) ? -1 : 0;
+}
+
+// Releases a stream that is not ended.
+static void token_stream_free(TokenStream *s) {
+    if (!s->open) return;
+    buffer_free(&s->held);
+    buffer_free(&s->token);
+    buffer_free(&s->regex.stack);
+    s->open = false;
 }
 
 // Appends what is still held back and releases the stream.
 static int token_stream_end(const Tokenizer *t, TokenStream *s, Buffer *out, qlora_error *err) {
-    int bad = 0;
-    for (size_t i = 0; i < t->n_decoders && s->held.size && !bad; i++) {
-        if (t->decoders[i].kind == DECODE_BYTE_FALLBACK) bad = flush_byte_run(t, s, i, out, err);
-        if (t->decoders[i].kind == DECODE_BYTE_LEVEL) {
-            s->held.size = 0;                         // an incomplete character is one U+FFFD
-            bad = decode_token(t, s, i + 1, "\xEF\xBF\xBD", 3, out, err);
-        }
-    }
+    int bad = s->open ? stream_flush(t, s, out, err) : 0;
     token_stream_free(s);
-    return bad ? -1 : 0;
+    return bad;
 }
 
 // Appends the text of the ids.
 static int tokenizer_decode(const Tokenizer *t, const int32_t *ids, size_t n, bool skip_special,
                             Buffer *text, qlora_error *err) {
     TokenStream s = {.open = false};
-    for (size_t i = 0; i < n; i++) {
-        if (token_stream_push(t, &s, ids[i], skip_special, text, err)) {
-            token_stream_free(&s);
-            return -1;
-        }
-    }
-    return token_stream_end(t, &s, text, err);
+    int bad = 0;
+    for (size_t i = 0; i < n && !bad; i++)
+        bad = token_stream_push(t, &s, ids[i], skip_special, text, err);
+    bad = bad || token_stream_end(t, &s, text, err);
+    token_stream_free(&s);
+    return bad ? -1 : 0;
 }
 
 // The largest id + 1.
 static size_t tokenizer_size(const Tokenizer *t) { return t->vocabulary.n_ids; }
-
-// The text of a token as the file has it, or NULL; *n is its length.
-static const char *tokenizer_token(const Tokenizer *t, int32_t id, size_t *n) {
-    const Token *token = vocabulary_token(&t->vocabulary, id);
-    if (token) *n = token->length;
-    return token ? token->text : NULL;
-}
 
 // The id of the token with exactly this text, or -1.
 static int32_t tokenizer_id(const Tokenizer *t, const char *text, size_t n) {
     return vocabulary_id(&t->vocabulary, text, n);
 }
 
-static bool tokenizer_is_special(const Tokenizer *t, int32_t id) {
-    const Token *token = vocabulary_token(&t->vocabulary, id);
-    return token && token->special;
+#ifdef QLORA_MAIN
+// The text of a token as the file has it, or NULL; *n is its length.
+static const char *tokenizer_token(const Tokenizer *t, int32_t id, size_t *n) {
+    const Token *token = id < 0 ? NULL : vocabulary_token(&t->vocabulary, (size_t)id);
+    if (token) *n = token->length;
+    return token ? token->text : NULL;
 }
+#endif
 
-// ---------------------------------------------------------------------- reading tokenizer.json
+// --------------------------------------------------------------- reading the steps of tokenizer.json
 
-// What reading a tokenizer works with. The parsed file lives in `scratch` and goes in the end; what
+// What reading a tokenizer works with. The parsed files live in `scratch` and go in the end; what
 // is kept is copied to the tokenizer's own region.
 typedef struct {
     Tokenizer *t;
     const char *directory;
-    const char *file;               // that is being read
+    const char *file;               // that is being read, for messages
     Region scratch;
     Encoder encoder;                // normalises added tokens
+    Buffer text;                    // of no lasting use
+    int decoder;                    // place of the latest decoder in their order
     const Json *config, *map;       // tokenizer_config.json, special_tokens_map.json, or NULL
     qlora_error *err;
 } Loader;
 
 static int refuse(Loader *l, const char *what, const char *type) {
-    if (!type) type = "(none)";
-    return fail(l->err, "%s: %s \"%.100s\" is not supported", l->file, what, type);
+    return fail(l->err, "%s: %s \"%.100s\" is not supported", l->file, what, type ? type : "(none)");
 }
 
 static const char *keep_text(Loader *l, const char *text, size_t n) {
     return region_text(&l->t->region, text, n, l->err);
 }
 
-// A member that must be a string.
-static const Json *need_text(Loader *l, const Json *object, const char *key) {
+// Copies a member that must be a string without NUL to *out.
+static int read_text(Loader *l, const Json *object, const char *key, const char **out) {
     const Json *value = json_get(object, key);
-    if (json_is(value, JSON_STRING)) return value;
-    fail(l->err, "%s: \"%s\" should be a string", l->file, key);
-    return NULL;
+    if (!json_is(value, JSON_STRING) || strlen(value->text) != value->length)
+        return fail(l->err, "%s: \"%s\" should be a string", l->file, key);
+    *out = keep_text(l, value->text, value->length);
+    return *out ? 0 : -1;
 }
 
-// A member that must be a list; an empty step list is as good as none.
-static const Json *need_list(Loader *l, const Json *object, const char *key) {
-    const Json *value = json_get(object, key);
-    if (json_is(value, JSON_ARRAY)) return value;
-    fail(l->err, "%s: \"%s\" should be a list", l->file, key);
-    return NULL;
-}
-
-static int read_bool(Loader *l, const Json *object, const char *key, bool otherwise, bool *out) {
-    const Json *value = json_get(object, key);
-    *out = json_get_bool(object, key, otherwise);
-    if (!value || json_is(value, JSON_TRUE) || json_is(value, JSON_FALSE)) return 0;
-    return fail(l->err, "%s: \"%s\" should be true or false", l->file, key);
-}
-
-static const Regex *compile(Loader *l, const char *pattern, size_t n) {
-    return regex_compile(l->t->unicode, pattern, n, l->file, &l->t->region, l->err);
-}
-
-// A regular expression that matches exactly this text.
-static const Regex *compile_literal(Loader *l, const char *text, size_t n) {
-    Buffer pattern = {.allocator = l->t->region.allocator};
-    const Regex *regex = NULL;
-    int bad = 0;
-    for (size_t i = 0; i < n && !bad; i++) {
-        bool plain = isalnum((unsigned char)text[i]) || (unsigned char)text[i] >= 0x80;
-        bad = (!plain && buffer_append(&pattern, "\\", 1, l->err))
-           || buffer_append(&pattern, text + i, 1, l->err);
-    }
-    if (!bad && n == 0) bad = fail(l->err, "%s: an empty pattern", l->file);
-    if (!bad) bad = buffer_append(&pattern, "", 1, l->err);     // messages quote it
-    if (!bad) regex = compile(l, pattern.data, pattern.size - 1);
-    buffer_free(&pattern);
-    return regex;
-}
-
-// "pattern": {"Regex": "..."} or {"String": "..."}.
-static const Regex *compile_pattern(Loader *l, const Json *step) {
-    const Json *pattern = json_get(step, "pattern"), *text = json_get(pattern, "Regex");
-    if (json_is(text, JSON_STRING)) return compile(l, text->text, text->length);
-    text = json_get(pattern, "String");
-    if (json_is(text, JSON_STRING)) return compile_literal(l, text->text, text->length);
-    fail(l->err, "%s: \"pattern\" should be {\"Regex\": ...} or {\"String\": ...}", l->file);
-    return NULL;
-}
-
-// Tells which of the names (ended by NULL) is the type of this step, or -1.
-static int which_type(const Json *step, const char *const *names) {
-    const char *type = json_get_text(step, "type");
-    for (int i = 0; type && names[i]; i++)
-        if (strcmp(type, names[i]) == 0) return i;
+// Which of the names (ended by NULL) is this one? Or -1.
+static int type_index(const char *name, const char *const *names) {
+    for (int i = 0; name && names[i]; i++)
+        if (strcmp(name, names[i]) == 0) return i;
     return -1;
 }
 
-// Calls read on every step of a "Sequence".
-static int read_sequence(Loader *l, const Json *sequence, const char *key, int depth,
-                         int (*read)(Loader *, const Json *, int)) {
-    const Json *list = need_list(l, sequence, key);
-    if (!list) return -1;
-    for (const Json *step = list->first; step; step = step->next)
-        if (read(l, step, depth + 1)) return -1;
-    return 0;
+static int compile(Loader *l, const char *pattern, size_t n, const Regex **regex) {
+    *regex = regex_compile(l->t->unicode, pattern, n, l->file, &l->t->region, l->err);
+    return *regex ? 0 : -1;
 }
 
-static int too_many(Loader *l, size_t n, int depth) {
-    if (n < MAX_TOKENIZER_STEPS && depth < 8) return 0;
-    return fail(l->err, "%s: more than %d steps, or nested too deeply", l->file,
-                MAX_TOKENIZER_STEPS);
+// Makes a regular expression that matches exactly this text.
+static int compile_literal(Loader *l, const char *text, const Regex **regex) {
+    l->text.size = 0;
+    for (const char *c = text; *c; c++) {
+        bool plain = isalnum((unsigned char)*c) || (unsigned char)*c >= 0x80;
+        if (buffer_append(&l->text, "\\", plain ? 0 : 1, l->err)
+            || buffer_append(&l->text, c, 1, l->err)) return -1;
+    }
+    if (buffer_append(&l->text, "", 1, l->err)) return -1;
+    return compile(l, l->text.data, l->text.size - 1, regex);
 }
 
-static int read_replace(Loader *l, const Json *step, NormalStep *s) {
-    const Json *content = need_text(l, step, "content");
-    const Json *literal = json_get(json_get(step, "pattern"), "String");
-    if (!content) return -1;
-    s->kind = NORMAL_REPLACE;
-    s->length = content->length;
-    s->text = keep_text(l, content->text, content->length);
-    bool space = json_is(literal, JSON_STRING) && literal->length == 1 && literal->text[0] == ' '
-              && !memchr(content->text, 0, content->length);
-    if (!space) s->regex = compile_pattern(l, step);
-    if (s->regex && s->regex->by_end) return refuse(l, "pattern", "that matches nothing, replaced");
-    return s->text && (space || s->regex) ? 0 : -1;
+// "pattern": {"Regex": "..."} or {"String": "..."}.
+static int compile_pattern(Loader *l, const Json *step, const Regex **regex) {
+    const Json *pattern = json_get(step, "pattern"), *text = json_get(pattern, "Regex");
+    if (json_is(text, JSON_STRING)) return compile(l, text->text, text->length, regex);
+    const char *literal;
+    return read_text(l, pattern, "String", &literal) || compile_literal(l, literal, regex);
 }
 
-static int read_normalizer(Loader *l, const Json *step, int depth) {
-    static const char *const names[] = {"Sequence", "NFC", "NFD", "NFKC", "NFKD", "Prepend",
-                                        "Replace", "Strip", "Lowercase", NULL};
-    Tokenizer *t = l->t;
+// Calls read on a step, or on each step of a "Sequence" whose list has that key.
+typedef int (*StepReader)(Loader *l, const Json *step, const char *type);
+
+static int read_steps(Loader *l, const Json *step, const char *list, StepReader read) {
+    const char *type = json_get_text(step, "type");
     if (!step || step->kind == JSON_NULL) return 0;
-    if (too_many(l, t->n_normalizers, depth)) return -1;
-    NormalStep *s = &t->normalizers[t->n_normalizers];
-    int type = which_type(step, names);
-    if (type == 0) return read_sequence(l, step, "normalizers", depth, read_normalizer);
-    *s = (NormalStep){.kind = NORMAL_FORM};
-    switch (type) {
-    case 1: case 2: case 3: case 4:
-        s->form = normal_open(type == 1 || type == 3, type >= 3, &t->region, l->err);
-        if (!s->form) return -1;
-        break;
-    case 5: {
-        const Json *text = need_text(l, step, "prepend");
-        s->kind = NORMAL_PREPEND;
-        s->text = text ? keep_text(l, text->text, text->length) : NULL;
-        if (!s->text) return -1;
-        s->length = text->length;
-        break;
-    }
-    case 6:
-        if (read_replace(l, step, s)) return -1;
-        break;
-    case 7:
-        s->kind = NORMAL_STRIP;
-        if (read_bool(l, step, "strip_left", false, &s->left)
-            || read_bool(l, step, "strip_right", false, &s->right)) return -1;
-        break;
-    case 8: s->kind = NORMAL_LOWERCASE; break;
-    default: return refuse(l, "normalizer", json_get_text(step, "type"));
-    }
-    t->n_normalizers++;
-    return 0;
+    if (!type || strcmp(type, "Sequence") != 0) return read(l, step, type);
+    const Json *steps = json_get(step, list);
+    for (step = steps ? steps->first : NULL; step; step = step->next)
+        if (read_steps(l, step, list, read)) return -1;
+    return json_is(steps, JSON_ARRAY) ? 0 : fail(l->err, "%s: no list \"%s\"", l->file, list);
 }
 
-// The pattern of GPT-2, which "ByteLevel" cuts by when use_regex is set.
+static int read_normalizer(Loader *l, const Json *step, const char *type) {
+    static const char *const names[] = {"NFC", "Prepend", "Replace", NULL};
+    Tokenizer *t = l->t;
+    int kind = type_index(type, names);
+    if (kind < 0) return refuse(l, "normalizer", type);
+    if (t->n_normalizers == MAX_TOKENIZER_STEPS) return refuse(l, "normalizer number 17", type);
+    NormalStep *s = &t->normalizers[t->n_normalizers++];
+    s->kind = (NormalKind)kind;
+    if (s->kind == NORMAL_PREPEND) return read_text(l, step, "prepend", &s->text);
+    if (s->kind == NORMAL_NFC) return 0;
+    return read_text(l, step, "content", &s->text) || compile_pattern(l, step, &s->regex) ? -1 : 0;
+}
+
+// How texts are cut where the file does not say it: by the pattern of GPT-2 (which "ByteLevel"
+// stands for when use_regex is set) or of Qwen2.
 static const char gpt2_pattern[] =
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
+static const char qwen2_pattern[] =
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+"
+    "[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
-static int add_pre_step(Loader *l, PreStep step) {
-    if (too_many(l, l->t->n_pre_tokenizers, 0)) return -1;
-    if (step.kind == PRE_SPLIT && !step.regex) return -1;           // it did not compile
-    l->t->pre_tokenizers[l->t->n_pre_tokenizers++] = step;
+// Adds a pre-tokenizer; `pattern` is its regular expression, unless it has been compiled.
+static int add_pre_step(Loader *l, PreStep step, const char *pattern) {
+    Tokenizer *t = l->t;
+    if (t->byte_level) return refuse(l, "pre_tokenizer", "anything after ByteLevel");
+    if (t->n_pre_tokenizers == MAX_TOKENIZER_STEPS) return refuse(l, "pre_tokenizer", "the 17th");
+    if (pattern && compile(l, pattern, strlen(pattern), &step.regex)) return -1;
+    t->pre_tokenizers[t->n_pre_tokenizers++] = step;
     return 0;
 }
 
-static int add_pre_split(Loader *l, const char *pattern, SplitBehavior behavior, bool invert) {
-    return add_pre_step(l, (PreStep){.kind = PRE_SPLIT, .behavior = behavior, .invert = invert,
-                                     .regex = compile(l, pattern, strlen(pattern))});
+// The pieces are bytes from here on, perhaps cut by a pattern and with a space in front.
+static int add_byte_level(Loader *l, bool prefix_space, const char *pattern) {
+    PreStep space = {.replacement = " ", .scheme = PREPEND_ALWAYS}, cut = {.invert = false};
+    if (prefix_space && add_pre_step(l, space, " ")) return -1;
+    if (pattern && add_pre_step(l, cut, pattern)) return -1;
+    l->t->byte_level = true;
+    return 0;
 }
 
-static int read_behavior(Loader *l, const Json *step, SplitBehavior otherwise, SplitBehavior *out) {
-    static const char *const names[] = {"Isolated", "Removed", "MergedWithPrevious",
-                                        "MergedWithNext", "Contiguous"};
-    const char *name = json_get_text(step, "behavior");
-    *out = otherwise;
-    if (!json_get(step, "behavior")) return 0;
-    for (int i = 0; name && i < 5; i++)
-        if (strcmp(name, names[i]) == 0) { *out = (SplitBehavior)i; return 0; }
-    return refuse(l, "\"behavior\"", name);
-}
-
-// "prepend_scheme", or add_prefix_space in older files.
-static int read_scheme(Loader *l, const Json *step, PrependScheme *out) {
-    static const char *const names[] = {"first", "always", "never"};
+// What Metaspace, pre-tokenizer or decoder, says: the one character that stands for a space, and
+// "prepend_scheme" (in older files "add_prefix_space").
+static int read_metaspace(Loader *l, const Json *step, const char **mark, PrependScheme *scheme) {
+    static const char *const schemes[] = {"first", "always", "never", NULL};
+    if (read_text(l, step, "replacement", mark)) return -1;
+    if (!utf8_is_one(*mark, strlen(*mark))) return refuse(l, "Metaspace replacement", *mark);
     const char *name = json_get_text(step, "prepend_scheme");
-    bool prefix;
-    if (read_bool(l, step, "add_prefix_space", true, &prefix)) return -1;
-    *out = prefix ? PREPEND_ALWAYS : PREPEND_NEVER;
-    if (!json_get(step, "prepend_scheme")) return 0;
-    for (int i = 0; name && i < 3; i++)
-        if (strcmp(name, names[i]) == 0) { *out = (PrependScheme)i; return 0; }
-    return refuse(l, "\"prepend_scheme\"", name);
+    if (!name) name = json_get_bool(step, "add_prefix_space", true) ? "always" : "never";
+    int found = type_index(name, schemes);
+    *scheme = (PrependScheme)found;
+    return found < 0 ? refuse(l, "prepend_scheme", name) : 0;
 }
 
-// The one character that stands for a space.
-static const char *read_replacement(Loader *l, const Json *step) {
-    const Json *text = need_text(l, step, "replacement");
-    uint32_t code;
-    if (!text) return NULL;
-    if (!text->length || utf8_next(text->text, &code) != text->length || code == 0) {
-        fail(l->err, "%s: \"replacement\" should be one character", l->file);
-        return NULL;
-    }
-    return keep_text(l, text->text, text->length);
-}
-
-// Does a step before this one put something in front of the text, or take it away? Where the text
-// begins is then a question of how the library keeps its offsets, which are not kept here.
-static bool moves_beginning(const Tokenizer *t) {
-    bool found = false;
-    for (size_t i = 0; i < t->n_normalizers; i++) {
-        const NormalStep *s = &t->normalizers[i];
-        found = found || s->kind == NORMAL_PREPEND || s->kind == NORMAL_STRIP
-             || (s->kind == NORMAL_REPLACE && (s->regex || !s->length));
-    }
-    for (size_t i = 0; i < t->n_pre_tokenizers; i++) {
-        const PreStep *s = &t->pre_tokenizers[i];
-        found = found || s->kind == PRE_PREFIX_SPACE
-             || (s->kind == PRE_METASPACE && s->scheme != PREPEND_NEVER);
-    }
-    return found;
-}
-
-// Metaspace and ByteLevel are several steps in one: change the text, then split it.
+// Metaspace is two steps in one: change the text, then cut it before every mark.
 static int read_pre_metaspace(Loader *l, const Json *step) {
-    PreStep s = {.kind = PRE_METASPACE, .replacement = read_replacement(l, step)};
-    bool split;
-    if (!s.replacement || read_scheme(l, step, &s.scheme)) return -1;
-    if (s.scheme == PREPEND_FIRST && moves_beginning(l->t))
-        return refuse(l, "pre_tokenizer", "Metaspace (first) where the beginning has moved");
-    if (read_bool(l, step, "split", true, &split) || add_pre_step(l, s)) return -1;
-    return !split ? 0 : add_pre_step(l, (PreStep){
-        .kind = PRE_SPLIT, .behavior = SPLIT_WITH_NEXT,
-        .regex = compile_literal(l, s.replacement, strlen(s.replacement))});
-}
-
-static int read_pre_byte_level(Loader *l, const Json *step) {
-    bool prefix_space, use_regex;
-    if (read_bool(l, step, "add_prefix_space", true, &prefix_space)
-        || read_bool(l, step, "use_regex", true, &use_regex)) return -1;
-    if (prefix_space && add_pre_step(l, (PreStep){.kind = PRE_PREFIX_SPACE})) return -1;
-    if (use_regex && add_pre_split(l, gpt2_pattern, SPLIT_ISOLATED, false)) return -1;
-    return add_pre_step(l, (PreStep){.kind = PRE_BYTES});
-}
-
-static int read_pre_tokenizer(Loader *l, const Json *step, int depth) {
-    static const char *const names[] = {"Sequence", "Split", "ByteLevel", "Metaspace", "Digits",
-                                        "Punctuation", "WhitespaceSplit", NULL};
-    SplitBehavior behavior = SPLIT_ISOLATED;
-    bool flag = false;
-    if (!step || step->kind == JSON_NULL) return 0;
-    if (too_many(l, l->t->n_pre_tokenizers, depth)) return -1;
-    switch (which_type(step, names)) {
-    case 0: return read_sequence(l, step, "pretokenizers", depth, read_pre_tokenizer);
-    case 1:
-        if (!need_text(l, step, "behavior")) return -1;
-        if (read_behavior(l, step, SPLIT_ISOLATED, &behavior)
-            || read_bool(l, step, "invert", false, &flag)) return -1;
-        return add_pre_step(l, (PreStep){.kind = PRE_SPLIT, .behavior = behavior, .invert = flag,
-                                         .regex = compile_pattern(l, step)});
-    case 2: return read_pre_byte_level(l, step);
-    case 3: return read_pre_metaspace(l, step);
-    case 4:
-        if (read_bool(l, step, "individual_digits", false, &flag)) return -1;
-        return add_pre_split(l, "\\p{N}", flag ? SPLIT_ISOLATED : SPLIT_CONTIGUOUS, false);
-    case 5:
-        if (read_behavior(l, step, SPLIT_ISOLATED, &behavior)) return -1;
-        return add_pre_split(l, "[\\p{P}$+<=>^`|~]", behavior, false);
-    case 6: return add_pre_split(l, "\\s", SPLIT_REMOVED, false);
-    default: return refuse(l, "pre_tokenizer", json_get_text(step, "type"));
-    }
-}
-
-static int add_decode_step(Loader *l, DecodeStep step) {
-    Tokenizer *t = l->t;
-    const DecodeStep *before = t->n_decoders ? &t->decoders[t->n_decoders - 1] : NULL;
-    step.fused = before && (before->fused || before->kind == DECODE_FUSE
-                            || before->kind == DECODE_BYTE_LEVEL);
-    if (too_many(l, t->n_decoders, 0)) return -1;
-    t->decoders[t->n_decoders++] = step;
-    return 0;
-}
-
-// Only string patterns occur in practice; a regular expression costs nothing more.
-static int read_decode_replace(Loader *l, const Json *step) {
-    const Json *content = need_text(l, step, "content");
-    if (!content) return -1;
-    DecodeStep s = {.kind = DECODE_REPLACE, .length = content->length,
-                    .text = keep_text(l, content->text, content->length),
-                    .regex = compile_pattern(l, step)};
-    return s.text && s.regex ? add_decode_step(l, s) : -1;
-}
-
-static int read_decode_strip(Loader *l, const Json *step) {
-    const Json *content = need_text(l, step, "content");
-    uint32_t code;
-    if (!content) return -1;
-    DecodeStep s = {.kind = DECODE_STRIP, .length = content->length,
-                    .text = keep_text(l, content->text, content->length)};
-    if (!s.text) return -1;
-    if (!s.length || utf8_next(s.text, &code) != s.length || code == 0)
-        return fail(l->err, "%s: \"content\" of a Strip decoder should be one character", l->file);
-    if (!json_to_size(json_get(step, "start"), &s.start)
-        || !json_to_size(json_get(step, "stop"), &s.stop))
-        return fail(l->err, "%s: a Strip decoder needs \"start\" and \"stop\"", l->file);
-    return add_decode_step(l, s);
-}
-
-static int read_decoder(Loader *l, const Json *step, int depth) {
-    static const char *const names[] = {"Sequence", "Replace", "ByteFallback", "Fuse", "Strip",
-                                        "ByteLevel", "Metaspace", NULL};
-    DecodeStep s = {.kind = DECODE_JOIN};
-    if (!step || step->kind == JSON_NULL)             // no decoder: tokens with spaces between them
-        return depth ? 0 : add_decode_step(l, s);
-    if (too_many(l, l->t->n_decoders, depth)) return -1;
-    switch (which_type(step, names)) {
-    case 0: return read_sequence(l, step, "decoders", depth, read_decoder);
-    case 1: return read_decode_replace(l, step);
-    case 2: s.kind = DECODE_BYTE_FALLBACK; return add_decode_step(l, s);
-    case 3: s.kind = DECODE_FUSE; return add_decode_step(l, s);
-    case 4: return read_decode_strip(l, step);
-    case 5: s.kind = DECODE_BYTE_LEVEL; return add_decode_step(l, s);
-    case 6:
-        s.kind = DECODE_METASPACE;
-        s.text = read_replacement(l, step);
-        if (!s.text || read_scheme(l, step, &s.scheme)) return -1;
-        s.length = strlen(s.text);
-        return add_decode_step(l, s);
-    default: return refuse(l, "decoder", json_get_text(step, "type"));
-    }
-}
-
-// Streaming needs steps that can be done token by token; the few that cannot are refused.
-static int check_decoders(Loader *l) {
     const Tokenizer *t = l->t;
-    size_t holding = 0;
-    for (size_t i = 0; i < t->n_decoders; i++) {
-        const DecodeStep *s = &t->decoders[i];
-        bool holds = s->kind == DECODE_BYTE_FALLBACK || s->kind == DECODE_BYTE_LEVEL;
-        holding += holds;
-        if (holding > 1) return refuse(l, "decoder", "more than one of ByteFallback and ByteLevel");
-        if (!s->fused) continue;
-        if (holds || s->kind == DECODE_REPLACE || (s->kind == DECODE_STRIP && s->stop))
-            return refuse(l, "decoder", "Replace, Strip at the end or bytes, after Fuse");
-    }
-    return 0;
+    PreStep change = {.scheme = PREPEND_NEVER}, cut = {.behavior = SPLIT_BEFORE};
+    if (read_metaspace(l, step, &change.replacement, &change.scheme)) return -1;
+    // Where the text begins is not known any more once a step has put something in front of it.
+    for (size_t i = 0; i < t->n_normalizers; i++)
+        if (change.scheme == PREPEND_FIRST && t->normalizers[i].kind != NORMAL_NFC)
+            return refuse(l, "pre_tokenizer", "Metaspace (first) after a normalizer");
+    if (change.scheme == PREPEND_FIRST && t->n_pre_tokenizers)
+        return refuse(l, "pre_tokenizer", "Metaspace (first) after another");
+    if (add_pre_step(l, change, " ")) return -1;
+    if (!json_get_bool(step, "split", true)) return 0;
+    return compile_literal(l, change.replacement, &cut.regex) || add_pre_step(l, cut, NULL) ? -1 : 0;
 }
 
-// One element of a template: a special token, whose ids go before or behind the text, or the text.
-static int read_template_piece(Loader *l, const Json *post, const Json *piece, bool *seen_text,
-                               Buffer *before, Buffer *behind) {
-    const Json *special = json_get(piece, "SpecialToken"), *text = json_get(piece, "Sequence");
-    const char *name = json_get_text(special ? special : text, "id");
-    if (text && name && strcmp(name, "A") == 0 && !*seen_text) { *seen_text = true; return 0; }
-    if (!special || !name) return refuse(l, "post_processor", "TemplateProcessing of this form");
-    const Json *entry = json_get(json_get(post, "special_tokens"), name);
-    const Json *ids = entry ? need_list(l, entry, "ids") : NULL;
-    if (!ids)
-        return fail(l->err, "%s: post_processor: token \"%.100s\" has no ids", l->file, name);
-    for (const Json *id = ids->first; id; id = id->next) {
-        size_t value;
-        if (!json_to_size(id, &value) || !vocabulary_token(&l->t->vocabulary, (int32_t)min_size(
-                value, INT32_MAX)))
-            return fail(l->err, "%s: post_processor: an id of \"%.100s\" is not in the vocabulary",
-                        l->file, name);
-        if (push_id(*seen_text ? behind : before, (int32_t)value, l->err)) return -1;
+static int read_pre_tokenizer(Loader *l, const Json *step, const char *type) {
+    static const char *const names[] = {"Split", "ByteLevel", "Metaspace", "Digits", NULL};
+    static const char *const behaviors[] = {"Isolated", "Removed", NULL};
+    const char *name = json_get_text(step, "behavior");
+    PreStep s = {.invert = json_get_bool(step, "invert", false)};
+    switch (type_index(type, names)) {
+    case 0:
+        if (type_index(name, behaviors) < 0) return refuse(l, "Split behavior", name);
+        s.behavior = type_index(name, behaviors) ? SPLIT_REMOVED : SPLIT_ISOLATED;
+        return compile_pattern(l, step, &s.regex) || add_pre_step(l, s, NULL) ? -1 : 0;
+    case 1:
+        return add_byte_level(l, json_get_bool(step, "add_prefix_space", true),
+                              json_get_bool(step, "use_regex", true) ? gpt2_pattern : NULL);
+    case 2: return read_pre_metaspace(l, step);
+    case 3:
+        return add_pre_step(l, s, json_get_bool(step, "individual_digits", false) ? "\\p{N}"
+                                                                                  : "\\p{N}+");
+    default: return refuse(l, "pre_tokenizer", type);
     }
-    return 0;
 }
 
-// Templates in a sequence wrap what the ones before them have made.
-static int read_template(Loader *l, const Json *post) {
+// Decoders are known in one order, each at most once: ByteLevel alone; Metaspace or Replace, then
+// ByteFallback, Fuse, and Strip, which only takes away from the beginning.
+static int read_decoder(Loader *l, const Json *step, const char *type) {
+    static const char *const names[] = {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip",
+                                        "ByteLevel", NULL};
+    DecodeSteps *d = &l->t->decode;
+    int kind = type_index(type, names), before = l->decoder;
+    PrependScheme scheme;
+    size_t stop = 0;
+    if (kind <= before || (kind == 1 && before == 0) || (kind == 4) != (kind > 3 && before == 3)
+        || (kind == 5 && before >= 0)) return refuse(l, "decoder (or its place)", type);
+    l->decoder = kind;
+    switch (kind) {
+    case 0:
+        d->with = " ";
+        if (read_metaspace(l, step, &d->strip, &scheme)) return -1;
+        d->drop_first = scheme != PREPEND_NEVER;
+        return compile_literal(l, d->strip, &d->replace);
+    case 1: return read_text(l, step, "content", &d->with) || compile_pattern(l, step, &d->replace);
+    case 2: d->byte_fallback = true; return 0;
+    case 3: return 0;
+    case 4:
+        if (!json_to_size(json_get(step, "start"), &d->strips)
+            || !json_to_size(json_get(step, "stop"), &stop) || stop
+            || read_text(l, step, "content", &d->strip) || !*d->strip)
+            return refuse(l, "decoder", "Strip of this kind");
+        return 0;
+    default: d->byte_level = true; return 0;
+    }
+}
+
+// The template: special tokens, whose ids go before or behind the text, and the text.
+static int read_post_processor(Loader *l, const Json *post, const char *type) {
+    static const char *const names[] = {"ByteLevel", "TemplateProcessing", NULL};
     Tokenizer *t = l->t;
-    const qlora_allocator *a = t->region.allocator;
-    Buffer before = {.allocator = a}, behind = {.allocator = a};
-    const Json *list = need_list(l, post, "single");
-    bool seen_text = false;
-    int bad = !list;
-    if (!bad) bad = buffer_append(&behind, t->suffix, t->n_suffix * sizeof(int32_t), l->err);
-    for (const Json *piece = list ? list->first : NULL; piece && !bad; piece = piece->next)
-        bad = read_template_piece(l, post, piece, &seen_text, &before, &behind);
-    if (!bad && !seen_text) bad = refuse(l, "post_processor", "TemplateProcessing without a text");
-    if (!bad) bad = buffer_append(&before, t->prefix, t->n_prefix * sizeof(int32_t), l->err);
-    if (!bad) {
-        t->prefix = region_copy(&t->region, &before, l->err);
-        t->suffix = region_copy(&t->region, &behind, l->err);
-        t->n_prefix = before.size / sizeof(int32_t);
-        t->n_suffix = behind.size / sizeof(int32_t);
-        bad = !t->prefix || !t->suffix;
+    const Json *single = json_get(post, "single");
+    bool behind = false;
+    int kind = type_index(type, names);
+    if (kind == 0) return 0;                          // moves offsets only
+    if (kind < 0 || t->n_prefix || t->n_suffix) return refuse(l, "post_processor", type);
+    for (const Json *piece = single ? single->first : NULL; piece; piece = piece->next) {
+        const char *name = json_get_text(json_get(piece, "SpecialToken"), "id");
+        const char *text = json_get_text(json_get(piece, "Sequence"), "id");
+        if (text && !behind && strcmp(text, "A") == 0) { behind = true; continue; }
+        if (!name) return refuse(l, "post_processor", "TemplateProcessing of this form");
+        const Json *ids = json_get(json_get(json_get(post, "special_tokens"), name), "ids");
+        if (!json_is(ids, JSON_ARRAY)) return refuse(l, "post_processor: special token", name);
+        for (const Json *number = ids->first; number; number = number->next) {
+            size_t id, *n = behind ? &t->n_suffix : &t->n_prefix;
+            if (*n == MAX_AFFIX || !json_to_size(number, &id)
+                || !vocabulary_token(&t->vocabulary, id))
+                return refuse(l, "post_processor: an id of", name);
+            (behind ? t->suffix : t->prefix)[(*n)++] = (int32_t)id;
+        }
     }
-    buffer_free(&before);
-    buffer_free(&behind);
-    return bad ? -1 : 0;
-}
-
-static int read_post_processor(Loader *l, const Json *step, int depth) {
-    static const char *const names[] = {"Sequence", "TemplateProcessing", "ByteLevel", NULL};
-    if (!step || step->kind == JSON_NULL) return 0;
-    if (too_many(l, 0, depth)) return -1;
-    switch (which_type(step, names)) {
-    case 0: return read_sequence(l, step, "processors", depth, read_post_processor);
-    case 1: return read_template(l, step);
-    case 2: return 0;                                 // moves offsets only
-    default: return refuse(l, "post_processor", json_get_text(step, "type"));
-    }
+    return behind ? 0 : refuse(l, "post_processor", "TemplateProcessing without a text");
 }
 
 // --------------------------------------------------------------------------- reading the model
 
-// Copies the texts of all tokens into one block and enters them: {"text": id, ...}.
-static int read_vocabulary(Loader *l, const Json *vocab, size_t n_more) {
-    Tokenizer *t = l->t;
-    if (!json_is(vocab, JSON_OBJECT)) return fail(l->err, "%s: the vocabulary should be an object",
-                                                  l->file);
-    size_t bytes = 0;
-    for (const Json *entry = vocab->first; entry; entry = entry->next)
-        bytes += entry->key_length + 1;
-    if (vocab->count >= MAX_TOKENS) return fail(l->err, "%s: more than 16777216 tokens", l->file);
-    char *texts = region_alloc(&t->region, bytes, 1, l->err);
-    if (!texts || vocabulary_open(&t->vocabulary, vocab->count + n_more, &t->region, l->err))
-        return -1;
-    for (const Json *entry = vocab->first; entry; entry = entry->next) {
-        size_t id;
-        if (!json_to_size(entry, &id))
-            return fail(l->err, "%s: the id of token \"%.100s\" is no whole number", l->file,
-                        entry->key);
-        memcpy(texts, entry->key, entry->key_length);
-        if (vocabulary_add(&t->vocabulary, texts, entry->key_length, id, l->file, l->err))
-            return -1;
-        texts += entry->key_length + 1;
-    }
-    return vocabulary_close(&t->vocabulary, l->file, &t->region, l->err);
+// Room for tokens with ids below max_ids.
+static int vocabulary_open(Loader *l, size_t max_ids) {
+    Vocabulary *v = &l->t->vocabulary;
+    if (max_ids > MAX_TOKENS)
+        return fail(l->err, "%s: token ids up to %zu (2097152 at most)", l->file, max_ids);
+    v->max_ids = max_ids;
+    v->n_text_slots = hash_slots(max_ids);
+    v->tokens = region_alloc(&l->t->region, max_ids, sizeof *v->tokens, l->err);
+    v->by_text = region_alloc(&l->t->region, v->n_text_slots, sizeof *v->by_text, l->err);
+    return v->tokens && v->by_text ? 0 : -1;
+}
+
+// Adds a token, whose text and id must be new.
+static int vocabulary_add(Loader *l, const char *text, size_t n, size_t id) {
+    Vocabulary *v = &l->t->vocabulary;
+    if (n > MAX_TOKEN_BYTES || id >= v->max_ids)
+        return fail(l->err, "%s: token \"%.100s\" has id %zu or %zu bytes: too many", l->file, text,
+                    id, n);
+    uint32_t *slot = vocabulary_slot(v, text, n);
+    if (*slot || v->tokens[id].text)
+        return fail(l->err, "%s: token \"%.100s\" or its id %zu stands there twice", l->file, text,
+                    id);
+    const char *kept = keep_text(l, text, n);
+    if (!kept) return -1;
+    v->tokens[id] = (Token){.text = kept, .length = (uint32_t)n};
+    *slot = (uint32_t)id + 1;
+    v->longest = max_size(v->longest, n);
+    v->n_ids = max_size(v->n_ids, id + 1);
+    v->n_tokens++;
+    return 0;
+}
+
+static int merges_open(Loader *l, size_t n) {
+    Vocabulary *v = &l->t->vocabulary;
+    v->n_merge_slots = hash_slots(n);
+    v->merges = region_alloc(&l->t->region, v->n_merge_slots, sizeof *v->merges, l->err);
+    for (size_t i = 0; v->merges && i < v->n_merge_slots; i++) v->merges[i].left = -1;
+    return v->merges ? 0 : -1;
+}
+
+// Adds the merge of two tokens given by text. Of duplicates the last counts, as in `tokenizers`.
+static int merge_add(Loader *l, const char *left, size_t n_left, const char *right, size_t n_right,
+                     size_t rank) {
+    Vocabulary *v = &l->t->vocabulary;
+    l->text.size = 0;
+    if (buffer_append(&l->text, left, n_left, l->err)
+        || buffer_append(&l->text, right, n_right, l->err)) return -1;
+    int32_t a = vocabulary_id(v, left, n_left), b = vocabulary_id(v, right, n_right);
+    int32_t both = vocabulary_id(v, l->text.data, l->text.size);
+    if (a < 0 || b < 0 || both < 0)
+        return fail(l->err, "%s: merge %zu: one of \"%.*s\", \"%.*s\" and both together is not in the "
+                    "vocabulary", l->file, rank, (int)min_size(n_left, 100), left,
+                    (int)min_size(n_right, 100), right);
+    *merge_slot(v, a, b) = (Merge){a, b, both, (uint32_t)rank};
+    return 0;
 }
 
 // A merge written "a b".
-static int read_merge_text(Loader *l, const char *text, size_t n, size_t rank, Buffer *scratch) {
-    const char *space = memchr(text, ' ', n);
+static int merge_add_line(Loader *l, const char *text, size_t n, size_t rank) {
+    const char *space = n ? memchr(text, ' ', n) : NULL;
     size_t left = space ? (size_t)(space - text) : 0;
     if (!space || memchr(space + 1, ' ', n - left - 1))
         return fail(l->err, "%s: merge %zu should be \"a b\" or [\"a\", \"b\"]", l->file, rank);
-    return merge_add(&l->t->vocabulary, text, left, space + 1, n - left - 1, rank, scratch, l->file,
-                     l->err);
-}
-
-static int read_merge(Loader *l, const Json *merge, size_t rank, Buffer *scratch) {
-    const Json *a = merge->first, *b = a ? a->next : NULL;
-    if (json_is(merge, JSON_ARRAY) && merge->count == 2 && json_is(a, JSON_STRING)
-        && json_is(b, JSON_STRING))
-        return merge_add(&l->t->vocabulary, a->text, a->length, b->text, b->length, rank, scratch,
-                         l->file, l->err);
-    return read_merge_text(l, json_is(merge, JSON_STRING) ? merge->text : "",
-                           json_is(merge, JSON_STRING) ? merge->length : 0, rank, scratch);
+    return merge_add(l, text, left, space + 1, n - left - 1, rank);
 }
 
 static int read_merges(Loader *l, const Json *merges) {
-    Tokenizer *t = l->t;
-    Buffer scratch = {.allocator = t->region.allocator};
-    if (!json_is(merges, JSON_ARRAY))
-        return fail(l->err, "%s: \"merges\" should be a list", l->file);
-    if (merges_open(&t->vocabulary, merges->count, &t->region, l->err)) return -1;
     size_t rank = 0;
-    int bad = 0;
-    for (const Json *merge = merges->first; merge && !bad; merge = merge->next) {
-        bool comment = json_is(merge, JSON_STRING) && strncmp(merge->text, "#version", 8) == 0;
-        if (!comment) bad = read_merge(l, merge, rank++, &scratch);
-    }
-    buffer_free(&scratch);
-    return bad ? -1 : 0;
-}
-
-// Options that change what merging does and are not built here.
-static int check_model(Loader *l, const Json *model) {
-    const char *type = json_get_text(model, "type");
-    double dropout;
-    if (json_get(model, "type") ? !type || strcmp(type, "BPE") != 0 : !json_get(model, "merges"))
-        return refuse(l, "model", type);
-    const Json *rate = json_get(model, "dropout");
-    if (rate && rate->kind != JSON_NULL && !(json_to_double(rate, &dropout) && dropout == 0))
-        return refuse(l, "model with", "dropout");
-    for (int i = 0; i < 2; i++) {
-        const char *key = i ? "end_of_word_suffix" : "continuing_subword_prefix";
-        const Json *text = json_get(model, key);
-        if (text && text->kind != JSON_NULL && !(text->kind == JSON_STRING && !text->length))
-            return refuse(l, "model with", key);
+    if (!json_is(merges, JSON_ARRAY)) return refuse(l, "model without a list", "merges");
+    if (merges_open(l, merges->count)) return -1;
+    for (const Json *merge = merges->first; merge; merge = merge->next) {
+        const Json *a = merge->first, *b = a ? a->next : NULL;
+        bool text = json_is(merge, JSON_STRING);
+        if (text && strncmp(merge->text, "#version", 8) == 0) continue;
+        if (json_is(a, JSON_STRING) && json_is(b, JSON_STRING) && !b->next
+            ? merge_add(l, a->text, a->length, b->text, b->length, rank++)
+            : merge_add_line(l, text ? merge->text : "", text ? merge->length : 0, rank++))
+            return -1;
     }
     return 0;
 }
 
-// Tables for the first symbols: of bytes and of the characters below U+10000.
-static int index_symbols(Loader *l) {
-    Tokenizer *t = l->t;
-    const Vocabulary *v = &t->vocabulary;
-    char text[4];
-    t->char_id = region_alloc(&t->region, 0x10000, sizeof *t->char_id, l->err);
-    if (!t->char_id) return -1;
-    for (uint32_t c = 0; c < 0x10000; c++) t->char_id[c] = -1;
-    for (size_t i = 0; i < v->n_tokens; i++) {
-        uint32_t code;
-        const Token *token = &v->tokens[i];
-        if (token->length && utf8_next(token->text, &code) == token->length && code < 0x10000)
-            t->char_id[code] = token->id;
+// The text and the id of an added token in any of three forms: {"id": 7, "content": "x", ...} in a
+// list, "7": {"content": "x", ...} in added_tokens_decoder, "x": 7 in added_tokens.json.
+static int added_parts(Loader *l, const Json *entry, Json *content, size_t *id) {
+    const Json key = {.kind = JSON_NUMBER, .text = entry->key, .length = entry->key_length};
+    const Json *text = json_get(entry, "content"), *number = json_get(entry, "id");
+    if (entry->kind == JSON_NUMBER) { text = &key; number = entry; }
+    else if (entry->key) number = &key;
+    if (!text || !text->text || !json_to_size(number, id))
+        return fail(l->err, "%s: an added token without text or id", l->file);
+    *content = *text;
+    return 0;
+}
+
+// Reads {"text": id, ...}, leaving room for the added tokens.
+static int read_vocabulary(Loader *l, const Json *vocab, const Json *added) {
+    size_t max_ids = 0, id;
+    Json content;
+    if (!json_is(vocab, JSON_OBJECT)) return refuse(l, "model without an object", "vocab");
+    for (const Json *entry = vocab->first; entry; entry = entry->next) {
+        if (!json_to_size(entry, &id))
+            return fail(l->err, "%s: the id of token \"%.100s\" is no whole number", l->file,
+                        entry->key);
+        max_ids = max_size(max_ids, id + 1);
     }
-    for (unsigned byte = 0; byte < 256; byte++)
-        t->byte_id[byte] = vocabulary_id(v, text, utf8_encode(text, byte_to_char(byte)));
+    for (const Json *entry = added ? added->first : NULL; entry; entry = entry->next) {
+        if (added_parts(l, entry, &content, &id)) return -1;
+        max_ids = max_size(max_ids, id + 1);
+    }
+    if (vocabulary_open(l, max_ids)) return -1;
+    for (const Json *entry = vocab->first; entry; entry = entry->next)
+        if (!json_to_size(entry, &id) || vocabulary_add(l, entry->key, entry->key_length, id))
+            return -1;
     return 0;
 }
 
@@ -5393,10 +4459,8 @@ static bool can_cut_at_space(const Tokenizer *t) {
     const Vocabulary *v = &t->vocabulary;
     if (t->byte_level || vocabulary_id(v, space_mark, 3) < 0) return false;
     for (size_t i = 0; i < v->n_merge_slots; i++) {
-        const Merge *merge = &v->merges[i];
-        if (merge->left < 0) continue;
-        const Token *left = vocabulary_token(v, merge->left);
-        const Token *right = vocabulary_token(v, merge->right);
+        if (v->merges[i].left < 0) continue;
+        const Token *left = &v->tokens[v->merges[i].left], *right = &v->tokens[v->merges[i].right];
         bool ends_in_mark = left->length >= 3
                          && memcmp(left->text + left->length - 3, space_mark, 3) == 0;
         if (!ends_in_mark && starts_with(right->text, right->length, space_mark)) return false;
@@ -5405,48 +4469,61 @@ static bool can_cut_at_space(const Tokenizer *t) {
 }
 
 // What follows from vocabulary, merges and pre-tokenizers together.
-static int finish_model(Loader *l) {
-    Tokenizer *t = l->t;
-    // The last pre-tokenizer's byte alphabet is folded into the model: its pieces stay bytes.
-    t->byte_level = t->n_pre_tokenizers
-                 && t->pre_tokenizers[t->n_pre_tokenizers - 1].kind == PRE_BYTES;
-    if (t->byte_level) t->n_pre_tokenizers--;
+static void finish_model(Tokenizer *t) {
     t->cut_at_space = can_cut_at_space(t);
-    return index_symbols(l);
+    for (unsigned byte = 0; byte < 256; byte++) {
+        char text[8];
+        size_t n = t->byte_level ? utf8_encode(text, byte_to_char(byte))
+                                 : (size_t)snprintf(text, sizeof text, "<0x%02X>", byte);
+        t->byte_id[byte] = model_id(&t->vocabulary, text, n);
+    }
 }
 
-static int read_model(Loader *l, const Json *model, size_t n_more) {
+// Reads "model", but for options that change what merging does and are not built here.
+static int read_model(Loader *l, const Json *model, const Json *added) {
+    static const char *const empty[] = {"dropout", "end_of_word_suffix",
+                                        "continuing_subword_prefix"};
     Tokenizer *t = l->t;
-    if (check_model(l, model) || read_vocabulary(l, json_get(model, "vocab"), n_more)
-        || read_bool(l, model, "fuse_unk", false, &t->fuse_unk)
-        || read_bool(l, model, "byte_fallback", false, &t->byte_fallback)
-        || read_bool(l, model, "ignore_merges", false, &t->ignore_merges)) return -1;
-    const Json *unk = json_get(model, "unk_token");
-    if (json_is(unk, JSON_STRING)) {
-        t->unk_id = vocabulary_id(&t->vocabulary, unk->text, unk->length);
-        if (t->unk_id < 0) t->unk_id = UNK_MISSING;
+    const char *type = json_get_text(model, "type"), *unk = json_get_text(model, "unk_token");
+    if (type ? strcmp(type, "BPE") != 0 : !json_get(model, "merges"))
+        return refuse(l, "model", type);
+    for (size_t i = 0; i < sizeof empty / sizeof *empty; i++) {
+        const Json *value = json_get(model, empty[i]);
+        double number = 0;
+        if (value && value->kind != JSON_NULL && !(value->kind == JSON_STRING && !value->length)
+            && !(json_to_double(value, &number) && number == 0))
+            return refuse(l, "model with", empty[i]);
     }
-    return read_merges(l, json_get(model, "merges")) ? -1 : finish_model(l);
+    t->fuse_unk = json_get_bool(model, "fuse_unk", false);
+    t->byte_fallback = json_get_bool(model, "byte_fallback", false);
+    t->ignore_merges = json_get_bool(model, "ignore_merges", false);
+    if (read_vocabulary(l, json_get(model, "vocab"), added)
+        || read_merges(l, json_get(model, "merges"))) return -1;
+    t->unk_id = unk ? vocabulary_id(&t->vocabulary, unk, strlen(unk)) : -1;
+    if (unk && t->unk_id < 0) return refuse(l, "unk_token outside the vocabulary", unk);
+    finish_model(t);
+    return 0;
 }
 
 // ---------------------------------------------------------------------- reading added tokens
 
 static int compare_added(const void *a, const void *b) {
     const AddedToken *x = a, *y = b;
-    int order = memcmp(x->pattern, y->pattern, min_size(x->length, y->length));
-    return order ? order : (x->length > y->length) - (x->length < y->length);
+    return compare_patterns(x->pattern, x->length, y->pattern, y->length);
 }
 
 static int added_sort(Loader *l, AddedSet *set) {
     qsort(set->tokens, set->n, sizeof *set->tokens, compare_added);
-    for (size_t i = 1; i < set->n; i++)
-        if (compare_added(&set->tokens[i - 1], &set->tokens[i]) == 0)
+    for (size_t i = 0; i < set->n; i++) {
+        AddedToken *token = &set->tokens[i];
+        const AddedToken *shorter = i ? token - 1 : NULL;
+        while (shorter && !begins_with(token->pattern, token->length, shorter))
+            shorter = shorter->shorter;
+        token->shorter = shorter;
+        if (shorter && shorter->length == token->length)
             return fail(l->err, "%s: added tokens %d and %d are the same when normalised", l->file,
-                        set->tokens[i - 1].id, set->tokens[i].id);
-    size_t i = 0;
-    for (size_t byte = 0; byte <= 256; byte++) {
-        while (i < set->n && (unsigned char)set->tokens[i].pattern[0] < byte) i++;
-        set->first[byte] = i;
+                        shorter->id, token->id);
+        for (size_t b = (unsigned char)token->pattern[0] + 1u; b < 257; b++) set->first[b] = i + 1;
     }
     return 0;
 }
@@ -5459,81 +4536,51 @@ static int added_open(Loader *l, size_t n) {
 }
 
 static int added_close(Loader *l) {
-    Tokenizer *t = l->t;
-    if (added_sort(l, &t->added_raw) || added_sort(l, &t->added_normalized)) return -1;
-    return vocabulary_close(&t->vocabulary, l->file, &t->region, l->err);
+    return added_sort(l, &l->t->added_raw) || added_sort(l, &l->t->added_normalized) ? -1 : 0;
 }
 
-// Makes a token of the vocabulary one that is looked for in the raw text.
-static void add_special(Loader *l, Token *token) {
-    AddedSet *set = &l->t->added_raw;
-    if (token->added) return;
-    token->added = token->special = true;
-    set->tokens[set->n++] = (AddedToken){.pattern = token->text, .length = token->length,
-                                         .id = token->id};
-}
-
-// Enters an added token. In a tokenizer.json its id is the one the vocabulary has for it, or the
-// next free one, and the file must say the same; elsewhere (next_id NULL) the file alone decides.
-static Token *enter_added(Loader *l, const char *text, size_t n, size_t id, size_t *next_id) {
-    Vocabulary *v = &l->t->vocabulary;
-    Token *token = vocabulary_find(v, text, n);
-    if (token && token->added) {
-        fail(l->err, "%s: added token \"%.100s\" stands there twice", l->file, text);
-        return NULL;
-    }
-    size_t expected = token ? (size_t)token->id : next_id ? *next_id : id;
-    if (id != expected) {
-        fail(l->err, "%s: added token \"%.100s\" has id %zu where %zu follows from the vocabulary",
-             l->file, text, id, expected);
-        return NULL;
-    }
-    if (next_id) *next_id = max_size(*next_id, id + 1);
-    if (!token) {
-        const char *kept = keep_text(l, text, n);
-        if (!kept || vocabulary_add(v, kept, n, id, l->file, l->err)) return NULL;
-        token = &v->tokens[v->n_tokens - 1];
-        token->outside = true;
-    }
-    token->added = true;
-    return token;
-}
-
-// An added token in any of three forms: {"id": 7, "content": "x", ...} in a list, "7": {"content":
-// "x", ...} in added_tokens_decoder, "x": 7 in added_tokens.json.
-static int read_added_token(Loader *l, const Json *entry, size_t *next_id) {
-    bool bare = entry->kind == JSON_NUMBER, normalized, special;
-    Json key = {.kind = JSON_NUMBER, .text = entry->key, .length = entry->key_length};
-    const Json *content = bare ? &key : need_text(l, entry, "content");
-    const Json *number = bare ? entry : entry->key ? &key : json_get(entry, "id");
-    AddedToken added = {0};
-    size_t id;
-    if (!content) return -1;
-    if (content->length == 0) return 0;
-    if (!json_to_size(number, &id))
-        return fail(l->err, "%s: added token \"%.100s\" has no id", l->file, content->text);
-    if (read_bool(l, entry, "special", false, &special)
-        || read_bool(l, entry, "normalized", !special, &normalized)
-        || read_bool(l, entry, "lstrip", false, &added.lstrip)
-        || read_bool(l, entry, "rstrip", false, &added.rstrip)
-        || read_bool(l, entry, "single_word", false, &added.single_word)) return -1;
-    Token *token = enter_added(l, content->text, content->length, id, next_id);
-    if (!token) return -1;
-    token->special = special;
-    added.id = token->id;
-    added.pattern = token->text;
-    added.length = token->length;
-    if (normalized) {
-        if (normalize(&l->encoder, &added.pattern, &added.length, true)) return -1;
-        if (!added.length)
-            return fail(l->err, "%s: nothing is left of added token %d when it is normalised",
-                        l->file, token->id);
-        added.pattern = keep_text(l, added.pattern, added.length);
-        if (!added.pattern) return -1;
-    }
+// Makes a token of the vocabulary one that is looked for in the text.
+static void add_token(Loader *l, int32_t id, bool special, bool normalized) {
     AddedSet *set = normalized ? &l->t->added_normalized : &l->t->added_raw;
-    set->tokens[set->n++] = added;
-    return 0;
+    Token *token = &l->t->vocabulary.tokens[id];
+    if (token->added) return;
+    token->added = true;
+    token->special = special;
+    set->tokens[set->n++] = (AddedToken){.pattern = token->text, .length = token->length, .id = id};
+}
+
+// Enters an added token. In a tokenizer.json its id must be the one the vocabulary has for it, or
+// the next free one; elsewhere (next_id NULL) the file alone decides.
+static int read_added_token(Loader *l, const Json *entry, size_t *next_id) {
+    Vocabulary *v = &l->t->vocabulary;
+    Json content;
+    size_t id;
+    if (added_parts(l, entry, &content, &id)) return -1;
+    if (content.length == 0) return 0;
+    int32_t known = vocabulary_id(v, content.text, content.length);
+    size_t expected = known >= 0 ? (size_t)known : next_id ? *next_id : id;
+    if (id != expected || (known >= 0 && v->tokens[known].added))
+        return fail(l->err, "%s: added token \"%.100s\" stands there twice, or has id %zu where %zu "
+                    "follows from the vocabulary", l->file, content.text, id, expected);
+    if (next_id) *next_id = max_size(*next_id, id + 1);
+    if (known < 0) {
+        if (vocabulary_add(l, content.text, content.length, id)) return -1;
+        v->tokens[id].outside = true;
+    }
+    bool special = json_get_bool(entry, "special", false);
+    bool normalized = json_get_bool(entry, "normalized", !special);
+    AddedSet *set = normalized ? &l->t->added_normalized : &l->t->added_raw;
+    add_token(l, (int32_t)id, special, normalized);
+    AddedToken *added = &set->tokens[set->n - 1];
+    added->lstrip = json_get_bool(entry, "lstrip", false);
+    added->rstrip = json_get_bool(entry, "rstrip", false);
+    added->single_word = json_get_bool(entry, "single_word", false);
+    if (!normalized) return 0;
+    if (normalize(&l->encoder, &added->pattern, &added->length, true)) return -1;
+    if (!added->length) return refuse(l, "added token of which normalising leaves nothing:",
+                                      content.text);
+    added->pattern = keep_text(l, added->pattern, added->length);
+    return added->pattern ? 0 : -1;
 }
 
 static int read_added_tokens(Loader *l, const Json *list, size_t *next_id) {
@@ -5554,14 +4601,14 @@ static int read_json_file(Loader *l, const char *name, const Json **value) {
     bool found;
     *value = read_json(l->directory, name, MAX_TOKENIZER_FILE, &l->scratch, &found, l->err);
     if (!*value) return found ? -1 : 0;
-    l->file = path_join(&l->t->region, l->directory, name, l->err);
+    l->file = path_join(&l->scratch, l->directory, name, l->err);
     return l->file ? 0 : -1;
 }
 
 // Reads a file of the directory that is no JSON into the empty buffer. Returns 1, 0 if there is
 // none, or -1.
 static int read_other_file(Loader *l, const char *name, Buffer *out) {
-    const char *path = path_join(&l->t->region, l->directory, name, l->err);
+    const char *path = path_join(&l->scratch, l->directory, name, l->err);
     if (!path) return -1;
     if (!file_exists(path)) return 0;
     l->file = path;
@@ -5569,26 +4616,25 @@ static int read_other_file(Loader *l, const char *name, Buffer *out) {
 }
 
 // A token that the configuration names: "text" or {"content": "text"}, else NULL.
-static const Json *config_token(const Loader *l, const char *key) {
+static const char *config_token(const Loader *l, const char *key) {
     const Json *value = json_get(l->config, key);
     if (!value) value = json_get(l->map, key);
     if (json_is(value, JSON_OBJECT)) value = json_get(value, "content");
-    return json_is(value, JSON_STRING) ? value : NULL;
+    return json_is(value, JSON_STRING) ? value->text : NULL;
 }
 
+// The same, kept; *id is its id or -1.
 static int read_config_token(Loader *l, const char *key, const char **text, int32_t *id) {
-    const Json *value = config_token(l, key);
-    *id = -1;
-    if (!value) return 0;
-    *text = keep_text(l, value->text, value->length);
-    *id = tokenizer_id(l->t, value->text, value->length);
-    return *text ? 0 : -1;
+    const char *name = config_token(l, key);
+    *id = name ? tokenizer_id(l->t, name, strlen(name)) : -1;
+    *text = name ? keep_text(l, name, strlen(name)) : NULL;
+    return name && !*text ? -1 : 0;
 }
 
 // The chat template: a text, or a list of named ones, of which "default" counts.
-static int read_chat_template(Loader *l, const Json *value) {
-    if (json_is(value, JSON_ARRAY)) {
-        const Json *list = value;
+static int read_chat_template(Loader *l, const Json *config) {
+    const Json *value = json_get(config, "chat_template"), *list = value;
+    if (json_is(list, JSON_ARRAY)) {
         value = NULL;
         for (const Json *entry = list->first; entry; entry = entry->next) {
             const char *name = json_get_text(entry, "name");
@@ -5600,51 +4646,33 @@ static int read_chat_template(Loader *l, const Json *value) {
     return l->t->chat_template ? 0 : -1;
 }
 
+// Of three places for a chat template the later one counts.
 static int read_config(Loader *l) {
     Tokenizer *t = l->t;
     const Json *templates;
-    t->file = l->file;
-    if (read_json_file(l, "chat_template.json", &templates)) return -1;
-    const Json *class_name = json_get(l->config, "tokenizer_class");
-    if (json_is(class_name, JSON_STRING)) {
-        t->class_name = keep_text(l, class_name->text, class_name->length);
-        if (!t->class_name) return -1;
-    }
-    t->add_bos_token = json_get_bool(l->config, "add_bos_token", t->n_prefix > 0);
-    t->add_eos_token = json_get_bool(l->config, "add_eos_token", t->n_suffix > 0);
-    if (read_config_token(l, "bos_token", &t->bos_token, &t->bos_id)
-        || read_config_token(l, "eos_token", &t->eos_token, &t->eos_id)
-        || read_config_token(l, "pad_token", &t->pad_token, &t->pad_id)
-        || read_config_token(l, "unk_token", &t->unk_token, &t->config_unk_id)
-        || read_chat_template(l, json_get(l->config, "chat_template"))
-        || read_chat_template(l, json_get(templates, "chat_template"))) return -1;
-    // A file of its own comes before all others.
     Buffer text = {.allocator = t->region.allocator};
+    if (read_json_file(l, "chat_template.json", &templates)
+        || read_config_token(l, "bos_token", &t->bos_token, &t->bos_id)
+        || read_config_token(l, "eos_token", &t->eos_token, &t->eos_id)
+        || read_chat_template(l, l->config) || read_chat_template(l, templates)) return -1;
     int found = read_other_file(l, "chat_template.jinja", &text);
-    if (found > 0) {
-        t->chat_template = keep_text(l, text.data, text.size);
-        if (!t->chat_template) found = -1;
-    }
+    if (found > 0) t->chat_template = keep_text(l, text.data, text.size);
     buffer_free(&text);
-    return found < 0 ? -1 : 0;
+    return found < 0 || (found && !t->chat_template) ? -1 : 0;
 }
 
 static int read_tokenizer_json(Loader *l, const Json *root) {
     Tokenizer *t = l->t;
     const Json *added = json_get(root, "added_tokens");
-    if (root->kind != JSON_OBJECT || !json_get(root, "model"))
-        return fail(l->err, "%s: no \"model\" in it", l->file);
-    if (added && added->kind != JSON_ARRAY)
-        return fail(l->err, "%s: \"added_tokens\" should be a list", l->file);
-    size_t n_added = added ? added->count : 0;
-    if (read_normalizer(l, json_get(root, "normalizer"), 0)
-        || read_pre_tokenizer(l, json_get(root, "pre_tokenizer"), 0)
-        || read_decoder(l, json_get(root, "decoder"), 0) || check_decoders(l)
-        || read_model(l, json_get(root, "model"), n_added)) return -1;
+    if (read_steps(l, json_get(root, "normalizer"), "normalizers", read_normalizer)
+        || read_steps(l, json_get(root, "pre_tokenizer"), "pretokenizers", read_pre_tokenizer)
+        || read_steps(l, json_get(root, "decoder"), "decoders", read_decoder)
+        || read_model(l, json_get(root, "model"), added)) return -1;
+    if (l->decoder < 0) return refuse(l, "decoder", NULL);
     size_t next_id = t->vocabulary.n_tokens;
-    if (added_open(l, n_added) || read_added_tokens(l, added, &next_id) || added_close(l))
-        return -1;
-    return read_post_processor(l, json_get(root, "post_processor"), 0);
+    if (added_open(l, added ? added->count : 0) || read_added_tokens(l, added, &next_id)
+        || added_close(l)) return -1;
+    return read_steps(l, json_get(root, "post_processor"), "processors", read_post_processor);
 }
 
 // ----------------------------------------------------------- directories without a tokenizer.json
@@ -5655,97 +4683,67 @@ static int find_added_tokens(Loader *l, const Json **added) {
     *added = json_get(l->config, "added_tokens_decoder");
     if (!*added && read_json_file(l, "added_tokens.json", added)) return -1;
     l->file = file;
-    if (*added && (*added)->kind != JSON_OBJECT)
-        return fail(l->err, "%s: the added tokens should be an object", l->file);
-    return 0;
-}
-
-static const char *const config_tokens[] = {"bos_token", "eos_token", "unk_token", "pad_token"};
-
-// Makes the tokens that the configuration names special.
-static void add_config_specials(Loader *l) {
-    for (size_t i = 0; i < sizeof config_tokens / sizeof *config_tokens; i++) {
-        const Json *text = config_token(l, config_tokens[i]);
-        Token *token = text ? vocabulary_find(&l->t->vocabulary, text->text, text->length) : NULL;
-        if (token && token->length) add_special(l, token);
-    }
+    return *added && (*added)->kind != JSON_OBJECT ? refuse(l, "list of", "added tokens") : 0;
 }
 
 // Puts bos_token before and eos_token behind every text, where the configuration says so.
 static int add_bos_and_eos(Loader *l, bool bos_by_default, const char *bos, const char *eos) {
     Tokenizer *t = l->t;
-    const Json *given = config_token(l, "bos_token");
-    if (given) bos = given->text;
-    given = config_token(l, "eos_token");
-    if (given) eos = given->text;
-    int32_t *ids = region_alloc(&t->region, 2, sizeof *ids, l->err);
-    if (!ids) return -1;
-    ids[0] = tokenizer_id(t, bos, strlen(bos));
-    ids[1] = tokenizer_id(t, eos, strlen(eos));
-    t->prefix = ids;
-    t->suffix = ids + 1;
+    if (config_token(l, "bos_token")) bos = config_token(l, "bos_token");
+    if (config_token(l, "eos_token")) eos = config_token(l, "eos_token");
+    t->prefix[0] = tokenizer_id(t, bos, strlen(bos));
+    t->suffix[0] = tokenizer_id(t, eos, strlen(eos));
     t->n_prefix = json_get_bool(l->config, "add_bos_token", bos_by_default);
     t->n_suffix = json_get_bool(l->config, "add_eos_token", false);
-    if (t->n_prefix && ids[0] < 0) return refuse(l, "add_bos_token without its token", bos);
-    if (t->n_suffix && ids[1] < 0) return refuse(l, "add_eos_token without its token", eos);
+    if (t->n_prefix && t->prefix[0] < 0) return refuse(l, "add_bos_token without its token", bos);
+    if (t->n_suffix && t->suffix[0] < 0) return refuse(l, "add_eos_token without its token", eos);
     return 0;
 }
 
 // merges.txt: "a b" on each line, the first perhaps "#version".
 static int read_merges_txt(Loader *l) {
-    Tokenizer *t = l->t;
-    Buffer text = {.allocator = t->region.allocator}, scratch = text;
+    Buffer text = {.allocator = l->t->region.allocator};
     size_t lines = 1, rank = 0;
     int found = read_other_file(l, "merges.txt", &text), bad = found < 0;
     if (!found) bad = fail(l->err, "%s: vocab.json without merges.txt", l->directory);
-    if (!bad && utf8_valid_prefix(text.data, text.size) < text.size)
-        bad = fail(l->err, "%s: invalid UTF-8", l->file);
     for (size_t i = 0; i < text.size; i++) lines += text.data[i] == '\n';
-    bad = bad || merges_open(&t->vocabulary, lines, &t->region, l->err);
+    bad = bad || merges_open(l, lines);
     for (size_t at = 0; at < text.size && !bad;) {
         const char *line = text.data + at, *end = memchr(line, '\n', text.size - at);
         size_t n = end ? (size_t)(end - line) : text.size - at;
         at += n + 1;
         if (n && line[n - 1] == '\r') n--;
         if (n == 0 || (rank == 0 && starts_with(line, n, "#version"))) continue;
-        bad = read_merge_text(l, line, n, rank++, &scratch);
+        bad = merge_add_line(l, line, n, rank++);
     }
     buffer_free(&text);
-    buffer_free(&scratch);
     return bad ? -1 : 0;
 }
 
-static const char qwen2_pattern[] =
-    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+"
-    "[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
-
 // vocab.json and merges.txt are byte-level; how the text is cut, the name of the class decides.
 static int read_vocab_and_merges(Loader *l, const Json *vocab) {
-    static const char *const classes[] = {"GPT2Tokenizer", "CodeGenTokenizer", "Qwen2Tokenizer"};
+    static const char *const classes[] = {"Qwen2Tokenizer", "GPT2Tokenizer", "CodeGenTokenizer"};
+    static const char *const specials[] = {"bos_token", "eos_token", "unk_token", "pad_token"};
     const char *name = json_get_text(l->config, "tokenizer_class");
     Tokenizer *t = l->t;
+    const Json *added;
     size_t class = 0;
     while (class < 3 && !(name && starts_with(name, strlen(name), classes[class]))) class++;
     if (class == 3) return refuse(l, "vocab.json without tokenizer.json and tokenizer_class", name);
-    if (class == 2) {
-        NormalStep *s = &t->normalizers[t->n_normalizers++];
-        s->kind = NORMAL_FORM;
-        s->form = normal_open(true, false, &t->region, l->err);
-        if (!s->form) return -1;
+    if (class == 0) t->normalizers[t->n_normalizers++].kind = NORMAL_NFC;
+    t->decode.byte_level = true;
+    if (add_byte_level(l, json_get_bool(l->config, "add_prefix_space", false),
+                       class == 0 ? qwen2_pattern : gpt2_pattern)
+        || find_added_tokens(l, &added) || read_vocabulary(l, vocab, added) || read_merges_txt(l)
+        || added_open(l, (added ? added->count : 0) + 4)) return -1;
+    finish_model(t);
+    if (read_added_tokens(l, added, NULL)) return -1;
+    for (size_t i = 0; i < sizeof specials / sizeof *specials; i++) {
+        const char *text = config_token(l, specials[i]);
+        int32_t id = text && *text ? tokenizer_id(t, text, strlen(text)) : -1;
+        if (id >= 0) add_token(l, id, true, false);
     }
-    if (json_get_bool(l->config, "add_prefix_space", false)
-        && add_pre_step(l, (PreStep){.kind = PRE_PREFIX_SPACE})) return -1;
-    if (add_pre_split(l, class == 2 ? qwen2_pattern : gpt2_pattern, SPLIT_ISOLATED, false)
-        || add_pre_step(l, (PreStep){.kind = PRE_BYTES})
-        || add_decode_step(l, (DecodeStep){.kind = DECODE_BYTE_LEVEL})) return -1;
-    const Json *added;
-    if (find_added_tokens(l, &added)) return -1;
-    size_t n_added = added ? added->count : 0;
-    if (read_vocabulary(l, vocab, n_added) || read_merges_txt(l) || finish_model(l)
-        || added_open(l, n_added + 4) || read_added_tokens(l, added, NULL)) return -1;
-    add_config_specials(l);
-    if (added_close(l)) return -1;
-    return add_bos_and_eos(l, false, "<|endoftext|>", "<|endoftext|>");
+    return added_close(l) || add_bos_and_eos(l, false, "<|endoftext|>", "<|endoftext|>") ? -1 : 0;
 }
 
 // ----------------------------------------------------------------- sentencepiece's tokenizer.model
@@ -5764,24 +4762,22 @@ static bool proto_varint(ProtoReader *r, uint64_t *value) {
     return false;
 }
 
-// Reads the next field. Returns 1, 0 at the end, -1 if the message is malformed.
-static int proto_next(ProtoReader *r, ProtoField *f) {
+// Reads the next field. Returns false at the end, and if the message is malformed, which the caller
+// sees by r->at != r->end.
+static bool proto_next(ProtoReader *r, ProtoField *f) {
+    static const uint8_t sizes[8] = {[1] = 8, [5] = 4};
+    ProtoReader start = *r;
     uint64_t key, n = 0;
-    if (r->at >= r->end) return 0;
-    if (!proto_varint(r, &key)) return -1;
+    if (!proto_varint(r, &key)) { *r = start; return false; }
+    unsigned wire = key & 7;
     *f = (ProtoField){.field = key >> 3};
-    switch (key & 7) {
-    case 0: return proto_varint(r, &f->number) ? 1 : -1;
-    case 1: n = 8; break;
-    case 2: if (!proto_varint(r, &n)) return -1; break;
-    case 5: n = 4; break;
-    default: return -1;
-    }
-    if (n > (uint64_t)(r->end - r->at)) return -1;
+    bool ok = wire == 0 ? proto_varint(r, &f->number) : wire == 2 ? proto_varint(r, &n)
+            : (n = sizes[wire]) > 0;
+    if (!ok || n > (uint64_t)(r->end - r->at)) { *r = start; return false; }
     f->bytes = (ProtoReader){r->at, r->at + n};
-    if (n <= 8 && (key & 7) != 2) memcpy(&f->number, r->at, n);       // little-endian, as we are
+    if (wire != 2 && n) memcpy(&f->number, r->at, n);         // little-endian, as we are
     r->at += n;
-    return 1;
+    return true;
 }
 
 typedef enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED,
@@ -5790,7 +4786,7 @@ typedef struct { const char *text; size_t length; float score; PieceType type; }
 
 typedef struct {
     SentencePiece *pieces;
-    size_t n;
+    size_t n, bytes;                // bytes: of all pieces together
     uint64_t model_type;            // 2: byte-pair encoding
     bool byte_fallback, suffix_spaces;
     bool add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces, has_charsmap;
@@ -5798,144 +4794,106 @@ typedef struct {
 
 static int read_piece(Loader *l, ProtoReader message, SentencePiece *piece) {
     ProtoField f;
-    int more;
     *piece = (SentencePiece){.text = "", .type = PIECE_NORMAL};
-    while ((more = proto_next(&message, &f)) > 0) {
-        if (f.field == 1) {
-            piece->text = (const char *)f.bytes.at;
-            piece->length = (size_t)(f.bytes.end - f.bytes.at);
-        } else if (f.field == 2) {
-            uint32_t bits = (uint32_t)f.number;
-            memcpy(&piece->score, &bits, sizeof bits);
-        } else if (f.field == 3) {
-            if (f.number < PIECE_NORMAL || f.number > PIECE_BYTE)
-                return fail(l->err, "%s: a piece of unknown type", l->file);
-            piece->type = (PieceType)f.number;
-        }
+    while (proto_next(&message, &f)) {
+        uint32_t bits = (uint32_t)f.number;
+        if (f.field == 2) memcpy(&piece->score, &bits, sizeof bits);
+        if (f.field == 3) piece->type = f.number <= PIECE_BYTE ? (PieceType)f.number : 0;
+        if (f.field != 1) continue;
+        piece->text = (const char *)f.bytes.at;
+        piece->length = (size_t)(f.bytes.end - f.bytes.at);
     }
-    if (more < 0) return fail(l->err, "%s: malformed piece", l->file);
-    if (!piece->length || utf8_valid_prefix(piece->text, piece->length) < piece->length
-        || memchr(piece->text, 0, piece->length) || !isfinite(piece->score))
-        return fail(l->err, "%s: a piece is empty, no UTF-8 or has no score", l->file);
-    if (piece->type == PIECE_NORMAL && piece->length > 512)
-        return fail(l->err, "%s: a piece of %zu bytes (512 at most)", l->file, piece->length);
+    if (message.at != message.end || !piece->length || !isfinite(piece->score) || !piece->type
+        || (piece->type == PIECE_NORMAL && piece->length > 512)
+        || utf8_valid_prefix(piece->text, piece->length) < piece->length
+        || memchr(piece->text, 0, piece->length))
+        return fail(l->err, "%s: a piece is empty, too long, no UTF-8 or malformed", l->file);
     return 0;
 }
 
 // TrainerSpec (field 2 of the model) and NormalizerSpec (field 3).
 static int read_piece_spec(Loader *l, uint64_t which, ProtoReader message, PieceModel *m) {
     ProtoField f;
-    int more;
-    while ((more = proto_next(&message, &f)) > 0) {
-        if (which == 2 && f.field == 3) m->model_type = f.number;
-        if (which == 2 && f.field == 24) m->suffix_spaces = f.number != 0;
-        if (which == 2 && f.field == 35) m->byte_fallback = f.number != 0;
-        if (which == 3 && f.field == 2) m->has_charsmap = f.bytes.at != f.bytes.end;
-        if (which == 3 && f.field == 3) m->add_dummy_prefix = f.number != 0;
-        if (which == 3 && f.field == 4) m->remove_extra_whitespaces = f.number != 0;
-        if (which == 3 && f.field == 5) m->escape_whitespaces = f.number != 0;
+    while (proto_next(&message, &f)) {
+        bool on = f.number != 0;
+        switch (which * 100 + f.field) {
+        case 203: m->model_type = f.number; break;
+        case 224: m->suffix_spaces = on; break;
+        case 235: m->byte_fallback = on; break;
+        case 302: m->has_charsmap = f.bytes.at != f.bytes.end; break;
+        case 303: m->add_dummy_prefix = on; break;
+        case 304: m->remove_extra_whitespaces = on; break;
+        case 305: m->escape_whitespaces = on; break;
+        default: break;
+        }
     }
-    return more < 0 ? fail(l->err, "%s: malformed model", l->file) : 0;
+    return message.at == message.end ? 0 : fail(l->err, "%s: malformed model", l->file);
 }
 
 static int read_piece_model(Loader *l, const Buffer *file, PieceModel *m) {
     ProtoReader whole = {(const uint8_t *)file->data, (const uint8_t *)file->data + file->size};
     ProtoReader r = whole;
     ProtoField f;
-    int more;
+    size_t n = 0;
     *m = (PieceModel){.model_type = 1, .add_dummy_prefix = true, .remove_extra_whitespaces = true,
                       .escape_whitespaces = true};
-    while ((more = proto_next(&r, &f)) > 0) {
+    while (proto_next(&r, &f)) {
         m->n += f.field == 1;
         if ((f.field == 2 || f.field == 3) && read_piece_spec(l, f.field, f.bytes, m)) return -1;
     }
-    if (more < 0 || !m->n) return fail(l->err, "%s: no sentencepiece model", l->file);
+    if (r.at != r.end || !m->n) return fail(l->err, "%s: no sentencepiece model", l->file);
     if (m->model_type != 2) return refuse(l, "sentencepiece model", "not byte-pair encoding");
     if (m->has_charsmap) return refuse(l, "sentencepiece normalizer", "with a character map");
     if (m->suffix_spaces) return refuse(l, "sentencepiece option", "treat_whitespace_as_suffix");
     if (!m->escape_whitespaces) return refuse(l, "sentencepiece option", "no escape_whitespaces");
     m->pieces = region_alloc(&l->scratch, m->n, sizeof *m->pieces, l->err);
-    size_t n = 0;
-    for (r = whole; m->pieces && proto_next(&r, &f) > 0;)
-        if (f.field == 1 && read_piece(l, f.bytes, &m->pieces[n++])) return -1;
+    for (r = whole; m->pieces && proto_next(&r, &f);) {
+        if (f.field != 1) continue;
+        if (read_piece(l, f.bytes, &m->pieces[n])) return -1;
+        m->bytes += m->pieces[n++].length;
+    }
     return m->pieces ? 0 : -1;
 }
 
-static int compare_scores(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x < y) - (x > y);
-}
-
 // Sentencepiece merges any two neighbours that make a piece, the highest score first: the same as a
-// merge for every way to cut a piece in two, ranked by its score. Called to count and then to add.
-static int add_piece_merges(Loader *l, const PieceModel *m, const float *scores, Buffer *scratch,
-                            size_t *count, bool add) {
+// merge for every way to cut a piece in two, ranked by its score.
+static int add_piece_merges(Loader *l, const PieceModel *m) {
     Vocabulary *v = &l->t->vocabulary;
+    if (merges_open(l, m->bytes)) return -1;          // more than there can be
     for (size_t i = 0; i < m->n; i++) {
-        const SentencePiece *piece = &m->pieces[i];
-        if (piece->type != PIECE_NORMAL) continue;
-        size_t rank = 0, high = m->n;                 // how many pieces have a higher score
-        while (rank < high) {
-            size_t middle = (rank + high) / 2;
-            if (scores[middle] > piece->score) rank = middle + 1;
-            else high = middle;
-        }
-        uint32_t code;
-        for (size_t k = utf8_next(piece->text, &code); k < piece->length;
-             k += utf8_next(piece->text + k, &code)) {
-            const Token *left = vocabulary_find(v, piece->text, k);
-            const Token *right = vocabulary_find(v, piece->text + k, piece->length - k);
-            if (!left || !right || m->pieces[left->id].type != PIECE_NORMAL
-                || m->pieces[right->id].type != PIECE_NORMAL) continue;
-            *count += 1;
-            if (add && merge_add(v, left->text, left->length, right->text, right->length, rank,
-                                 scratch, l->file, l->err)) return -1;
+        const SentencePiece *p = &m->pieces[i];
+        uint32_t bits, code;
+        float score = p->score + 0.0f;                // -0 becomes 0
+        memcpy(&bits, &score, sizeof bits);
+        // The bits of floats, ordered: below zero they grow with the amount, above they fall.
+        uint32_t rank = bits >> 31 ? bits : 0x7FFFFFFF - bits;
+        size_t k = p->type == PIECE_NORMAL ? utf8_next(p->text, &code) : p->length;
+        for (; k < p->length; k += utf8_next(p->text + k, &code)) {
+            int32_t left = vocabulary_id(v, p->text, k);
+            int32_t right = vocabulary_id(v, p->text + k, p->length - k);
+            if (left >= 0 && right >= 0 && m->pieces[left].type == PIECE_NORMAL
+                && m->pieces[right].type == PIECE_NORMAL
+                && merge_add(l, p->text, k, p->text + k, p->length - k, rank)) return -1;
         }
     }
     return 0;
 }
 
-static int build_piece_merges(Loader *l, const PieceModel *m) {
-    Buffer scratch = {.allocator = l->t->region.allocator};
-    size_t count = 0;
-    float *scores = region_alloc(&l->scratch, m->n, sizeof *scores, l->err);
-    if (!scores) return -1;
-    for (size_t i = 0; i < m->n; i++) scores[i] = m->pieces[i].score;
-    qsort(scores, m->n, sizeof *scores, compare_scores);
-    int bad = add_piece_merges(l, m, scores, &scratch, &count, false)
-           || merges_open(&l->t->vocabulary, count, &l->t->region, l->err)
-           || add_piece_merges(l, m, scores, &scratch, &count, true);
-    buffer_free(&scratch);
-    return bad ? -1 : 0;
-}
-
-static int add_replace(Loader *l, const char *pattern, const char *text) {
-    const Regex *regex = compile(l, pattern, strlen(pattern));
-    l->t->normalizers[l->t->n_normalizers++] = (NormalStep){
-        .kind = NORMAL_REPLACE, .regex = regex, .text = text, .length = strlen(text)};
-    return regex ? 0 : -1;
-}
-
 // The normalizer and the decoder as their specification in the file has them.
-static int build_piece_steps(Loader *l, const PieceModel *m) {
+static int add_piece_steps(Loader *l, const PieceModel *m) {
     Tokenizer *t = l->t;
-    if (m->remove_extra_whitespaces
-        && (add_replace(l, "\\A +", "") || add_replace(l, " {2,}", " "))) return -1;
+    if (m->remove_extra_whitespaces) t->normalizers[t->n_normalizers++].kind = NORMAL_TRIM;
     // "legacy" false: a text that follows a special token does not begin with a space.
     if (m->add_dummy_prefix)
         t->normalizers[t->n_normalizers++] = (NormalStep){
-            .kind = NORMAL_PREPEND, .text = space_mark, .length = 3,
+            .kind = NORMAL_PREPEND, .text = space_mark,
             .only_first = !json_get_bool(l->config, "legacy", true)};
-    t->normalizers[t->n_normalizers++] = (NormalStep){
-        .kind = NORMAL_REPLACE, .text = space_mark, .length = 3};
-    if (m->remove_extra_whitespaces && add_replace(l, "\xE2\x96\x81+\\z", "")) return -1;
-    DecodeStep replace = {.kind = DECODE_REPLACE, .text = " ", .length = 1,
-                          .regex = compile_literal(l, space_mark, 3)};
-    DecodeStep strip = {.kind = DECODE_STRIP, .text = " ", .length = 1,
-                        .start = m->add_dummy_prefix ? 1 : 0};
-    if (!replace.regex || add_decode_step(l, replace)) return -1;
-    return add_decode_step(l, (DecodeStep){.kind = DECODE_BYTE_FALLBACK})
-        || add_decode_step(l, (DecodeStep){.kind = DECODE_FUSE}) || add_decode_step(l, strip);
+    NormalStep *replace = &t->normalizers[t->n_normalizers++];
+    *replace = (NormalStep){.kind = NORMAL_REPLACE, .text = space_mark};
+    t->decode = (DecodeSteps){.with = " ", .byte_fallback = true, .strip = " ",
+                              .strips = m->add_dummy_prefix};
+    return compile_literal(l, " ", &replace->regex)
+        || compile_literal(l, space_mark, &t->decode.replace) ? -1 : 0;
 }
 
 static int read_sentencepiece(Loader *l, const Buffer *file) {
@@ -5943,14 +4901,14 @@ static int read_sentencepiece(Loader *l, const Buffer *file) {
     Vocabulary *v = &t->vocabulary;
     PieceModel m;
     const Json *added;
-    if (read_piece_model(l, file, &m) || build_piece_steps(l, &m)
-        || find_added_tokens(l, &added)) return -1;
+    if (read_piece_model(l, file, &m) || add_piece_steps(l, &m) || find_added_tokens(l, &added))
+        return -1;
     size_t n_added = added ? added->count : 0;
-    if (vocabulary_open(v, m.n + n_added, &t->region, l->err)) return -1;
+    if (vocabulary_open(l, m.n + n_added)) return -1;
     for (size_t i = 0; i < m.n; i++) {
         const SentencePiece *piece = &m.pieces[i];
-        const char *text = keep_text(l, piece->text, piece->length);
-        if (!text || vocabulary_add(v, text, piece->length, i, l->file, l->err)) return -1;
+        if (vocabulary_add(l, piece->text, piece->length, i)) return -1;
+        const char *text = v->tokens[i].text;
         if (m.remove_extra_whitespaces && piece->type == PIECE_USER_DEFINED
             && (strchr(text, ' ') || strstr(text, space_mark)))
             return refuse(l, "user-defined piece with a space", text);
@@ -5959,20 +4917,17 @@ static int read_sentencepiece(Loader *l, const Buffer *file) {
     }
     t->byte_fallback = m.byte_fallback;
     t->fuse_unk = true;
-    if (vocabulary_close(v, l->file, &t->region, l->err) || build_piece_merges(l, &m)
-        || finish_model(l) || added_open(l, m.n + n_added)
-        || read_added_tokens(l, added, NULL)) return -1;
+    if (add_piece_merges(l, &m) || added_open(l, m.n + n_added)) return -1;
+    finish_model(t);
+    if (read_added_tokens(l, added, NULL)) return -1;
     for (size_t i = 0; i < m.n; i++) {
         PieceType type = m.pieces[i].type;
-        if (type == PIECE_UNKNOWN || type == PIECE_CONTROL) add_special(l, &v->tokens[i]);
         // Pieces that the user defined are whole, and are looked for where spaces are "▁" already.
-        if (type != PIECE_USER_DEFINED || v->tokens[i].added) continue;
-        AddedSet *set = &t->added_normalized;
-        v->tokens[i].added = true;
-        set->tokens[set->n++] = (AddedToken){.pattern = v->tokens[i].text, .id = (int32_t)i,
-                                             .length = v->tokens[i].length};
+        bool whole = type == PIECE_USER_DEFINED;
+        if (type == PIECE_UNKNOWN || type == PIECE_CONTROL || whole)
+            add_token(l, (int32_t)i, !whole, whole);
     }
-    return added_close(l) ? -1 : add_bos_and_eos(l, true, "<s>", "</s>");
+    return added_close(l) || add_bos_and_eos(l, true, "<s>", "</s>") ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------------- opening it all
@@ -6011,14 +4966,10 @@ static Tokenizer *tokenizer_open(const char *directory, const qlora_allocator *a
     t->region = region;
     t->unk_id = -1;
     t->unicode = unicode_open(&t->region, err);
-    t->normalizers = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->normalizers, err);
-    t->pre_tokenizers = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->pre_tokenizers,
-                                     err);
-    t->decoders = region_alloc(&t->region, MAX_TOKENIZER_STEPS, sizeof *t->decoders, err);
-    Loader l = {.t = t, .directory = directory, .file = directory, .err = err};
-    l.scratch.allocator = a;
-    int bad = !t->unicode || !t->normalizers || !t->pre_tokenizers || !t->decoders
-           || read_tokenizer(&l) || read_config(&l);
+    Loader l = {.t = t, .directory = directory, .file = directory, .scratch = {a, NULL},
+                .text = {.allocator = a}, .decoder = -1, .err = err};
+    int bad = !t->unicode || read_tokenizer(&l) || read_config(&l);
+    buffer_free(&l.text);
     region_free(&l.scratch);
     if (!bad) return t;
     tokenizer_close(t);
@@ -11995,7 +10946,7 @@ static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
 
 #endif // REAL_IS_DOUBLE
 // =================================================================================================
-//  Generated tables: Unicode 16.0.0 (case mappings: 14.0.0)
+//  Generated tables: Unicode 16.0.0
 //
 //  Written by test/unicode_tables.py; do not edit. A number is in base 26, its digits upper-case
 //  letters, the last one a lower-case letter; what can be negative is stored as 2n or -2n-1.
@@ -12109,53 +11060,34 @@ static const char *const unicode_categories[] = {
     NULL
 };
 
-// Canonical combining classes (Unicode 9): codes left out, length of the run, class.
-static const char *const unicode_combining[] = {
-    "BDovIwabIyaeImabIyabIiafImacHuaeImacHualImafbaeImaiIwabJgabIwadImadIwacImbdIwaeImabIwabIy",
-    "acImabIwabIzacJaabIzacJaabIzanIwKpfIwKfbImaeIwabImadIwabIoabImagIwagImacIwabImacIwabIoabIu",
-    "abIwabkablabmabnaboabpabqabrabsactabuabvabwbbxbbyabzbbIwabImbbsCuiIwabBeabBfabBgBwbBbabBc",
-    "abBdabBeabBfabBgabBhabBiacIwacImafIwabImacIwabImqbBjDxhIwceIwabImabIwccIwbbImacIwabImBjbBk",
-    "BebIwabImacIwabImacIwadImabIwacImabIwabImadIwabImabIwabImabIwabImabIwabImacIwGehIwabImabIw",
-    "BieIwbjIwbdIwbfIwBrdImEqoIwbbImacIwabImacIwabImadIwadImabBbabBcabBdadIwabImacIwacImafIwCibh",
-    "qbjdbIwabImacIwDzbhqbjEgbhqbjEgbhqbjEgbhqbjExbjExbjhbDgabDnDxbhqbjExbjEubjEfcDzabjneEdEecEo",
-    "oeEsCycImBbbImbbImbbIiCdbEzabFabbFcfeFacbFabcIwabjbcIwCkbImEibhbcjDebImBBrdIwBKmbjBfbjGbbj",
-    "kbIwHvbIuFnbIoabIwabImIlbIwabImCtbjuiIwcbImBwfIwagImacIwabImEobhpbjBmbIwabImahIwCccjCgbhlcj",
-    "CpbhFwdIwbbbafImacIwaeImabIwbhbebImgbIwdcIwHqcIwabImahIwabImacIwabJaabIgabImabHuaBlIwfbIw",
-    "abIzabImabIwabImBBscIwacbaeIwadbacIwebIwdcbabIwabImabIwacbaeImabIwEOcdIwFlbjDsBgIwVibIkabIu",
-    "abIyabIoacIqEbciBSQebIwekIwBgcIwDccIwKqbjHhbjBbsIwCfdImBlbjDrbhmbjJfbIwbcIwabImccIwfcIwbbIw",
-    "CabjJmbjBDZsbBaBDphIwahImacIwBLlbImIsbImFtfIwCMsbImbbIwBobIwabbabImebjGjbIwabImCAxbjCebjCfbj",
-    "abhCrdIwBwcjCkbhCybjjbhEcbjabhGwbhabjDdbhqbjyhIwdfIwHxbjdbhEtbjabhJrbjabhEwbjEobjabhElbj",
-    "BXzbjBDUufbChhIwBEVnbbHWocIiadbdbIsafIiiiImcfIwacImBeeIwFsdIwFFfhIwbrIwchIwbcIwbfIwDHdhIm",
-    "EfgIwabh",
-    NULL
-};
-
-// Simple lower case: codes left out, how many characters, their stride, signed distance.
-static const char *const unicode_lower[] = {
-    "CnBabCmDxxbCmbhbCmBhyccddcccicccxccbbbJhadccdbbQeacccbbbPwabbcbcbPuabbccbbGcabbPoabbPqabbc",
-    "bbbPuabbPybbbQgabbQcabbcdbbQgabbQkbbbQmadccbbbQuabbcbbbQucbbcbbbQuabbcbcbQsacccbbbQwabbcdbbc",
-    "hbbeabbcbbbeabbcbbbeajcccjcccbbeacccbbbHlabbEhauccbbbJzbjcchbbBFYkabbcbbbMnabbBFYecbbcbbbOz",
-    "abbFiabbFmafccLdcccdbbcibbIygbbCybdbCwbbbEybcbEwbrbCmbjbCmBjbbqimccfbbEpcbbcbbbnabbccdbJz",
-    "aqbGeaBgbCmBwrccjBbccbbbBeahcccBwcccBmbDsEHdBmbVMubbbVMufbbVMuBBuDcbEKZoagbqDGsBrbIXjcdbIXj",
-    "MiCxccjbbWNtbBwccjibpigbpkibpiibpigbplecpiibpyibpiibpiibpicbpacbFrabbrlebGpabbrlcbpacbHrmcbp",
-    "acbIpabbnlcbJvacbJrabbrLlbbWGfdbbYUvabbYLngbbCeBtqbBgtbbcBFmBabCaCSuBwbDsBwbbcbbbBFUjabbLHj",
-    "abbBFTdcdccbbbBFXfabbBFUvabbBFXlabbBFXjbbbccbbcicbBFZxaByccicccebbcBTYjxcctoccFfhccdBfcckccc",
-    "bbbEANvafccebbcbbbEVChccccdkccbbbEVElabbEVFhabbEVEzabbEVEfabbEVElbbbEVApabbEVClabbEVAvabbCTk",
-    "aiccbbbDrabbEVEjabbEARvacccgbbcfcccBcbbcBHAhBabCmBUzBobDcFgBkbDcGalbDabpbDabhbDabcbDa",
-    "CQcBzbEyENlBgbCmBGJwBgbCmBULkBibCq",
-    NULL
-};
-
-// What case folding unites beyond the lower case, written like it.
-static const char *const unicode_folds[] = {
-    "GzbbCHqHtbbUpRlbbIyEubbcnbbChabbBxdbbBdabbBrzbbEdabbDrdbbExJHqbbSKpabbSKnabbSJvacbSJrabbSJt",
-    "abbSJfabbSHjabbEAIwUkbbElLebbVFt",
+// Runs of canonical combining classes (Unicode 9) or NFC_CARE: class, length.
+static const char *const unicode_classes[] = {
+    "aBDoIwvIybImeIybIibImfHucImeHucImlbfImeIwiJgbIwbImdIwdImcabIwdImeIwbIybImcIwbIzbJacIzbJacIzb",
+    "IwnaeJvbajJvbaiJvbaJrIwfaKfImbIweImbIwdIobImbIwgImgIwcImbIwcIobIubIwbkblbmbnbobpbqbrbsbtcub",
+    "vbwbabxbabybzbabIwbImbabsbaCuIwiBebBfbBgbaBwBbbBcbBdbBebBfbBgbBhbBibIwcImcIwfImbIwcImbaqBjb",
+    "aDxIwhacIweImbIwbacIwcabImbIwcImbaBjBkbaBeIwbImbIwcImbIwcImdIwbImcIwbImbIwdImbIwbImbIwbImb",
+    "IwbImbIwcaGeIwhImbIwbaBiIweabIwjabIwdabIwfaBrImdaEqIwoabImbIwcImbIwcImbIwdImdBbbBcbBdbIwdImb",
+    "IwcImcIwfaCihbaqjbadIwbImbIwcadJviaDohbabJvbaojbajJvbaeJvcabJvbaDfJvbacJvbafhbaqjbalJvdacJvb",
+    "aDphbaqjbaEghbabJvbaojbaiJvcaeJvcaDsJvbaojbajJvbaEnjbahDgbDnbaDxhbafJvbakjbahJvcaDzJvbaojbaj",
+    "JvbaEkjbaeJvbapJvbaDkDzcjbanEdeaEeEocaoEseaCyImcaBbImbabImbabIibajJvbajJvbaeJvbaeJvbaeJvbam",
+    "JvbahEzbFabJvbFcbJvcabJvbabFaeacFabJvbIwcjbabIwcalJvbajJvbaeJvbaeJvbaeJvbamJvbamImbaDzJvbai",
+    "hbabjcaDeImbaIdJvvaByJvBbaPuIwdaBKmjbaBfjbaGbjbakIwbaHvIubaFnIobIwbImbaIlIwbImbaCtjbauIwiac",
+    "ImbaBwIwfImgIwcImbaEohbJvbaojbaBmIwbImbIwhaCcjcaCghbaljcaCphbaFwIwdabbbImfIwcImeIwbabbhaeImb",
+    "agIwbadIwcaHqIwcImbIwhImbIwcJabIgbImbHubIwBlafIwbIzbImbIwbImbaOfJvbabJvbabJvbabJvbabJvbabJvb",
+    "abJvbaCjJvbacJvbakJvbabJvbahJvbahJvbahJvbahJvbacJvcajJvbabJvbabJvbacJvcaHyIwcbcIwebdIwcaeIwb",
+    "adbcIwbImbIwbbcImeIwbaCbJvbadJvcaTpJvcaCXtJvbaUkIwdaFljbaDsIwBgaViIkbIubIybIobIqcaEbicaBSQe",
+    "IwbaeIwkaBgIwcaDcIwcaKqjbaHhjbaBbIwsaCfImdaBljbaDrhbamjbaJfIwbabIwcImbacIwcafIwcabIwbaCajb",
+    "aJmjbaBDEwJvKkacJvbabJvbacJvkabJvbabJvbacJvcadJvCqacJvEcaCpJvbBabJvbakJvnabJvfabJvbabJvcab",
+    "JvcabJvjaBBtIwhImhIwcaBLlImbaIsImbaFtIwfaCMsImbabIwbaBoIwbbbImbaejbaGjIwbImbaCAxjbaCejbaCfjb",
+    "hbaCrIwdaBkJvbaljcaCkhbaCyjbajhbaEcjbhbaGwhbjbaDdhbabJvbaojbajJvbaoIwhadIwfaHxjbadhbaEbJvbaj",
+    "JvbacJvbaejbhbaJbJvbapjbhbaEwjbaEojbhbaEljbaBXzjbaBDUubfaChIwhaBEVnbbaHWhJvhIicbdadIsbIifai",
+    "ImiacIwfImcaBeIweanJvgaEzIwdaFFfIwhabIwracIwhabIwcabIwfaDHdImhaEfIwghbaDYNlJvUwaCAHMo",
     NULL
 };
 
 // Canonical decompositions (Unicode 9): codes left out; 0 for one character, 1 for a pair, 2
 // for a pair that is never composed again; each character as signed distance to the last one
-// in its place.
+// in its place (a single one stands in the second).
 static const char *const unicode_canonical[] = {
     "HkbFaCHcabacabacabacabakabaebbeCgabeCzabacabacabamabipabacabacabambbkjabcfabacabacabacabak",
     "cbmpabacabacabamabincbqbabacabacabacabakabaebbeCgabeCzabacabacabamabipabacabacabambbkjabcf",
@@ -12170,270 +11102,109 @@ static const char *const unicode_canonical[] = {
     "abcaabBBdaabCmacbMfqabCmaabCdaabCmaabCdCeabCmaabBDeCtabcaabDzqabQwaabBQladbCrvabCmacbBxb",
     "abCmaabGscabCmaabCjaabCmaabBbaabCmaabObBcabCmaabCleabCmaabCddabCmaabCleabCmaabCddabCmaabCle",
     "abCmaabBzdabCmaabCleabCmaabCfdabCmaabCleabCmaabCfdabCmaabCleabCmaabCpBqabCmaabCjaabCmacbDjBz",
-    "abCmagbCzjabCmaabCdCmabCmaabIsCrabCmaabCnaabCmaabMtgabCmaabBIkfabcaabBKdaabCmaKiaBXuaacbaBk",
-    "acvfBvaGbjaBXbgbIkaabCFiaaaCEdabCEmaabeaabeabbmabbmaabiaabCoazbDtoabyaabynabiaabeaabeaabBka",
-    "zbBjoabyaablnabmaabiaebsaabaoBrbFepabaqbbdndbzoebBonabdbabwmkbvaBfbCmawbflabaqbbdndbCsoebCdn",
-    "abdbabwmxbDusabcaCvbHhrabCmanbCxaabCmaabCleabCmacbCbdabCmacbMoeabcaabOzaabCmaabCjaabCmacbCjh",
-    "abCmaabCliabCmaabBzaabCmacbNcaabcaabOlaabCmaabDfhabCmaabCliabCmaabClgabCmaabCdfabCmacbCda",
-    "abCmaLkbBKqCMwabacabCoaabCncabCsbFxbKsabbBnaqbBiaWzbBUaCFghbqacbgaBjcChaaccaaccaackaackaacca",
-    "acsaaciaEdbLsKaabaBypcCxCbaccabcBaaDfcKcJwccmaBicCpaaccaackaccBeaIzbVwVscbaBvabaBypcCxCbacca",
-    "CcbIqLyCbbEaBxabcaabbByEtbJwJuEpbJiJugboaabacbbaBnabiBmEwbJoIcabcaabbByFlbLiIwbbakabgjabfBq",
-    "NscBBuBKijcuaeckaeckaeckamcCbdjcDuFdbcaeacFaybccaicFbarcCoEgjcuaeckaeckaeckamcCbdEebLmJi",
-    "EDbbIGeIJebbeabbeabbeabbeadbiaBobDeabbeacbeaabcabbgaBAybULtSFvabCmaabCjChabCmaabClCeabCma",
-    "abClBcabCmaabHuDrabCmaabMnmabCmaabClCeabCmaabClBcabCmaabCltabCmaabClmabCmaabNkDlabcaabbcabca",
-    "abPvDkabCmaabClgabCmaabBIsDfabcaabBLdcabCmaabCjfabCmaabCjgabCmaabClCeabCmaabClCbabCmaabClCk",
-    "abCmaabCloabCmaabCjeabCmaabHwDpabCmaabMpaabCmaabClCqabCmaabClBcabCmaabCjBbabCmaabWOqCjabca",
-    "abWRdDmabCmaabClhabCmaabCjDjabCmaabClmabCmaabClCeabCmaabCjCdabCmaabClCeabCmaabClBcabCmaabClh",
-    "abCmaabHyDjabCmaabCloabCmaabGspabcaabbcabcaabTlaabCmaabClmabCmaabChaabCmaabClCeabCmaabWQyCj",
-    "abcaabWTlDmabCmaabCjDfabCmaabClCeabCmaabRuCdabcaabkaabcaabVZeaabcaabWTxaabCmaabClCeabCma",
-    "abClBcabCmaabClhabCmaabCjrabCmaabClyabCmaabClfabCmaabSsDjabcaabcoabcaabVhjabCmaabClCmabCma",
-    "abCjCrabCmaabClcabCmaabCloabCmaabClbabCmaabClCeabCmaabCjCdabCmaabClcabCmaabCjbabCmaabCjj",
-    "abCmaabClCoabCmaabClBcabCmaabBjaabyDdabgeabeabbUefebYlCeabCmaabClBzabCmaabHmpabCmaabClbabCma",
-    "abClsabCmaabCllabCmaabWNsbabcaabWLhbabcaabbbabcaabbsabcaabblabcaabWLegabcaabWZvCgabCmaabClBz",
-    "abCmaabCllabCmaabHudabCmaabClbabCmaabClsabCmaabCllabCmaabWOybabcaabXBjoabCmaabClCaabCmaabBza",
-    "abCmaabClBzabCmaabHupabCmaabClbabCmaabClsabCmaabCllabCmaabWPsbabcaabWCnbabcaabbbabcaabbsabca",
-    "abblabcaabbCmabcaabZnaabCmaabClBzabCmaabYepabcaabbbabcaabbsabcaabblabcaabbCmabcaabBAjCrabCma",
-    "abClCsabCmaabClBzabCmaabCllabCmagbCLkBgabacabURuBnabcaabbcabcaabbFaabcaabUUhDpabacabUUwBn",
-    "abcaabbcabcaabbFaabcaabUSdDpabacabUSsBnabcaabbcabcacbUVfBkabacabUVuBnabcaabbcabcacbUTfBkabac",
-    "abUTuBnabcaabbcabcaabbFaabcaabUWhDpabacabUWwBnabcaabbcabcaabbFaabcaabUUhDpabacabUUwBnabca",
-    "abbcabcaabbFaabcaabUXjDpabacabUXyBnabcaabbcabcaabbFaabcaabUVbDpabacabUVqBnabcaabbcabca",
-    "cbUYdBkabacabUYsBnabcaabbcabcacbUVvBkabacabUWkBnabcaabbcabcaabbFaabcabbUYxDnbbUZoBnbbacbbaFa",
-    "abUWtDpabacabUXiBnabcaabbcabcaabbFaabcaabUZvDpabacabVAkBnabcaabbcabcaabbFaabcaabUZvFbaajabsa",
-    "aapabuaaarabwaaatabBgaaaBaabnaaaqabhaaakcbUPoFiabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabca",
-    "abcaabcaabcaabcaabBiaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabDuaabca",
-    "abcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabVAhEvabadabVAkFaabVAjaabjabbkf",
-    "abVFugabVIfEvabadabahaavabwFibaDccbCIjfabXImgabVAfaabrabbsfabVGogabVJdFhaazabBeaaaBbabBcFi",
-    "abVImFhabacabaFaabVFvEpabadabBihaaElcbDeFcabBiaabDtEpabadabahaaBdbbVOiaabacabaFaabVJtEpabad",
-    "abmhaaCbabBiBmabacabiDoabmaabCxEpabadabahaaBtabBmBoabCGnBnaaCEkaaCJxcbXOqFiabUZlaabkabbjf",
-    "abVIwgabVMbFhaaBlabCgaaaBzabCaFiaaCGfcaXSmaacLgaVMhdaCOhaaJkEgbYVuzabeasbeaBebEqaabiaabda",
-    "CabDuaebkacbgaxbBwabbeaBabBuacboacbeabbgawbZUjabbZWiakbBnaabZUvaabeaabZWmaabcacbBaaabcacbga",
-    "abcagbgaabcacboaabcacbgaabcaBibCcaabmaabcaabeaBwbDpaabcaabBoaabcagbCmaabcaabcaabcaChaKCkaac",
-    "CXtcDXvaCBnbECyBIJqbbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeacbgabbeabbeagboaabacbbgbabac",
-    "bbgbabacbbgbabacbbgbabacwbEbbjbGsanbBcabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeacbgabbea",
-    "bbeagboaabacbbgbabacbbgbabacbbgbabacbbgbabacwbEbbcbFqaabcaabcaabcadbwaCXThaCRDuaaBCHbaaBEEm",
-    "aaBNnaaWSbaaYSjaaEIgaaCFJaaaaaaCBGfaaBQUqaaBTRfaaCVyaaGOyaaPMsaaGXkaaFCmaaBDeaaYmaaFTmaaBDFd",
-    "aaCJaaaCVsaaCHmaaMKkaaJZmaaGLyaaCFDlaaDTmaaRVyaaFJqaaPFgaaSDmaaBXCdaaOCkaaQOyaaCSsaaBDGf",
-    "aaXNqaaETqaaBFHxaaGHmaaEUoaaEFsaaWPgaaBXLnaaBReaaWsaaNOmaaEPiaaFMoaaDRiaaGXgaaEOoaaGqaaFTe",
-    "aaHAkaaDFmaaBYcaaBCJbaaSsaaDDiaaERiaaLNyaaIScaaOXdaaBLVxaaERaaaWGeaaDDcaaKRvaaEWeaaPDgaaHTa",
-    "aaBVBhaaCRsaaKJqaaCWkaaXuaaKSeaaUiaaSGeaaBZCraaBIQkaaBJJhaaBfaaBENwaaCToaaEScaaOAqaaIHt",
-    "aaBEVhaaFLuaaYZoaaBUAraaKJkaaDEcaaOTeaaBLqaaBAAjaaBCSeaaBFFzaaMBkaaNItaaXHmaaFOhaaRYaaaBFIr",
-    "aaDMsaaXFiaaKBoaaEVqaaXLfaaBBGeaaBAQhaaHFvaaYEgaaXRtaaNLyaaBDIjaaCBuaaHkaaRFkaaPLsaaEEyaaGJe",
-    "aaFHqaaBVPraaZqaaDYgaaEDuaaFEwaaHTiaaGYqaaVPmaaDPiaaDEgaaEgaaCFSnaaPHeaaDOkaaBBFiaaBLBnaaCJg",
-    "aaIqaaBZgaaHZmaaBQiaaCMaaaDZmaaDEaaaBWwaaLDuaaHTfaaIMsaaCKcaaBXJxaaKuaaBPkaaVGgaaSEeaaBLo",
-    "aaBHGbaaXcaaCRkaaGFmaaMOeaaGQzaaBBSbaaGDeaaDTcaaBJyaaBUyaaOVsaaOcaaIMkaaNgaaNPcaaDPsaaGiaaQa",
-    "aaCCYraaBFXuaaSFcaaDUuaaBOUfaaNXlaaBTwaaIKeaaGgaaHCeaaDIwaaFXoaaDJsaaLEaaaISmaaLKsaaBREv",
-    "aaBKCiaaBZGbaaPWmaaJgaaEAmaaBAsaaECwaaZwaaCImaaDNmaaURsaaCBSzaaMRyaaBNPsaaCBGjaaJUqaaMTe",
-    "aaZEuaaBKBtaaBHyaaFEkaaIRgaaBANeaaBZUfaaBLkaaGIeaaHIqaaYgaaBAqaaDFmaaFKkaaBKqaaHGwaaHBwaaBk",
-    "aaGTqaaDWeaaBZFxaaUVeaaUEbaaWMwaaCCuaaNEiaaMQcaaEIiaaBSyaaBPRraaESeaaPGcaaFKbaaGoaaBCmaaHLj",
-    "aaBQjaaUGsaaBTXfaaBNTcaaBLCpaaDxaaJOoaaDEgaaTSgaaZGbaaNIoaaEWhaaBEScaaFGnaaKPuaaJRfaaBGJf",
-    "aaKHhaaDKqcaBZgbaKRscaPPjaaZFsaaCTkaaBWeaaCqaaoaaDgaaWOkaaUDraaCHabaEUsbaDSmcaDZkaaPedaGAm",
-    "aaBaaaDkaaDLoaaJStaaELeaaCBUvaaYcaaHwaaBDgaaCcaaIkaaBTgaaIcaaHoaaBKiaaIaaaCVoaauaaDDsaaQi",
-    "aaCyaaHsaaCOgaaLiaaNmaaBMmaaDTkaaMoaaUiaaBTgaaOoaaBMsaaDJiaaNiaawaabaaqaamaaoaaDsaacaaNsaaFa",
-    "aaYoaaBRkaaBqaaEiaaXmaaLiaaBLoaaKuaaaaaBKuaaDPaaaKiaaBByaaEiaaBFoaaEcaaCAuaaKaaaFBiaaVwaaEq",
-    "aaBQGhaaOBLaaaNBYpcaBNIxaaCScaaFxaaBLnaaBIwaaEoaaZeaaDyaaBZyaaFnaaFgaaFqaaBWqaaGwaaLeaaBg",
-    "aaUuaaPgaaCUeaaoaaLcaaFgaaXaaaJcaaFjaaKiaaDnaaLgaaFcaaBEuaaGuaaEeaaUaaaWaaaMoaaiaaEoaaDDm",
-    "aaFaaaBEcaaBFoaaBfaaGsaaTkaaZwaaESoaaEDfaaJkaaJmaaZeaaLmaaEcaaRkaaeaaNeaaBiaaByaaGqaataaBEm",
-    "aaBLiaaUwaaOkaaRgaaLuaaZkaaPiaaCNaaaMcaaCRsaaBJcaaFiaaBgaaWwaaEkaaDlaaEeaafaaBhaaFwaaGgaaBDk",
-    "aaBRcaaYeaaWsaaRaaaDBgaaHyaaIwaaKgaaCuaayaaDsaaCDyaaDLkaaLLKuaalaaITuaaORXfaaDKgaaCoaaPLMe",
-    "aaHZiaaZTuaaNZFraaFuCpcEMKvBGMrbcBygkcruacacacHDWabacacacHDXxvacacacaiaccaaccaaccaaccaacca",
-    "accabceaaccaaccaaccaaccabceabceaaccabceaaccabceaaccaaccaaccaaccaacBpfachmacuaacsa",
-    "IBrbHUAcHUFmbbeaobuaFabKuIkabcaUtbBPaBPeabaByOcbBCmBBiabatbbaBaJrbTqSqabcaCTBmcFMCqFMEmacca",
-    "acosacacacacacacacacDicGyzaccaaccsaccaacbcaccaEHLfaLHMraajaasaaMRJuaaMQNraaGaaaBaaaFmaaJg",
-    "aaCkaaGaaaBvaaVJdaaNOQyaaMSYbaaoaaBgaaBmaaMRYwaaNNSvaaVSuaaCyaaMSAuaaMRZzaaBaaaCDzaaCEqaas",
-    "aaQUKaaaQUFbaaBcaaWBvaaWGeaawaaDkaakaaWGpaaWMuaaeaaCcaaBsaawaacaaBiaaDwaaqaasaaByaauaaeaaa",
-    "aaaaaMUGoaaLYIpaaVSdaaBqaaMUXcaaMUWdaamaaBqaaLsaaHvaaBgaaCmaaEmaaGmaaCaaaFeaaBgaaCoaaaaaBq",
-    "aaBkaaqaaBeaaBAeaaUxaaVaaaPfaaCsaaDJdaaFFyaaWdaaCyaaByaaJzaaMwaabaaJmaaMYLsaaMYGhaakaaBeaaBo",
-    "aaqaaEyaaMZGmaaFcaaMZAxaaDqaayaaGbaaKyaaBAWlaaBcaaBBHwaaEeaaaaaNAFkaaMZVdaaBqaaBeaayaaNARi",
-    "aaNAQjaaoaaCNaaaCKvaaBBThaaBBYcaaBcaaGiaaDxaaNCIoaaNBUnaaNBUsaaNBRjaafaaBiaaHuaacaaBCOj",
-    "aaBCQmaaDiaaBqaaDkaaBCUvaaOGMcaaOGKbaaBCYiaagaagaaBoaaQXWyaaQXSxaaNEMwaaaaaMDZjaaBAKraaa",
-    "aaBDBhaaOTFeaaBJSeaaOZRbaasaaBDEtaaBDIkaaDyaauaaCqaaKmaaBDTlaaChaaBDXgaaNGBgaaNFXhaaJyaaiaae",
-    "aadaaDoaaBoaaCuaaBbaawaaDqaaBoaaiaaCaaawaaFcaaGmaaCsaaJoaaNHEmaaNHFxaaEzaaIiaaCcaaHmaaNHKs",
-    "aaNHFxaaHdaaCdaaBFKvaaBFZqaaBqaaCkaaCxaaBFVxaaBGMoaaCgaaNJJgaaNJAbaaViaaNlaaBGSlaaBGYaaaBGZh",
-    "aaCtaaREqaagaaQFuaaHraaTTiaaBUBvaaBASaaaiaamaaEsaavaaNKTcaaOSChaaBHWcaaIzaaPuaaDyaaNKIq",
-    "aaNKHxaaInaaSwaaBILhaaBIOwaaHmaaFmaaOqaaNKKcaaNKGdaaBJKvaaBJQgaaNLOmaaNLKnaaBJPzaaBJSiaaDm",
-    "aaCcaacaaNMOaaaWJbaaWRmaaNMLbaaNNTsaaNNKzaaBcaaHvaaNmaaDcaaEkaaEdaaDcaaBeaaBaaaNNDiaaNNJn",
-    "aaTiaaEwaaBLHlaaBLOqaahaaNNMaaaNOBvaaBCsaaNNKaaaDsaaNNGxaaIwaaCbaafaaBMGvaaBMKmaaDyaalaaEe",
-    "aaLUIyaaLTXfaaNOHgaaNOAnaaNOZuaaNOOzaaBaaaCcaaNQGmaaNQCtaaBqaaNQYiaaReaaNQXvaaBiaaBOBdaaBODe",
-    "aaBOCfaaaaaBOOsaaBqaaBqaaBoaaFiaaBORdaaBOYcaaNSUmaaNSSlaaNSZoaaNSVraaMMHyaaMLVpaaNURqaaBu",
-    "aaKuaaPKDbaayaaBPPoaaNVAcaabaaDaaaCaaaNVBtaacaaaaaDiaaBPSjaaBPXkaaBPWjaaGeaaPMPaaaNWJtaaEu",
-    "aaEyaaBQIzaaPNXeaaNXDnaaNXMmaaDiaaNXLjaaHcaaBQZfaaBRFuaauaakaaNYYcaaXaaaaaaNZIvaaBRCxaaPRFu",
-    "aaNZMfaagaaBRQxaaPRTiaaNZHzaaBSBzaaBSDsaajaaCgaaOBMaaaOBEjaaBSFraaBSNkaaEoaaFeaaBSTdaaPVGa",
-    "aaCkaaPVFnaaPVQuaaOCCraaOCKmaaOCIjaaHuaawaaODFmaaFqaaODEbaaODOiaaODNbaaMRKwaaOLIhaaBUCoaaGg",
-    "aaBUEpaaBUJeaaBDEvaaPHPkaaBcaaBNMpaasaaMQKraagaaKHwaaCEYvaaBVBwaalaaBkaaBKHnaaBKJcaaeaauaaDe",
-    "aaOFWmaaOFWnaaEiaaFkaaFsaaKpaaLwaaDgaaIqaaTzaaJeaaeaaBgaaOFWuaaXuaaLnaaQBVnaaBWHwaaeaaCs",
-    "aaOKRwaaOKLvaaOGYyaaQDLtaaiaaQDVsaaWgaaQERdaaBXDyaayaawaaeaaEyaaCnaaKiaaDjaaLqaaGfaaFeaaCc",
-    "aaBXTlaaBYAmaaCmaaBYAhaaBYHqaagaaOKEiaaOJVjaaoaaBYMraaBYOwaaCLUzaaQXGoaaOeaaQKDzaasaaBZKc",
-    "aaFyaaMcaaPqaaOLXuaaOLRdaaBsaaGyaaHcaaOMZgaaDMGraaLAMbaaBdaaEaaaLBAaaaLAIlaaHsaaOQRkaaCc",
-    "aaOPSraaHeaaCmaaOQHuaaOQGzaaVyaaMgaacaaHbaaBDiaaCeaaORQwaaOQObaaCFNvaaCFRgaaOROaaaQWYzaaCGFq",
-    "aaBRFtaaBRNeaaOTIyaaQkaaRABvaaqaaCGQmaaOUWyaaRBItaaRBToaaOVEjaaaaaCiaaOVYgaaOVJzaaCGVtaaCHBg",
-    "aaJsaaCcaaEqaaCHFraaRFXsaaOXWtaaXgaaOoaaCISzaaCkaaCIYuaaPAJmaaRJHjaaRJLqaaUkaaKcaaPARzaaCJQv",
-    "aaCJVqaakaaoaauaaoaaCwaaPCXu",
-    NULL
-};
-
-// Compatibility decompositions (Unicode 9): codes left out, codes in a row, length and then
-// characters as signed distances to the last one; the last grows by one from code to code.
-static const char *const unicode_compatibility[] = {
-    "GebbCmhbcaCFgbbbCAfebcEzCEyccbCDnabcBlCEsabbOkcbcCTbCHqabbCGhabbEubbdEtYHqYHjabdfYHqYHn",
-    "abdcYHmYHjElbcBqcabcCkclbcChIgabcFtFuibcBNuBTjCbbbkCqccDpYcabcVrVsabcXndabceCiabcedabcCdh",
-    "abciCeabcihBkbcCxBsabcBrEeabcBrBsHgbbBjabbBNgabbBNbabbqabbBNyabbeabbmabbBOdabbeBfccGvCFc",
-    "abcCFdCFkabcCFjCHsabcCHrCEwabcCEvCFmcbbMxabbBMrabboabbkabbBPqFtbcBWjCJyjbcCJxCEsCxbbNqabbm",
-    "abbBlcbbCoabblzbblacbobbbDfabbCgdbbBjPhbcBIqCgJdbcMsFyabcDjDkabcGkGjabcDfDgCYcbcFYoCb",
-    "ExbcLyCbBobcnBjabcBktBubbIeEcbcMwDtbbcDwDvOwbbBAsEPzbbMOzabbKgabbKdbcbeabbZiaibZdbbbcabbBJy",
-    "abbBJvabbeacbeabbeabbuacbBMcabbUFqabbVRracbeabbBMmacbeabbBMnbbbiabbeabbRcabbQxabbBLiacbUGy",
-    "abbVSfacbiabbVSiabbUFjabbBMvabbVSwadbTHdacbBkabbCOhabbsacbgacbCLsabbBcacbknbbJcBibbBLtabbBMb",
-    "abbBMiabbBBlabbBCaabbBMpabbBMwabbeabbiadbgabbUNaabbUJbabbDrabbUNoabbUJrabbDnabbbaebeabbgacbu",
-    "abbQpacbRcabbUDgacbUDdabbBOtadbBPcabbWqIkbcCNtBUoLebcBZnCGcbbcCGbCGcabcCGbCJsCjbcCJrCGe",
-    "dbbCGdabbaabbaabbaabbaabbaabbaabbaabbagbbYEyfbcYExCIombbCHlabcaaabdaaaibbBbdbcYHoaabdaaa",
-    "bbcgaabdaaaebcYHrabbcbCFaibcCCpaabcaChabcaCinbeYFeaaahbbYHnqbbBgabbEkcgbEbabbBbabbZRqabbZQf",
-    "acbBpabbFiakbEtabbBbabbZRqabbZQfacbBpbbbEiabbiabbuabbsabbBLaabbBMfaebgabbeacbglbcCpCo",
-    "DjbdBjDvEaabddDvFgabbDrabcIkIjbbdCmDzEyabdxDzFkabbVubbcRfIdabbCoabbCjabbaabbaabbCmabbOsabbRb",
-    "abbaabbgabbCmbbbChabcaCocdbCjabbaabbacbcclabdoBdoabcqnbbbBadbbadcbBvbbbCqacbClbbboabbCq",
-    "aebEByabbECpbbdCrjBuabbCPcabbzabbClabbBaabbXBmebbZPpacbCmacbigbdEjYHqYHdabdlYHqYGz",
-    "abepYHqYHpbabdcYHqYHlabdbYHoYHlabddYHqYHhabdfYHoYHhabddYHmYHhabdbYHkYHhabdhYHqYHfabdbYHiYHf",
-    "abdjYHqYHbabdjYHmYHbabdfYHiYHbabdbYHeYHbabcnYHqabbYFtabcaaabdaaaabcaBaabbaabcazabdBaza",
-    "abeBazaaabcaBeabbaabcaBdabdBeBdaabbgacbrabbsabbCeabcaaabdaaaabcaBaabbaabcazabdBazaabeBazaa",
-    "abcaBeabbaabcaBdabdBeBdaabbgacbrabbsjbdErYHsYHlGgbcZSyaabdaaabbcgaabdaaaVnjbZThakcpbabcnd",
-    "abdpspabdburabdbwtabdbyvabdbBaxabdbBczabdbBeBbabdbBgBdabdbBiBfabebsbnabebsapabebscrabebset",
-    "abebsgvabebsixabebskzabebsmBbabebsoBdabebsqBfabebudnabcqfabcihabckjabcmlabconabcqpabcsrabcut",
-    "abcwvabdgbdabdgafabdgchabdgejabdgglabdginabdgkpabdgmrabdgotabdgqvabdiddabdlEkEhabdbEmEj",
-    "abdbEoElabdbEqEnabdbEsEpabdbEuErabdbEwEtabdbEyEvabdbFaExabdbFcEzabdbFeFbabdbFgFdabdbFiFf",
-    "abdbFkFhabdbFmFjabdbFoFlabdbFqFnabdbFsFpabdbFuFrabdbFwFtabdbFyFvabdbGaFxabdbGcFzabdbGeGb",
-    "abdbGgGdabdbGiGfaBabBwaBaboabbFrBYnbeZTeaaaDzbdZSjagabcaaabdaaaTxbbDmabbBnJhbbBIDaLrbbBVHg",
-    "DfbbBNGmmbbCJVhabbDcabbBcabbsabbCaabbDkabboabbBoabbCaabbBXqabbCyabbmabbBuabbBoabbBqabbEc",
-    "abbBqabbwabbLyabbHgabbCeabbkabbCiabbsabbCcabbBaabbByabbEaabbBkabbCcabbCGeabbFoabbBJkabbBu",
-    "abbqabbwabbBkabbFwabbBKsabbDsabbJgabbBuabbBmabbBsabbEeabbgabbBBwabbuabbyabbBaabbIyabbqabbk",
-    "abbJaabbuabbBaabbqabbEsabbBiabbBkabbGeabbBSsabbDoabbBqabbCEyabbkabbGkabbBgabbBaabbBqabbDa",
-    "abbkabbUoabbBwabbCmabbDAeabbFcabbBuabbEmabbBwabbsabboabbEaabbkabbCmabbDFaabbBIkabbyabbkabbi",
-    "abbqabbBkabbeabbGgabbQqabbkabbBAcabbuabbDwabboabbsabbqabbHaabboabbRoabboabbDuabbBiabbDqabbSg",
-    "abboabbBiabbZeabbJsabbmabbOaabbGsabbDoabbBDcabbKgabbBSeabbCcabbEkabbDyabbFgabbwabbmabbCo",
-    "abbFwabbuabbBAqabboabbsabbsabbBgabbBeabbiabbGcabbiabbmabbCXmabbCiabbBKcabbyabbBuabbVuabbBa",
-    "abbFmabbDoabbBRqabbBeabbBeabbCsabbCwabbPiabbyabbFeabbTcabbCkabbQcabbBqabbkabbQyabbOeabbJq",
-    "abbmabbkabbCTwabbsabbMaabbLwabbgabbDqabbIcabbBaabbiabboabbHoabbCqabbmabbBcabbMwabbDyabbi",
-    "abbOcabbgabbBmabbTkabbDsabboabbFkabbuabbgabbuabbCiabbBEkabbBEuabbuabbCyabbBsabbqabbuabbi",
-    "abbDcabbiabbBiabbkabbBaabbCcabbBeabbqabbEoabbBeabbiBqbbEQUxCbbbBKIebbbBAQwacbgDsccCKZhBKSo",
-    "cbcBjeDrbcDeBqBxcbYBvabbNaabbMxacbNcadbNbagbNeabbLxadbBnabbByakbBvavbGcabbBpacbFvacbNsabbi",
-    "abbeabbkabbiabbeabbOnabbOwabbeacbOxabbeacbeabbiabbeafbeabbgabbiabbuabboabbkacbMsadbLxacbDi",
-    "abbgacbsabbeabbuabbgdbbBTSwabbKuabbKbabbGRsabbGRpabbCsabbCpabbBDRaabbBDKzabbExabbBvabbILs",
-    "abbBMvabbGKpDsbdCHNfMTsMTpabdbMTwMTtabdbMTyMTvabdbMUcMTzabdbMUeMUbabdbMUgMUdabdbMUkMUh",
-    "abdbMUoMUlabdbMUqMUnabdbMUuMUrabdbMUwMUtabdbMUyMUvabdbMVaMUxabdbMVcMUzabebMTsHmNBb",
-    "abebMTwHiNBbabebMTyHgNBbabebMUcHcNBbabebMUeHaNBbabebMUgGyNBbabebMUkGuNBbabebMUoGqNBb",
-    "abebMUqGoNBbabebMUuGkNBbabebMUwGiNBbabebMUyGgNBbabebMVaGeNBbabebMVcGcNBbabebMUqHoNCb",
-    "abhbMUoHgHdGwFkNGtabgbMUoHgGrHcNCbbbdbCGYyCGYvabdbCHJsCHJpabdbCGZqCGZnabdbCNRiCNRf",
-    "abdbCHKiCHKfabdbCJOkCJOhabdbCGZeCGZbabdbCJOgCJOdabdbCHGcCHFzabdbCKYkCKYhabdbCZXwCZXt",
-    "abdbDHAsDHApabdbDDVsDDVpabdbDAAiDAAfabdbEGIkEGIhabdbCNWoCNWlabdbCZBmCZBjabdbDAUeDAUb",
-    "abdbCZXyCZXvabdbDNSmDNSjabdbCLOcCLNzabdbDIPeDIPbabdbECKgECKdabdbDNUwDNUtabdbCKNoCKNl",
-    "abdbCHQkCHQhabdbCLWqCLWnabdbCRCuCRCrabdbDLYcDLXzabdbCHSsCHSpabdbECNeECNbabdbCKZwCKZt",
-    "abdbDNWcDNVzabdbCHTyCHTvabdbDUHgDUHdabdbDUHyDUHvabbCMMuabbGYsabbFIsabbQRwibdDPIziBdajcBlb",
-    "agclfabbMSsacbeadbeabbeacbeafbeabcBjHmabcHhHiabcHfHgabcHbHcabcGzHaabcGxGyabcGtGuabcGpGq",
-    "abcGnGoabcGjGkabcGhGiabcGfGgabcGdGeabcGbGcabfGjGkGqObIcabeHdHoHpIcabcIbHqbbbBTWuabbKuabbKb",
-    "abbGRsabbGGzabbCEcabbCPfabbCPcabbCIdabbDSiabbOZmabbHCwabbDEzabbDVjabbBGIcabbBSLvabbLEyabbBSs",
-    "abbWfabbNUoabbBCEjabbXBcabbTVcabbOPjabbBDHhabbBDQuabbDNdabbVAtabbBPQiabbBVXlabbBSuabbTHo",
-    "abbBGRaabbCDGpabbBXwabbTNwabbWFxabbCsabbCpabbMAgabbHNxabbOdabbGIqabbDtabbUViabbBEFjabbBUUm",
-    "abbBRNhabbEJwaecCPIvgakcjhabchjabccCZXeabcCZXbCZXcabcCZWzCZXaabcCZWxCZWyabcCZWvCZWw",
-    "abcCZWtCZWuabcCZWrCZWsabcCZWpCZWqabcCZWnCZWoabdCZXdbCZXgabdCZXdaCZXeabdCZXdcCZXcabcCZVjCk",
-    "abddBavabcdBdabdtqBfabbBKQmabbeabbeabbeacbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbg",
-    "abbeabbeagbeabbgabbgabbgabbgafbgabbeabbeagbeaebebbeGdDqDiDzabeCxFqBrDzabecGgBxEhabdaGyBh",
-    "abeFlDaDcFdabdxGcDvabdCbgFsabfFtBitFyDxabeCnGmGfGgabdGhFqElabdBdGiCdabdEbnFkabeEvEuCxk",
-    "abeCfFcfBkabdGdFamabdFlFmBpabcDrdabdeCgDuabeGbEikBkabeFzEsDhEqabcGbEyabfExEyErEkr",
-    "abgDxEyxCcDzCsabfEtEyeDjkabdBvEkrabfDrEkrBvDiabfFfEqDpBvFqabeEtEuBeDpabdCdFuFdabdlEiCn",
-    "abdBtFqCjabeDbBhwEqabfEdEuDvEoCdabeDdDysFdabdwEiDvabdlEiDhabdpEqFdabcBcBfabcBkCqabcCrDi",
-    "abcDdiabdavkabdoDhCmabfBaDiEzEiDhabdsDiEhabeyDkBfbabfBtDvBuBeCsabdBtCvEqabcBtCnabcCmBw",
-    "abfBrDzFoCxmabeyDvGwDzabfBcBlxBfFgabdBrBouabfCbDdBgEsBhabcBhCfabdCgBdoabdmBmCzabdBsByEl",
-    "abdCoCqFfabdCoCsErabeCiEjGcDhabdBoBeCrabcBmBwabdBrBsDfabdBkCoBhabdBfCorabeBpElwEuabdBdElFm",
-    "abdzCbyabdBeBaEpabfDqBqEpDsyabeBnDrEumabcBnwabfvwBzDkBhabctEbabeEcEbCeDiabeBjCcDzCsabdnBwDx",
-    "abdCcBwBhabdjFfGgaberCzkCsabcbbabdeBtDcabeBhBiCxBqabccxabfyoDhBrFaabdhDjkabcBKUxDHGc",
-    "abcDHFzDHGaabcDHFxDHFyabcDHFvDHFwabcDHFtDHFuabcDHFrDHFsabcDHFpDHFqabcDHFnDHFoabcDHFlDHFm",
-    "abcDHFjDHFkabdDHFzbDHGcabdDHFzaDHGaabdDHFzcDHFyabdDHFzeDHFwabdDHFzgDHFuabdDHFziDHFs",
-    "abdDHFzkDHFqabdDHFzmDHFoabdDHFzoDHFmabdDHFzqDHFkabdDHFxdDHGcabdDHFxbDHGaabdDHFxaDHFy",
-    "abdDHFxcDHFwabdDHFxeDHFuabdDHBtBvBiabcgfabcClBoabdBabBiabcfBxabcCazabccsacdrsFiabcIdy",
-    "abcCTHkCTeabcDDaNJdabcDMsNVcabcEAzFBmabeDLxGXhMCfBFXwabcDNMxDpabcDmDlabcCQoCQnabcDkDjabcDgDf",
-    "abcurabcwvabckjabdCodwabebpdwabciDfabcDcDbabcCQeCQdabcCQeCNpabcmlabcihabcCjDwabdBdCrDw",
-    "abdDljDwabdDxcDwabdCxxDwabcCMeWFuabcYSxYSyabcYTpYTqabcYTbYTcabcYTloabccbabcCNeCNdabcaaabctu",
-    "abcdeabdaaFiabdGbuFiabcFhFiabdFleFiabdFhaFkabdGduFkabcFjFkabdFneFkabdFjZMuZMhabelZMuZMhEw",
-    "abcHnBiabduCbBiabdBngBiabdBzsBiabdBiBhgabfBcBhgZNmZMhabgbBhgZNmZMhEwabcFbgabcjkabcCMsCMr",
-    "abclmabcfBzabcBwBvabcCOyCOxabcBuBtabcBqBpabcrsabcCaBxabcBuBtabcCOwCOvabcBsBrabcBoBnabctu",
-    "abcBoCLwabcCOdCOeabeCMpDxEwEvabcBoDqaccBbaabeCnZQaZMxhabdCtDkEzabcEeCpabckDwabcBhnabcBxq",
-    "abcBykabcCraabcaeabcCisaccpcabddgpabckyabcvvabdwhgabdcefabcCdpabeDcFbEwEvabdCqafabcgeabcCob",
-    "abcCjCsabcCjwabdxZOoZMtabdDjZQeZMtabcEpCZAuabcCZArCZAsabcCZApCZAqabcCZAnCZAoabcCZAlCZAm",
-    "abcCZAjCZAkabcCZAhCZAiabcCZAfCZAgabcCZAdCZAeabdCZAtbCZAwabdCZAtaCZAuabdCZAtcCZAsabdCZAteCZAq",
-    "abdCZAtgCZAoabdCZAtiCZAmabdCZAtkCZAkabdCZAtmCZAiabdCZAtoCZAgabdCZAtqCZAeabdCZArdCZAw",
-    "abdCZArbCZAuabdCZAraCZAsabdCZArcCZAqabdCZAreCZAoabdCZArgCZAmabdCZAriCZAkabdCZArkCZAi",
-    "abdCZArmCZAgabdCZAroCZAeabdCZApfCZAwabdCZApdCZAuabdCYWplwBRKmbbCYeabbeIcbbETOoFfbbEVYnabbDm",
-    "BHibbEVPoabbDCaabbEXVzabbEXYcBEEabcEZLvaabcagabcfmabdlagabdfamabcVeUnabcbcmbcDUmeabcdBd",
-    "abcBerabcBmpabcdnibbJaabbBjacbgadboabbwabbeabbEJdBlbcEHeyabbLmabbaabbuabbaabbaabbaabbgabba",
-    "abbaabbaabbeabbaabbaabbaabblabbaabbaabbaabbkabbaabbaabbaabblabbaabbaabbaabbDiabbaabbaabba",
-    "abbeabbaabbaabbaabbCpabbaabbaabbaabbbabbaabbaabbaabbgabbaabbaacbaabbaabbaabbaabbmabbaabbb",
-    "abbaabbeabbaabblabbaabbBgabbaabbnabbaabbBwabbaabbaabbaabbmabbaabbaabbaabbiabbaabbaabbaabbd",
-    "abbaabbaabbaabbsacbaabbaabbaabbaabbkacbaabbaabbaabbaabbfabbaabbaabbaabbBoacbaabbaBhbbCxabba",
-    "abbaabbaabbCaabbaabbbabbaabbeabbaabbGfabbGmabbaabblabbaabbiabbaabboabbaabbaabbaabbKjabba",
-    "abcCrcabcbcabcbNmabcNlNmabcNlCqabcCpCqabcCpMkabcMjMkabcMjMiabcMhMiabcMhMmabcMlMmabcMlNc",
-    "abcNbNcabcNbNcabcNbCsabcCrCsabcCrCsabbKcabbaabbaabbaaccMtmabcnCkaccCjCsadcCpiabclCgaccCfCo",
-    "adcCleabchCcaccCbCkabcCjcabcbCaaccBzCiabcChcabcbByabcBvbabccBwaccBtdabccBuadcBjnabckBkabcBfp",
-    "abcqBgadcBdtabcqBeabcBbtabcuBcabczBaabcxzabcBayabcvBbabcBcwadchBpabcBmiacchqabcpBpabcBqg",
-    "accfoabcnCdadcCeBtaccBqcaccdmadclBvabcBscaccbkadcjBxabcBuaaccaiadchBzabcBwbacccgabcfCbabcCcd",
-    "acceeadcaChabcCejacckbabcBzEyabcEvEwabcCzDaabdEUhERokabdERxERqiabdERxERsgabdERxERue",
-    "abdERxERwcabdERxERyCkaccFrwaccxCkaccClCsaccCpsacctCgaccChCoaccCloaccpCcaccCdCkaccCjmaccnCa",
-    "accCbCiaccrqaccpoabcnCdaccCecaccdmabclcaccbkabcjChabcCiaacccBpaccBobaccagabcbDaaccCxBxaccBwj",
-    "accibadcCtmabcpCkabcCjCoadcCjiabclCgabcCfCkadcCfeabchCcabcCbCgabcCdCaabcBxcabcbByabcBvb",
-    "abccBwabcBtdabceBuadcBjnabckBkaccBfpabcoBgadcBdtabcqBeabcBbtabcwBaabcxzabcBayabcvBbabcBcw",
-    "adchBpabcBmiabcfBpabcBqgadcdBtaccBqcadcbBvabcBscabcbgadcdBxabcBuaadccBzabcBwbabcccabcaCb",
-    "abcCcdabceDeadcCxChabcCejabckfabcCnCkabcCjCoabcCjCgabcCfCkabcCfCcabcCbCgabcCdCaabcBzCe",
-    "abcBnBkabcBjBoabcBlBiabcBhBmacchcabcbcabccbabcccabcgjabckfabdnBcgabdBhBeeabdBhBgcaccBzBk",
-    "accBhBgaccBfBeaccBtBsaccBrBqaccCfCeaccChCgaccCdCcaccBpBoaccBnBmadcBrpabcmBiabcBhfabcedabcih",
-    "abckjaccmBkaccBhBgaccBfBeaccBtBsaccBrBqaccCfCeaccChCgaccCdCcaccBpBoaccBnBmadcBrpabcmBiabcBhf",
-    "abcedabcihabckjadcgpabcmBiabcBjBoabcBlBmabcBfBcadcBjnadcmpabcsBcabczBaabcChCuabcCtCusbdCneBy",
-    "abdCbgbabddgbabddgBwabdCbiBuaddCbCcBxabddByBvabdbByBvabdaBwkabdCfBwiabdBrlbabdoncabdmnCg",
-    "abdBrBkBvabdmBkBvabdmBkBxabdoBkaabdBjBkaabdBfpaabdqpaabdqBgaabdBhnBwabdBhnBwabdBhpCi",
-    "abdBrBiBtabdmBiBtabdmBiaabdBhBiaabdBdrCeabdBlpBuabdBdpBuabdBbBcBvabduBcBvabduBcaabdBbBck",
-    "abdBhzByabdxyaabdxyaabdxyiabdBdwaabdvwkabdBfwiabdpBlBuabdhBlBuabdfgBvabdBqgaabdbBtBwabdbBtCg",
-    "abdlBtCeabdjBvaabdBwBvaabdBwBrBuabdbBrBuabdbcBvabdBucBvabdBwBvbabdByBvBwabdaBvCgabdjBxc",
-    "abdBwBxByabdaBtdabdByBtBucbdaBxeabdBydBxabdCcdaabdcBxBwabdcBxCeabdfBzByabdcBzByabdcBzCg",
-    "abdfbkabdhbiabdcjaabdkjaabdCfmCeabdCleCiabdCleCgabdCjiCeabdCliCcabdCjCckabdClCciabdCfByk",
-    "abdChcCeabdCfByiabdBrjCcabdBnpCgabdBrnCgabdBnrCgabdlBvCiabdlckabdaCfCgabdaChCiabdajkabdjak",
-    "abdpgkabdhBxCgabdpgBvabdBuBtBwabdxykabdnekabdhBzcabdBwBtCeabdlBvByabddeaabdbBvByabdcBzc",
-    "abdbcCgabdCfbCiabdjBxCiabdrikabdCpkCgabdneaabdxzByabdBfBgaabdBjjCeabdhBzCiBobdBpBeKyabdLbeKy",
-    "abeNdCgagabeClCeCbsabeBoBvBwBrabemBevyabeBneBqhabevwmfabecBpBicabdBfBek",
-    "absBnBekERhEOsCgagERdEQcwmfERdERgBpBicabiBxBwEQxEPcBwCfCggabeBrLyMrCgtbbEPzacbBKFyacbBKEx",
-    "abbBzabbCiacbBKGcabbMBxwbbbabbBhabbbabbYAhabbaacbEfabbGiabbeacbBKBeacbjacbnacbfaebgcbbBKDj",
-    "abbeabbYDuabbaabbaabbaabbYDpabbaabbaabbDxabbBKFyabbBKFtbbbBaabbbabbkabbChabbYFeacbYEpabbGi",
-    "abbeacbBKBeabbBKIdabbgacbiabbeabbBeabbeabbbbbbCkacbEhabbCcebcClERmabcvwabcERlERobbcERnERq",
-    "bbcERpERsabcBbBcabcERrERuabcBdBeabcERtERwabcBfBgabcERvERyabcBhBiabcERxESaabcBjBkacbDtacba",
-    "acbaacbaacbaabbaabbaacbaacbaabbaabbaacbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacba",
-    "abbaabbaacbaacbaacbaacbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacbaabba",
-    "abbaacbaabbaabbaacbaabbaabbaabbaabboabbaabbaacbaabbaabbaacbaabbaabbaacbaabbaabbaacbaabbaabba",
-    "acbaabbaabbaacbaabbaabbaacbaacbaacbaabbaabbaabbaabclCpaccCqCpabcCoCnabcCoCjabcCkCjabcCkCf",
-    "abcCgCfeDqbEOpacbBFByabbEXsacbuabbxabbTgabbrabbGfabbeabbeabbeabbeabbEmabbeabbeabbCtabbEk",
-    "abbGxabbeabbeabbeacbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbgabbeabbeagbeabbgabbg",
-    "abbgabbgafbgabbeabbeagbeabbeabbiacbGxabbPoaBebDxdgbccgbccgbccdbcdcbBKYbabbsabbgabbrabbb",
-    "abbYGmbbbDHqaebCPvabbDBuabbDiDCIbBabBCLfaBaboaBabEjahbobsbeaBabEjaBaboabbEjbcbecbbgccbgcebg",
-    "bibeaebobbbebhbeblbeaBabEjaBaboacbEjbebecibgbhbebBabqacbEjbebebfbebbbedhbibBabqaBabEjaBabo",
-    "aBabEjaBaboaBabEjaBaboaBabEjaBaboaBabEjaBaboaBabEjaBaboabbOcabbUecrbBAqabbGkahbGfabbXAa",
-    "azbWZjabbWXeabbWTtabbCtabbCkabbCbabbCeabbCbarbFhabbGkahbGfabbXAaazbWZjabbWXeabbWTtabbCtabbCk",
-    "abbCbabbCeabbCbarbFhabbGkahbGfabbXAaazbWZjabbWXeabbWTtabbCtabbCkabbCbabbCeabbCbarbFhabbGk",
-    "ahbGfabbXAaazbWZjabbWXeabbWTtabbCtabbCkabbCbabbCeabbCbarbFhabbGkahbGfabbXAaazbWZjabbWXe",
-    "abbWTtabbCtabbCkabbCbabbCeabbCbacbmckbCUjakbrakbrakbrakbrIIqcbEMuabbiabbgbbbByabbBrabbjabbu",
-    "abbBmaebnabbBlabbmabbqabbxabbBaabbBhabbgacbtabbgabbeabbmabbeabbeabbEaabbFwabbBxabbDvbbbFl",
-    "abbibbbCccbbBzbbbCgaebnabbBlabbmabbqabbxabbBabbbBbacbtabbgbbbqbbbigbbBbebbcbbbCgbbblbbbe",
-    "abbBlabbmbbbhabbBabbbBbcbblbbbqbbbibbbJwbbbFtbbbFlabbibbbCccbbBzabbuabbBmabbnbcbeabbBlabbm",
-    "abbqabbxabbBabbbBbacbtabbgbbbqabbeabbeabbEabbbDybcbJjabbiabbgacbBwabbBrabbjabbuabbBmbdbl",
-    "abbBlabbmabbqabbxabbBaabbBhabbgacbtabbgabbeabbmabbeabbefbbBjabbiabbgbbbByabbBrabbjabbuabbBm",
-    "bdblabbBlabbmabbqabbxabbBaabbBhabbgacbtabbgabbeabbmabbeabbeWibcEOxdabcehabckjabcmlabconabcqp",
-    "abcsrabcutabcwvabcyxabcBazfbdhByBvabdbCaBxabdbCcBzabdbCeCbabdbCgCdabdbCiCfabdbCkChabdbCmCj",
-    "abdbCoClabdbCqCnabdbCsCpabdbCuCrabdbCwCtabdbCyCvabdbDaCxabdbDcCzabdbDeDbabdbDgDdabdbDiDf",
-    "abdbDkDhabdbDmDjabdbDoDlabdbDqDnabdbDsDpabdbDuDrabdbDwDtabdBKHqBKEjBKEmabbBKFrabbBeabcBdc",
-    "abcBmgbBabBxabcBjBcabcrsabcfBdabcBeaabdfamabccBnBaccutBkbcamEhbcBKNaDrabcIaaabbenbbBLOm",
-    "abbFGxabbFSnabbBANpabbWOgabbHZwabbBKYsabbBKXnabbHZdabbRUmabbIIsabbITbabbOPzabbKAwabbKPp",
-    "abbPGoabbOVlabbBGRqabbGEfabbRVoabbBNEnabbDOvabbUIwabbJMbabbOuabbQEbabbsabbBYEsabbBMEhabbLXp",
-    "abbEJsabbLKyabbBGDeabbBGQzabbROmabbTeabbBDDbabbUBgabbFQzabbbabbKTaabbBAIjabbCMiabbBTDm",
-    "ebdCVQnBPSyBPSvabdbWRyWRvabdbXCaXBxabdbBGXuBGXrabdbBWZaBWYxabdbBMBmBMBjabdbCBPmCBPj",
-    "abdbBAJaBAIxabdbBOIwBOIthbbBJZoabbIVn",
+    "abCmagbCzjabCmaabCdCmabCmaabIsCrabCmaabCnaabCmaabMtgabCmaabBIkfabcaabBKdaabCmaKiahaacbaBk",
+    "acBYkBjBvaFnjaBXbgbBUtCCqabCFiaaaBTbabiBTcabeaabeabbmabbmaabiaabCoazbDtoabyaabynabiaabeaabea",
+    "abBkazbBjoabyaablnabmaabiaebsaabaoBrbFepabaqbbdndbzoebBonabdbabwmkbvaBfbCmawbflabaqbbdndbCso",
+    "ebCdnabdbabwmxbDusabcaCvbHhrabCmanbCxaabCmaabCleabCmacbCbdabCmacbMoeabcaabOzaabCmaabCjaabCma",
+    "cbCjhabCmaabCliabCmaabBzaabCmacbNcaabcaabOlaabCmaabDfhabCmaabCliabCmaabClgabCmaabCdfabCma",
+    "cbCdaabCmaLkbBKqCMwabacabCoaabCncabCsbFxbKsabbBnaqbBiaWzbBUaCFghbqacbgaBjcChaaccaaccaacka",
+    "ackaaccaacsaaciaEdbLsKaabaBypcCxCbaccabcBaaDfcKcJwccmaBicCpaaccaackaccBeaIzbVwVscbaBvabaBy",
+    "pcCxCbaccaCcbIqLyCbbEaBxabcaabbByEtbJwJuEpbJiJugboaabacbbaBnabiBmEwbJoIcabcaabbByFlbLiIwbbak",
+    "abgjabfBqNscBBuBKijcuaeckaeckaeckamcCbdjcDuFdbcaeacFaybccaicFbarcCoEgjcuaeckaeckaeckamcCbd",
+    "EebLmJiEDbbIGeIJebbeabbeabbeabbeadbiaBobDeabbeacbeaabcabbgaBAybULtSFvabCmaabCjChabCmaabClCe",
+    "abCmaabClBcabCmaabHuDrabCmaabMnmabCmaabClCeabCmaabClBcabCmaabCltabCmaabClmabCmaabNkDlabca",
+    "abbcabcaabPvDkabCmaabClgabCmaabBIsDfabcaabBLdcabCmaabCjfabCmaabCjgabCmaabClCeabCmaabClCb",
+    "abCmaabClCkabCmaabCloabCmaabCjeabCmaabHwDpabCmaabMpaabCmaabClCqabCmaabClBcabCmaabCjBbabCma",
+    "abWOqCjabcaabWRdDmabCmaabClhabCmaabCjDjabCmaabClmabCmaabClCeabCmaabCjCdabCmaabClCeabCma",
+    "abClBcabCmaabClhabCmaabHyDjabCmaabCloabCmaabGspabcaabbcabcaabTlaabCmaabClmabCmaabChaabCma",
+    "abClCeabCmaabWQyCjabcaabWTlDmabCmaabCjDfabCmaabClCeabCmaabRuCdabcaabkaabcaabVZeaabcaabWTxa",
+    "abCmaabClCeabCmaabClBcabCmaabClhabCmaabCjrabCmaabClyabCmaabClfabCmaabSsDjabcaabcoabcaabVhj",
+    "abCmaabClCmabCmaabCjCrabCmaabClcabCmaabCloabCmaabClbabCmaabClCeabCmaabCjCdabCmaabClcabCma",
+    "abCjbabCmaabCjjabCmaabClCoabCmaabClBcabCmaabBjaabyDdabgeabeabbUefebYlCeabCmaabClBzabCmaabHmp",
+    "abCmaabClbabCmaabClsabCmaabCllabCmaabWNsbabcaabWLhbabcaabbbabcaabbsabcaabblabcaabWLegabca",
+    "abWZvCgabCmaabClBzabCmaabCllabCmaabHudabCmaabClbabCmaabClsabCmaabCllabCmaabWOybabcaabXBjo",
+    "abCmaabClCaabCmaabBzaabCmaabClBzabCmaabHupabCmaabClbabCmaabClsabCmaabCllabCmaabWPsbabca",
+    "abWCnbabcaabbbabcaabbsabcaabblabcaabbCmabcaabZnaabCmaabClBzabCmaabYepabcaabbbabcaabbsabca",
+    "abblabcaabbCmabcaabBAjCrabCmaabClCsabCmaabClBzabCmaabCllabCmagbCLkBgabacabURuBnabcaabbcabca",
+    "abbFaabcaabUUhDpabacabUUwBnabcaabbcabcaabbFaabcaabUSdDpabacabUSsBnabcaabbcabcacbUVfBkabac",
+    "abUVuBnabcaabbcabcacbUTfBkabacabUTuBnabcaabbcabcaabbFaabcaabUWhDpabacabUWwBnabcaabbcabca",
+    "abbFaabcaabUUhDpabacabUUwBnabcaabbcabcaabbFaabcaabUXjDpabacabUXyBnabcaabbcabcaabbFaabca",
+    "abUVbDpabacabUVqBnabcaabbcabcacbUYdBkabacabUYsBnabcaabbcabcacbUVvBkabacabUWkBnabcaabbcabca",
+    "abbFaabcabbUYxDnbbUZoBnbbacbbaFaabUWtDpabacabUXiBnabcaabbcabcaabbFaabcaabUZvDpabacabVAkBn",
+    "abcaabbcabcaabbFaabcaabUZvFbaaNgabiNfaaNiabeNhaaNkabeNjaaNmabmNlaaPsabmPraaPuabiPtaaPw",
+    "cbUPyKnabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabBiaabcaabcaabcaabcaabca",
+    "abcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabDuaabcaabcaabcaabcaabcaabcaabcaabcaabcaabcaabca",
+    "abcaabcaabcaabcaabVAhEvabadabVAkFaabVAjaabjabbkfabVFugabVIfEvabadabahaaKiabaEzbaIycbCFhJd",
+    "abXImgabVAfaabrabbsfabVGogabVJdFhaaKmabeKlaaKoabaFfabVImFhabacabaFaabVFvEpabadabBihaaLc",
+    "cbBhFzabBiaabDtEpabadabahaaKqbbVNeKpabacabaFaabVJtEpabadabmhaaNoabtMbabacabiDoabmaabCxEpabad",
+    "abahaaKyabhJjabCGnBnaaKgaaCJxcbXJcCFaabUZlaabkabbjfabVIwgabVMbFhaaKuabuKtaaLaabaFraaBYncaXSm",
+    "aacLgaVMhdaCOhaaJkEgbWQwBWgabeasbeaBebEqaabiaabdaCabDuaebkacbgaxbBwabbeaBabBuacboacbeabbga",
+    "wbZUjabbZWiakbBnaabZUvaabeaabZWmaabcacbBaaabcacbgaabcagbgaabcacboaabcacbgaabcaBibCcaabmaabca",
+    "abeaBwbDpaabcaabBoaabcagbCmaabcaabcaabcaChaBHYmaacCXtcGEqBHYnCBnbECyBIJqbbeabbeabbeabbeabbea",
+    "bbeabbeabbeabbeabbeabbeacbgabbeabbeagboaabacbbgbabacbbgbabacbbgbabacbbgbabacwbEbbjbGsanbBca",
+    "bbeabbeabbeabbeabbeabbeabbeabbeabbeabbeabbeacbgabbeabbeagboaabacbbgbabacbbgbabacbbgbabacbbgb",
+    "abacwbEbbcbFqaabcaabcaabcadbwaCXThaCRLmaaBCHbaaBEEmaaBNnaaWSbaaYSjaaEIgaaCFJaaaaaaCBGfaaBQUq",
+    "aaBTRfaaCVyaaGOyaaPMsaaGXkaaFCmaaBDeaaYmaaFTmaaBDFdaaCJaaaCVsaaCHmaaMKkaaJZmaaGLyaaCFDlaaDTm",
+    "aaRVyaaFJqaaPFgaaSDmaaBXCdaaOCkaaQOyaaCSsaaBDGfaaXNqaaETqaaBFHxaaGHmaaEUoaaEFsaaWPgaaBXLn",
+    "aaBReaaWsaaNOmaaEPiaaFMoaaDRiaaGXgaaEOoaaGqaaFTeaaHAkaaDFmaaBYcaaBCJbaaSsaaDDiaaERiaaLNy",
+    "aaIScaaOXdaaBLVxaaERaaaWGeaaDDcaaKRvaaEWeaaPDgaaHTaaaBVBhaaCRsaaKJqaaCWkaaXuaaKSeaaUiaaSGe",
+    "aaBZCraaBIQkaaBJJhaaBfaaBENwaaCToaaEScaaOAqaaIHtaaBEVhaaFLuaaYZoaaBUAraaKJkaaDEcaaOTeaaBLq",
+    "aaBAAjaaBCSeaaBFFzaaMBkaaNItaaXHmaaFOhaaRYaaaBFIraaDMsaaXFiaaKBoaaEVqaaXLfaaBBGeaaBAQhaaHFv",
+    "aaYEgaaXRtaaNLyaaBDIjaaCBuaaHkaaRFkaaPLsaaEEyaaGJeaaFHqaaBVPraaZqaaDYgaaEDuaaFEwaaHTiaaGYq",
+    "aaVPmaaDPiaaDEgaaEgaaCFSnaaPHeaaDOkaaBBFiaaBLBnaaCJgaaIqaaBZgaaHZmaaBQiaaCMaaaDZmaaDEaaaBWw",
+    "aaLDuaaHTfaaIMsaaCKcaaBXJxaaKuaaBPkaaVGgaaSEeaaBLoaaBHGbaaXcaaCRkaaGFmaaMOeaaGQzaaBBSbaaGDe",
+    "aaDTcaaBJyaaBUyaaOVsaaOcaaIMkaaNgaaNPcaaDPsaaGiaaQaaaCCYraaBFXuaaSFcaaDUuaaBOUfaaNXlaaBTw",
+    "aaIKeaaGgaaHCeaaDIwaaFXoaaDJsaaLEaaaISmaaLKsaaBREvaaBKCiaaBZGbaaPWmaaJgaaEAmaaBAsaaECwaaZw",
+    "aaCImaaDNmaaURsaaCBSzaaMRyaaBNPsaaCBGjaaJUqaaMTeaaZEuaaBKBtaaBHyaaFEkaaIRgaaBANeaaBZUfaaBLk",
+    "aaGIeaaHIqaaYgaaBAqaaDFmaaFKkaaBKqaaHGwaaHBwaaBkaaGTqaaDWeaaBZFxaaUVeaaUEbaaWMwaaCCuaaNEi",
+    "aaMQcaaEIiaaBSyaaBPRraaESeaaPGcaaFKbaaGoaaBCmaaHLjaaBQjaaUGsaaBTXfaaBNTcaaBLCpaaDxaaJOoaaDEg",
+    "aaTSgaaZGbaaNIoaaEWhaaBEScaaFGnaaKPuaaJRfaaBGJfaaKHhaaDKqcaBZgbaKRscaPPjaaZFsaaCTkaaBWeaaCq",
+    "aaoaaDgaaWOkaaUDraaCHabaEUsbaDSmcaDZkaaPedaGAmaaBaaaDkaaDLoaaJStaaELeaaCBUvaaYcaaHwaaBDgaaCc",
+    "aaIkaaBTgaaIcaaHoaaBKiaaIaaaCVoaauaaDDsaaQiaaCyaaHsaaCOgaaLiaaNmaaBMmaaDTkaaMoaaUiaaBTgaaOo",
+    "aaBMsaaDJiaaNiaawaabaaqaamaaoaaDsaacaaNsaaFaaaYoaaBRkaaBqaaEiaaXmaaLiaaBLoaaKuaaaaaBKuaaDPa",
+    "aaKiaaBByaaEiaaBFoaaEcaaCAuaaKaaaFBiaaVwaaEqaaBQGhaaOBLaaaNBYpcaBNIxaaCScaaFxaaBLnaaBIwaaEo",
+    "aaZeaaDyaaBZyaaFnaaFgaaFqaaBWqaaGwaaLeaaBgaaUuaaPgaaCUeaaoaaLcaaFgaaXaaaJcaaFjaaKiaaDnaaLg",
+    "aaFcaaBEuaaGuaaEeaaUaaaWaaaMoaaiaaEoaaDDmaaFaaaBEcaaBFoaaBfaaGsaaTkaaZwaaESoaaEDfaaJkaaJm",
+    "aaZeaaLmaaEcaaRkaaeaaNeaaBiaaByaaGqaataaBEmaaBLiaaUwaaOkaaRgaaLuaaZkaaPiaaCNaaaMcaaCRsaaBJc",
+    "aaFiaaBgaaWwaaEkaaDlaaEeaafaaBhaaFwaaGgaaBDkaaBRcaaYeaaWsaaRaaaDBgaaHyaaIwaaKgaaCuaayaaDs",
+    "aaCDyaaDLkaaLLKuaalaaITuaaORXfaaDKgaaCoaaPLMeaaHZiaaZTuaaNZFraaFuCpcBGRnEMNrbcBygkcruacac",
+    "acHDWabacacacHDXxvacacacaiaccaaccaaccaaccaaccaaccabceaaccaaccaaccaaccabceabceaaccabceaacca",
+    "bceaaccaaccaaccaaccaacBpfachmacuaacsaIBrbHUAcHUFmbbeaobuaFabKuIkabcaUtbBPaBPeabaByOcbBCmBBi",
+    "abatbbaBaJrbTqSqabcaCTBmcFMCqFMEmaccaacosacacacacacacacacDicGyzaccaaccsaccaacbcaccaEHLfaLHGt",
+    "aajaasaaMRJuaaMQNraaGaaaBaaaFmaaJgaaCkaaGaaaBvaaVJdaaNOQyaaMSYbaaoaaBgaaBmaaMRYwaaNNSvaaVSu",
+    "aaCyaaMSAuaaMRZzaaBaaaCDzaaCEqaasaaQUKaaaQUFbaaBcaaWBvaaWGeaawaaDkaakaaWGpaaWMuaaeaaCcaaBs",
+    "aawaacaaBiaaDwaaqaasaaByaauaaeaaaaaaaaMUGoaaLYIpaaVSdaaBqaaMUXcaaMUWdaamaaBqaaLsaaHvaaBgaaCm",
+    "aaEmaaGmaaCaaaFeaaBgaaCoaaaaaBqaaBkaaqaaBeaaBAeaaUxaaVaaaPfaaCsaaDJdaaFFyaaWdaaCyaaByaaJz",
+    "aaMwaabaaJmaaMYLsaaMYGhaakaaBeaaBoaaqaaEyaaMZGmaaFcaaMZAxaaDqaayaaGbaaKyaaBAWlaaBcaaBBHwaaEe",
+    "aaaaaNAFkaaMZVdaaBqaaBeaayaaNARiaaNAQjaaoaaCNaaaCKvaaBBThaaBBYcaaBcaaGiaaDxaaNCIoaaNBUn",
+    "aaNBUsaaNBRjaafaaBiaaHuaacaaBCOjaaBCQmaaDiaaBqaaDkaaBCUvaaOGMcaaOGKbaaBCYiaagaagaaBoaaQXWy",
+    "aaQXSxaaNEMwaaaaaMDZjaaBAKraaaaaBDBhaaOTFeaaBJSeaaOZRbaasaaBDEtaaBDIkaaDyaauaaCqaaKmaaBDTl",
+    "aaChaaBDXgaaNGBgaaNFXhaaJyaaiaaeaadaaDoaaBoaaCuaaBbaawaaDqaaBoaaiaaCaaawaaFcaaGmaaCsaaJo",
+    "aaNHEmaaNHFxaaEzaaIiaaCcaaHmaaNHKsaaNHFxaaHdaaCdaaBFKvaaBFZqaaBqaaCkaaCxaaBFVxaaBGMoaaCg",
+    "aaNJJgaaNJAbaaViaaNlaaBGSlaaBGYaaaBGZhaaCtaaREqaagaaQFuaaHraaTTiaaBUBvaaBASaaaiaamaaEsaav",
+    "aaNKTcaaOSChaaBHWcaaIzaaPuaaDyaaNKIqaaNKHxaaInaaSwaaBILhaaBIOwaaHmaaFmaaOqaaNKKcaaNKGdaaBJKv",
+    "aaBJQgaaNLOmaaNLKnaaBJPzaaBJSiaaDmaaCcaacaaNMOaaaWJbaaWRmaaNMLbaaNNTsaaNNKzaaBcaaHvaaNmaaDc",
+    "aaEkaaEdaaDcaaBeaaBaaaNNDiaaNNJnaaTiaaEwaaBLHlaaBLOqaahaaNNMaaaNOBvaaBCsaaNNKaaaDsaaNNGxaaIw",
+    "aaCbaafaaBMGvaaBMKmaaDyaalaaEeaaLUIyaaLTXfaaNOHgaaNOAnaaNOZuaaNOOzaaBaaaCcaaNQGmaaNQCtaaBq",
+    "aaNQYiaaReaaNQXvaaBiaaBOBdaaBODeaaBOCfaaaaaBOOsaaBqaaBqaaBoaaFiaaBORdaaBOYcaaNSUmaaNSSl",
+    "aaNSZoaaNSVraaMMHyaaMLVpaaNURqaaBuaaKuaaPKDbaayaaBPPoaaNVAcaabaaDaaaCaaaNVBtaacaaaaaDiaaBPSj",
+    "aaBPXkaaBPWjaaGeaaPMPaaaNWJtaaEuaaEyaaBQIzaaPNXeaaNXDnaaNXMmaaDiaaNXLjaaHcaaBQZfaaBRFuaauaak",
+    "aaNYYcaaXaaaaaaNZIvaaBRCxaaPRFuaaNZMfaagaaBRQxaaPRTiaaNZHzaaBSBzaaBSDsaajaaCgaaOBMaaaOBEj",
+    "aaBSFraaBSNkaaEoaaFeaaBSTdaaPVGaaaCkaaPVFnaaPVQuaaOCCraaOCKmaaOCIjaaHuaawaaODFmaaFqaaODEb",
+    "aaODOiaaODNbaaMRKwaaOLIhaaBUCoaaGgaaBUEpaaBUJeaaBDEvaaPHPkaaBcaaBNMpaasaaMQKraagaaKHwaaCEYv",
+    "aaBVBwaalaaBkaaBKHnaaBKJcaaeaauaaDeaaOFWmaaOFWnaaEiaaFkaaFsaaKpaaLwaaDgaaIqaaTzaaJeaaeaaBg",
+    "aaOFWuaaXuaaLnaaQBVnaaBWHwaaeaaCsaaOKRwaaOKLvaaOGYyaaQDLtaaiaaQDVsaaWgaaQERdaaBXDyaayaawaae",
+    "aaEyaaCnaaKiaaDjaaLqaaGfaaFeaaCcaaBXTlaaBYAmaaCmaaBYAhaaBYHqaagaaOKEiaaOJVjaaoaaBYMraaBYOw",
+    "aaCLUzaaQXGoaaOeaaQKDzaasaaBZKcaaFyaaMcaaPqaaOLXuaaOLRdaaBsaaGyaaHcaaOMZgaaDMGraaLAMbaaBd",
+    "aaEaaaLBAaaaLAIlaaHsaaOQRkaaCcaaOPSraaHeaaCmaaOQHuaaOQGzaaVyaaMgaacaaHbaaBDiaaCeaaORQwaaOQOb",
+    "aaCFNvaaCFRgaaOROaaaQWYzaaCGFqaaBRFtaaBRNeaaOTIyaaQkaaRABvaaqaaCGQmaaOUWyaaRBItaaRBToaaOVEj",
+    "aaaaaCiaaOVYgaaOVJzaaCGVtaaCHBgaaJsaaCcaaEqaaCHFraaRFXsaaOXWtaaXgaaOoaaCISzaaCkaaCIYuaaPAJm",
+    "aaRJHjaaRJLqaaUkaaKcaaPARzaaCJQvaaCJVqaakaaoaauaaoaaCwaaPCXu",
     NULL
 };
 
 static const char *const *unicode_table(UnicodeTable which) {
     static const char *const *const tables[] = {
-        unicode_categories, unicode_combining, unicode_lower, unicode_folds, unicode_canonical,
-        unicode_compatibility};
+        unicode_categories, unicode_classes, unicode_canonical};
     return tables[which];
 }
