@@ -493,37 +493,44 @@ static const float fp4_levels[16] = {
 static const float fp4_thresholds[7] = {
     0.00260416674f, 0.0859375f, 0.208333343f, 0.291666687f, 0.416666687f, 0.583333373f,
     0.833333373f};
-static const uint8_t fp4_codes[8] = {0, 1, 6, 7, 4, 5, 2, 3};         // by ascending magnitude
+static const uint8_t fp4_by_size[8] = {0, 1, 6, 7, 4, 5, 2, 3};         // by ascending magnitude
 
-static uint8_t nf4_code(float x) {
-    int code = 0;
-    for (int i = 0; i < 15; i++) code += x > nf4_thresholds[i];
-    return (uint8_t)code;
+// The level of x in -1..1 is the number of thresholds below it. Thresholds outside, values inside: a
+// loop that compilers turn into vector code.
+static void nf4_codes(uint8_t *codes, const float *x, size_t n) {
+    int32_t level[QUANT_BLOCK] = {0};
+    for (int k = 0; k < 15; k++)
+        for (size_t i = 0; i < n; i++) level[i] += x[i] > nf4_thresholds[k];
+    for (size_t i = 0; i < n; i++) codes[i] = (uint8_t)level[i];
 }
 
 // Like NF4's, ties go to the lower value, which is the larger magnitude of a negative one.
-static uint8_t fp4_code(float x) {
-    int rank = 0;
-    for (int i = 0; i < 7; i++)
-        rank += x < 0 ? -x >= fp4_thresholds[i] : x > fp4_thresholds[i];
-    return (uint8_t)(fp4_codes[rank] | (x < 0 ? 8 : 0));
+static void fp4_codes(uint8_t *codes, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        int rank = 0;
+        for (int k = 0; k < 7; k++)
+            rank += x[i] < 0 ? -x[i] >= fp4_thresholds[k] : x[i] > fp4_thresholds[k];
+        codes[i] = (uint8_t)(fp4_by_size[rank] | (x[i] < 0 ? 8 : 0));
+    }
 }
 
 // Quantises n values (at most 64) to (n + 1) / 2 bytes and their scale. bitsandbytes multiplies a
 // full block by the float32 reciprocal of its largest magnitude, and divides in a short last one.
 static float quantize_block(uint8_t *packed, const float *x, size_t n, DType type) {
-    const float smallest = 1e-38f;                            // keeps a block of zeros dividable
-    float absmax = 0;
-    for (size_t i = 0; i < n; i++) absmax = fmaxf(absmax, fabsf(x[i]));
-    bool full = n == QUANT_BLOCK;
-    float divisor = fmaxf(absmax, smallest), reciprocal = 1.0f / divisor;
+    const float smallest = 1e-38f;          // keeps a block of zeros dividable
+    float absmax = 0, scaled[QUANT_BLOCK];
     uint8_t codes[QUANT_BLOCK + 1] = {0};
-    codes[n] = type == DT_NF4 ? 7 : 0;                       // an odd tail's partner is the value 0
+    bool full = n == QUANT_BLOCK;
+    for (size_t i = 0; i < n; i++) absmax = fabsf(x[i]) > absmax ? fabsf(x[i]) : absmax;
+    float divisor = absmax > smallest ? absmax : smallest, reciprocal = 1.0f / divisor;
     for (size_t i = 0; i < n; i++) {
-        float scaled = full ? x[i] * reciprocal : x[i] / divisor;
-        scaled = fminf(fmaxf(scaled, -1.0f), 1.0f);
-        codes[i] = type == DT_NF4 ? nf4_code(scaled) : fp4_code(scaled);
+        float s = full ? x[i] * reciprocal : x[i] / divisor;
+        s = s > -1.0f ? s : -1.0f;
+        scaled[i] = s < 1.0f ? s : 1.0f;
     }
+    if (type == DT_NF4) nf4_codes(codes, scaled, n);
+    else fp4_codes(codes, scaled, n);
+    codes[n] = type == DT_NF4 ? 7 : 0;      // an odd tail's partner is the value 0
     for (size_t i = 0; i < n; i += 2) packed[i / 2] = (uint8_t)(codes[i] << 4 | codes[i + 1]);
     return full ? absmax : divisor;
 }
