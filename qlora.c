@@ -5894,8 +5894,7 @@ static int jinja_literal(Buffer *b, const char *text, qlora_error *err) {
 
 // The template as the Jinja program that other tools read: what was trained with is what is served.
 static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err) {
-    if (*c->begin && (buffer_printf(b, err, "{{ ") || jinja_literal(b, c->begin, err) ||
-                      buffer_printf(b, err, " }}"))) return -1;
+    if (*c->begin && buffer_printf(b, err, "{{ bos_token }}")) return -1;
     if (buffer_printf(b, err, "{%% for message in messages %%}")) return -1;
     for (int role = 0; role < N_ROLES; role++) {
         const TurnForm *form = &c->turns[role];

@@ -6,7 +6,7 @@
 Text from make_text.py, a byte-level BPE tokenizer learnt on it, a Qwen2 of 2.5 million parameters,
 AdamW with a cosine schedule: a plain language model, which has never seen a chat.
 
-Takes about MINUTES minutes on two cores with AVX-512 bf16. data/tiny was made by Python 3.11, torch
+Takes 12 to 20 minutes on two cores with AVX-512 bf16. data/tiny was made by Python 3.11, torch
 2.9.1, transformers 4.57.6, tokenizers 0.22.2; the same versions on the same processor make the same
 bytes, others a model just as good.
 """

@@ -95,6 +95,15 @@ check "and it is whole" 0 "qwen2: 2 layers" $Q info "$W/merged"
 check "an adapter for another model" 1 "another model" $Q generate test/fixtures/models/llama \
     --adapter "$W/a" --prompt x
 
+# A model without a template of its own: what was trained with is what the merged model carries.
+L=test/fixtures/models/llama
+check "train without a template" 0 "the adapter is in" $Q train $L "$W/alpaca.json" --output "$W/g" --max-steps 2
+check "merge it" 0 "merged" $Q merge $L "$W/g" "$W/merged-g"
+$Q eval "$W/g" "$W/alpaca.json" --json --quant none | sed 's/.*"accuracy"//' >"$W/eval-a"
+$Q eval "$W/merged-g" "$W/alpaca.json" --json | sed 's/.*"accuracy"//' >"$W/eval-b"
+same "adapter and merged model see the same tokens" "$W/eval-a" "$W/eval-b"
+check "and some" 0 '"tokens": [1-9]' cat "$W/eval-b"
+
 # Datasets that cannot be trained on.
 : >"$W/empty.jsonl"
 check "empty dataset" 1 "empty.jsonl" $Q train $M "$W/empty.jsonl" --output "$W/none"
