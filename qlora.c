@@ -8047,8 +8047,10 @@ static int show_sample(Trainer *t, const SampleList *list, size_t i, const char 
 
 static int show_samples(Trainer *t) {
     if (!t->options->message) return 0;
-    return show_sample(t, &t->train, 0, "training sample") ||
-           (t->val.n && show_sample(t, &t->val, 0, "held-out sample")) ? -1 : 0;
+    if (show_sample(t, &t->train, 0, "training sample")) return -1;
+    for (size_t i = 0; i < min_size(t->val.n, 2); i++)
+        if (show_sample(t, &t->val, i, "held-out sample")) return -1;
+    return 0;
 }
 
 // ------------------------------------------------------------------- log.jsonl, loss.svg, run.json
@@ -8606,7 +8608,8 @@ static void tell_plan(const Trainer *t) {
              d->doubled_ends);
     tell(o, "adapter: r %zu, alpha %g on %s: %zu parameters", o->lora_r, (double)o->lora_alpha,
          o->target_modules, count_parameters(&t->q->transformer));
-    tell(o, "steps: %zu of %zu x %zu samples, %zu an epoch; learning rate %g, %s, %zu of warmup",
+    tell(o,
+         "steps: %zu of %zu x %zu samples, %zu an epoch; learning rate %g, %s, %zu steps of warmup",
          t->steps, o->per_device_train_batch_size, o->gradient_accumulation_steps,
          t->steps_per_epoch, (double)o->learning_rate, o->lr_scheduler_type, t->warmup);
     tell(o, "memory: %zu MB weights, %zu MB activations (%zu of %zu layers kept, %zu recomputed)",

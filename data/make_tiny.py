@@ -6,9 +6,9 @@
 Text from make_text.py, a byte-level BPE tokenizer learnt on it, a Qwen2 of 2.5 million parameters,
 AdamW with a cosine schedule: a plain language model, which has never seen a chat.
 
-Takes 12 to 20 minutes on two cores with AVX-512 bf16. data/tiny was made by Python 3.11, torch
-2.9.1, transformers 4.57.6, tokenizers 0.22.2; the same versions on the same processor make the same
-bytes, others a model just as good.
+Took 19 minutes on two cores with AVX-512 bf16 while other programs ran on them, with Python 3.11,
+torch 2.9.1, transformers 4.57.6, tokenizers 0.22.2. Seeds and algorithms are fixed: short runs
+repeated on one machine gave the same bytes; another processor or version gives a model like it.
 """
 import argparse
 import json
