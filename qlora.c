@@ -4176,7 +4176,7 @@ static int compile_literal(Loader *l, const char *text, const Regex **regex) {
 static int compile_pattern(Loader *l, const Json *step, const Regex **regex) {
     const Json *pattern = json_get(step, "pattern"), *text = json_get(pattern, "Regex");
     if (json_is(text, JSON_STRING)) return compile(l, text->text, text->length, regex);
-    const char *literal;
+    const char *literal = NULL;
     return read_text(l, pattern, "String", &literal) || compile_literal(l, literal, regex);
 }
 
@@ -9938,39 +9938,39 @@ int main(int argc, char **argv) {
 //  18. Fast kernels
 //
 //  The operations of chapter 3 that cost time, once more: the LoRA linears, the head and attention.
-//  All of them are sums of matrix products, C += A B, and all products run through one small kernel,
-//  which keeps a tile of C, 12 rows x 32 columns, in registers while it walks along the sum:
+//  All of them are sums of matrix products, C += A B, and all products run through one small
+//  kernel, which keeps a tile of C, 12 rows x 32 columns, in registers while it walks along the
+//  sum:
 //
 //      word    32 bits: one float32, or two bf16 that are neighbours along the sum
 //      A       a row's words, up to 256 of them, are contiguous; rows are PITCH words apart
 //      B       a line for each step of the sum, which holds the words of all columns
 //
 //  A step loads two vectors of B and 12 words of A for 24 multiply-adds, so that the multipliers
-//  never wait: with float32 words 24 x 16 of them, with bf16 words (vdpbf16ps) twice as many. That is
-//  the roofline of this chapter. Everything else is packing: bringing activations, 4-bit weights,
-//  keys or probabilities into the shapes of A and B, a cache-sized block at a time. A packed block of
-//  weights meets up to 516 rows, so that unpacking NF4 is a few percent of the work.
+//  never wait: with float32 words 24 x 16 of them, with bf16 words (vdpbf16ps) twice as many. That
+//  is the roofline of this chapter. Everything else is packing: bringing activations, 4-bit
+//  weights, keys or probabilities into the shapes of A and B, a cache-sized block at a time. A
+//  packed block of weights meets up to 516 rows, so that unpacking NF4 is a few percent of the
+//  work.
 //
-//  Determinism: a sum runs over k upwards, whatever the height of the tile and wherever a block ends
-//  (float32 sums in memory and in registers are the same). So a token's result has the same bits in
-//  any batch, with a cache or without, and with any number of threads.
+//  Determinism: a sum runs over k upwards, whatever the height of the tile and wherever a block
+//  ends (float32 sums in memory and in registers are the same). So a token's result has the same
+//  bits in any batch, with a cache or without, and with any number of threads.
 // =================================================================================================
 #if !REAL_IS_DOUBLE
 
 // ---------------------------------------------------------------------------------------- vectors
 //
-// Vectors are as wide as the machine's registers, by the vector types of gcc and clang. A tile is two
-// of them wide and as high as registers suffice. Intrinsics stand where the types have no word for
-// it: fused multiply-adds, bf16, table lookups and transposing.
+// Vectors are as wide as the machine's registers, by the vector types of gcc and clang. A tile is
+// two of them wide and as high as registers suffice. Intrinsics stand where the types have no word
+// for it: fused multiply-adds, bf16, table lookups and transposing.
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
-enum { LANES = 16, TILE_ROWS = 12 };
+enum { LANES = 16, TILE_ROWS = 12 };                          // 24 of 32 registers are sums
 #elif defined(__AVX__)
 #include <immintrin.h>
-enum { LANES = 8, TILE_ROWS = 6 };
-#elif defined(__aarch64__)
-enum { LANES = 4, TILE_ROWS = 12 };
+enum { LANES = 8, TILE_ROWS = 6 };                            // 12 of 16
 #else
 enum { LANES = 4, TILE_ROWS = 6 };
 #endif
@@ -10008,13 +10008,9 @@ enum { HAS_BF16_DOT = 0 };
 #endif
 
 static inline float vec_largest(Vec v) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps((__m512)v);
-#else
     float largest = v[0];
     for (int i = 1; i < LANES; i++) largest = v[i] > largest ? v[i] : largest;
     return largest;
-#endif
 }
 
 static inline float vec_sum(Vec v) {
@@ -10032,22 +10028,22 @@ static inline Vec vec_exp(Vec x) {
     static const float coefficients[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
     Vec p = vec_all(1.0f / 720);
     for (int i = 0; i < 6; i++) p = vec_fma(vec_all(coefficients[i]), p, r);
-    Vec power = (Vec)(((VecInt)shifted - (VecInt)shift + 127) << 23);
-    return vec_where(~(x < vec_all(-87.0f)), p * power);
+    return vec_where(~(x < vec_all(-87.0f)),
+                     p * (Vec)(((VecInt)shifted - (VecInt)shift + 127) << 23));      // p 2^n
 }
 
 // --------------------------------------------------------------------------------- the tile kernel
 
 enum {
     BLOCK_STEPS = 256,              // steps of a sum that are packed together
+    PACK_ROWS = 32,                 // rows of a packing task
     PITCH = BLOCK_STEPS + 16,       // of A's rows: no power of 2, which would crowd one cache set
-    TILE_COLUMNS = 2 * LANES,
     LINE = 64                       // words of a line of packed weights: columns of a task
 };
 
-// One tile, c (HEIGHT, 2 vectors) = or += a b. HEIGHT is a constant, so that every sum is a register.
-// While a full tile is computed, the rows of the next are fetched: they lie right behind. noinline:
-// within a larger function gcc 12 spills sums, which halves the speed.
+// One tile, c (HEIGHT, 2 vectors) = or += a b. HEIGHT is a constant, so that every sum is a
+// register. While a full tile is computed, the rows of the next are fetched: they lie right behind.
+// noinline: within a larger function gcc 12 spills sums, which halves the speed.
 #define TILE(name, HEIGHT, MULTIPLY_ADD) \
     __attribute__((noinline)) \
     static void name(Word *c, size_t c_stride, bool add, const Word *a, const Word *b, \
@@ -10097,7 +10093,7 @@ static void multiply(bool bf16, Word *c, size_t c_stride, bool add, const Word *
         size_t kernel = 0;
         while (tiles[kernel].height > rows - row) kernel++;
         height = tiles[kernel].height;
-        for (size_t column = 0; column < columns; column += TILE_COLUMNS)
+        for (size_t column = 0; column < columns; column += 2 * LANES)
             tiles[kernel].run[bf16](c + row * c_stride + column, c_stride, add, a + row * PITCH,
                                     b + column, b_stride, steps);
     }
@@ -10112,7 +10108,9 @@ static void transpose_16(Word *to, size_t to_stride, const Word *from, size_t fr
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     __m512 a[16], b[16];
     for (size_t i = 0; i < 16; i++) a[i] = _mm512_loadu_ps(from + i * from_stride);
+    #pragma GCC unroll 4
     for (int round = 0; round < 4; round++) {
+        #pragma GCC unroll 8
         for (size_t i = 0; i < 8; i++) {
             b[2 * i] = _mm512_permutex2var_ps(a[i], low, a[i + 8]);
             b[2 * i + 1] = _mm512_permutex2var_ps(a[i], high, a[i + 8]);
@@ -10135,38 +10133,39 @@ static Mask mask_of(const Lora *lora, const Batch *batch, size_t first) {
     return (Mask){lora->r && has_dropout(lora, batch) ? lora : NULL, batch, first};
 }
 
-enum { MASK_LANES = 16 };           // counters at a time, 4 features each
-
-// Multiplies features k .. k+n-1 of a row with its mask, as dropout_row does. Philox runs for several
-// counters at once, in loops that become vector code: one counter takes longer than a row of W.
+// Multiplies features k .. k+n-1 of a row with its mask, as dropout_row does. Philox runs for
+// several counters at once, 4 features each, in loops that become vector code.
 static void apply_mask(real *x, size_t k, size_t n, const Mask *mask, size_t row) {
+    enum { MASK_LANES = 16 };
     const Lora *lora = mask->lora;
     const Batch *batch = mask->batch;
     const Span *span = batch->spans;
     size_t t = mask->first + row;
     while (t >= span->q0 + span->nq) span++;
-    uint32_t c[4][MASK_LANES], position = (uint32_t)(t - span->q0);
-    real keep = 1 / (1 - (real)lora->dropout);
+    uint64_t c[4][MASK_LANES];      // 32 bits each, wide enough for the products
+    real keep = 1 / (1 - (real)lora->dropout);                // so that the mean stays
     for (size_t begin = k / 4 * 4; begin < k + n; begin += 4 * MASK_LANES) {
         uint32_t k0 = (uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u;
         uint32_t k1 = batch->step;
-        for (uint32_t i = 0; i < MASK_LANES; i++) {
-            c[0][i] = (uint32_t)(begin / 4) + i;
-            c[1][i] = position; c[2][i] = span->ordinal; c[3][i] = lora->module;
+        for (size_t i = 0; i < MASK_LANES; i++) {
+            c[0][i] = begin / 4 + i; c[1][i] = t - span->q0;
+            c[2][i] = span->ordinal; c[3][i] = lora->module;
         }
         for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+            #pragma GCC unroll 1
             for (size_t i = 0; i < MASK_LANES; i++) {
-                uint64_t a = (uint64_t)0xD2511F53u * c[0][i], b = (uint64_t)0xCD9E8D57u * c[2][i];
-                c[0][i] = (uint32_t)(b >> 32) ^ c[1][i] ^ k0;
-                c[2][i] = (uint32_t)(a >> 32) ^ c[3][i] ^ k1;
-                c[1][i] = (uint32_t)b;
-                c[3][i] = (uint32_t)a;
+                uint64_t a = 0xD2511F53u * c[0][i], b = 0xCD9E8D57u * c[2][i];
+                c[0][i] = b >> 32 ^ c[1][i] ^ k0;
+                c[2][i] = a >> 32 ^ c[3][i] ^ k1;
+                c[1][i] = b & 0xFFFFFFFFu;
+                c[3][i] = a & 0xFFFFFFFFu;
             }
+        real factor[4 * MASK_LANES];
+        for (size_t i = 0; i < MASK_LANES; i++)
+            for (size_t j = 0; j < 4; j++)
+                factor[4 * i + j] = unit_float((uint32_t)c[j][i]) < lora->dropout ? 0 : keep;
         size_t from = max_size(begin, k), to = min_size(begin + 4 * MASK_LANES, k + n);
-        for (size_t f = from; f < to; f++) {
-            uint32_t bits = c[f % 4][(f - begin) / 4];
-            x[f - k] *= unit_float(bits) < lora->dropout ? 0 : keep;
-        }
+        for (size_t f = from; f < to; f++) x[f - k] *= factor[f - begin];
     }
 }
 
@@ -10193,13 +10192,11 @@ static Word *left_at(const Left *a, size_t row, size_t step) {
 
 typedef struct {
     const Device *dev;
-    Left to;
+    Left to;                                                  // (rows, n)
     const void *x;                  // (T, stride) act, of which n columns are taken
     size_t first, stride;           // the token that becomes row 0
     Mask mask;
 } PackTask;
-
-enum { PACK_ROWS = 32 };            // rows of a packing task
 
 static void pack_task(void *arguments, size_t task, int thread) {
     PackTask *a = arguments;
@@ -10251,17 +10248,18 @@ static Left pack_transposed(Device *dev, Arena *arena, const void *x, size_t fir
 
 // ------------------------------------------------------------------------------------- packing B
 
-// The right operand. Straight: its columns are the rows of `matrix`, the sum runs along them (x W^T).
-// Transposed: its columns are those of `matrix`, the sum runs down (dy W).
+// The right operand. Straight: its columns are the rows of `matrix`, the sum runs along them (x
+// W^T). Transposed: its columns are those of `matrix`, the sum runs down (dy W).
 typedef struct {
-    Weight matrix;
+    Weight matrix;                  // (columns, n) straight, (n, columns) transposed
     bool transposed;
     Mask mask;                      // of the matrix's rows, when it is x
 } Right;
 
-// n elements (at most 512) of a row of the matrix from column k on, as they enter the product: bf16,
-// or float32 with the values that chapter 3 would multiply.
-static void unpack_row(void *out, const Right *b, size_t row, size_t k, size_t n, const Device *dev) {
+// n elements (at most 512) of a row of the matrix from column k on, as they enter the product:
+// bf16, or float32 with the values that chapter 3 would multiply.
+static void unpack_row(void *out, const Right *b, size_t row, size_t k, size_t n,
+                       const Device *dev) {
     const Weight *w = &b->matrix;
     size_t index = row * w->K + k;
     bool bf16 = uses_bf16(dev);
@@ -10285,37 +10283,30 @@ static void unpack_row(void *out, const Right *b, size_t row, size_t k, size_t n
         return;
     }
 #endif
+    real *wide = bf16 ? values : out;
     if (bf16 && w->dtype == DT_BF16 && !b->mask.lora) {
         memcpy(out, (const uint16_t *)w->data + index, 2 * n);
         return;
     }
-    real *wide = bf16 ? values : out;
     weight_row(wide, w, row, k, n, dev->act);
-    if (b->mask.lora) apply_mask(wide, k, n, &b->mask, row);
-    if (b->mask.lora) for (size_t i = 0; i < n; i++) wide[i] = as_act(dev->act, wide[i]);
+    if (b->mask.lora) {
+        apply_mask(wide, k, n, &b->mask, row);
+        for (size_t i = 0; i < n; i++) wide[i] = as_act(dev->act, wide[i]);
+    }
     if (bf16) store_row(DT_BF16, out, 0, values, n);
 }
 
-// Announces a row that will be needed soon: rows are too far apart for the machine to foresee it.
-static void prefetch_row(const Weight *w, size_t row, size_t k) {
-    if (row >= w->N) return;
-    size_t bits = is_4bit(w->dtype) ? 4 : dtype_size(w->dtype) * 8, index = row * w->K + k;
-    const char *from = (const char *)w->data + index * bits / 8;
-    for (size_t i = 0; i < LINE * bits / 8; i += 64) __builtin_prefetch(from + i);
-}
-
 // Packs `width` columns (at most 64) of the right operand from `column` on, elements k .. k+n-1 of
-// the sum, to lines of 64 words; what is beyond the width is 0. A transposed line is two rows of the
-// matrix, word by word together (or one in float32). Straight, 16 columns at a time are unpacked and
-// turned.
+// the sum, to lines of 64 words; what is beyond the width is 0. A transposed line is two rows of
+// the matrix, word by word together (or one in float32). Straight, 16 columns at a time are
+// unpacked and turned.
 static void pack_right(Word *lines, const Right *b, size_t column, size_t width, size_t k, size_t n,
                        const Device *dev) {
     bool bf16 = uses_bf16(dev);
-    size_t per_step = bf16 ? 2 : 1, steps = steps_of(bf16, n);
+    size_t steps = steps_of(bf16, n);
     if (b->transposed) {
         uint16_t even[LINE] = {0}, odd[LINE] = {0};
-        for (size_t i = 0; i < n; i += per_step, lines += LINE) {
-            for (size_t j = 0; j < per_step; j++) prefetch_row(&b->matrix, k + i + j + 16, column);
+        for (size_t i = 0; i < n; i += bf16 ? 2 : 1, lines += LINE) {
             if (!bf16) {
                 memset(lines, 0, LINE * sizeof *lines);
                 unpack_row(lines, b, k + i, column, width, dev);
@@ -10350,36 +10341,23 @@ static void pack_right(Word *lines, const Right *b, size_t column, size_t width,
 enum { MAX_SEGMENTS = 6, TASK_ROWS = 516 };                   // three products and their adapters
 
 typedef struct {
-    Left left;
-    Right right;
+    Left left;                                                // (rows, n)
+    Right right;                                              // (n, columns)
     Mask mask;                      // of the rows of the product
 } Segment;
 
 typedef struct {
     Device *dev;
     Segment segments[MAX_SEGMENTS];
-    size_t n_segments, rows, columns;
-    real scale;
+    size_t n_segments, rows, columns;                         // of out
+    real scale;                                               // 1 but for u and du
     const float *bias;              // (columns) or NULL
     void *out;                      // element (i, j) is out[i * row_stride + j * column_stride]
     DType type;                     // of out; real when adding
-    size_t row_stride, column_stride;
-    bool add;
-    size_t task_rows;
+    size_t row_stride, column_stride;   // other than (columns, 1) for dB, which is stored turned
+    bool add;                                                 // +=, else =
+    size_t task_rows;                                         // of a task, see matmul
 } Matmul;
-
-// Masks, scales, biases and rounds; see matmul_task.
-static void finish(const Matmul *m, Word *sums, size_t row, size_t rows, size_t column,
-                   size_t width) {
-    for (size_t i = 0; i < rows; i++, sums += LINE) {
-        size_t at = (row + i) * m->row_stride + column * m->column_stride;
-        if (m->scale != 1) for (size_t j = 0; j < width; j++) sums[j] *= m->scale;
-        if (m->bias) for (size_t j = 0; j < width; j++) sums[j] += m->bias[column + j];
-        real *out = (real *)m->out + at;                      // used where out is real
-        if (!m->add) store_row(m->type, m->out, at, (const real *)sums, width);
-        else for (size_t j = 0; j < width; j++) out[j * m->column_stride] += sums[j];
-    }
-}
 
 // A task is up to 516 rows x 64 columns of the product. Its sums (129 KB) and a block of the right
 // operand (64 KB) stay in the second-level cache, the part of the block that a tile needs in the
@@ -10411,7 +10389,14 @@ static void matmul_task(void *arguments, size_t task, int thread) {
             for (size_t j = 0; j < width; j++) sums[i * LINE + j] += share[i * LINE + j];
         }
     }
-    finish(m, sums, row, rows, column, width);
+    for (size_t i = 0; i < rows; i++, sums += LINE) {         // scale, bias, one rounding
+        size_t at = (row + i) * m->row_stride + column * m->column_stride;
+        if (m->scale != 1) for (size_t j = 0; j < width; j++) sums[j] *= m->scale;
+        if (m->bias) for (size_t j = 0; j < width; j++) sums[j] += m->bias[column + j];
+        real *out = (real *)m->out + at;                      // used where out is real
+        if (!m->add) store_row(m->type, m->out, at, (const real *)sums, width);
+        else for (size_t j = 0; j < width; j++) out[j * m->column_stride] += sums[j];
+    }
 }
 
 // Tasks shrink until every thread has a few of them; fewer rows than 96 would unpack weights more
@@ -10425,7 +10410,8 @@ static void matmul(Matmul *m) {
 }
 
 // The common case: one segment, a row-major result that is written.
-static Matmul matmul_of(Device *dev, Left left, Right right, size_t columns, void *out, DType type) {
+static Matmul matmul_of(Device *dev, Left left, Right right, size_t columns, void *out,
+                        DType type) {
     return (Matmul){.dev = dev, .segments = {{.left = left, .right = right}}, .n_segments = 1,
                     .rows = left.rows, .columns = columns, .scale = 1, .out = out, .type = type,
                     .row_stride = columns, .column_stride = 1};
@@ -10444,7 +10430,7 @@ static Matmul matmul_of(Device *dev, Left left, Right right, size_t columns, voi
 // all of it is bound by arithmetic; only at T = 1 do unpacking and memory decide.
 
 enum {
-    CHUNK_ROWS = 1024,              // tokens that are packed at a time: bounds scratch, nothing else
+    CHUNK_ROWS = 1024,              // tokens that are packed at a time: bounds scratch only
     HEAD_COLUMNS = 4096             // columns of dlogits at a time: 8 MB for 1024 rows
 };
 
@@ -10462,16 +10448,16 @@ static void forward_fast(Device *dev, real *logits, const Product *products, siz
     for (size_t first = 0; first < batch->T; first += CHUNK_ROWS) {
         size_t rows = min_size(CHUNK_ROWS, batch->T - first);
         Arena scratch = {dev->scratch, 0};
-        Left px = pack_rows(dev, &scratch, x, first, rows, K, K, (Mask){0});
+        Left px = pack_rows(dev, &scratch, x, first, rows, K, K, (Mask){0}); // (rows, K)
         for (size_t i = 0; i < n; i++) {
             const Linear *linear = products[i].linear;
             const Lora *lora = &linear->lora;
             size_t N = linear->weight.N, r = lora->r;
-            Arena memory = scratch;
+            Arena memory = scratch;                           // each product begins here
             Matmul y = matmul_of(dev, px, (Right){.matrix = linear->weight}, N,
                                  act_at(type, logits ? logits : products[i].y, first * N), type);
             y.bias = linear->bias;
-            if (r) {
+            if (r) {                                          // u, and its share of y
                 Mask mask = mask_of(lora, batch, first);      // every module draws its own
                 Left masked = px;
                 if (mask.lora) masked = pack_rows(dev, &memory, x, first, rows, K, K, mask);
@@ -10501,7 +10487,7 @@ static void head_logits_fast(Device *dev, real *logits, const Product *slice, co
 // What the two halves of a backward pass share.
 typedef struct {
     Device *dev;
-    const Product *products;
+    const Product *products;                                  // y: dy (T, N) act
     size_t n, K;
     const void *x;                  // (T, K)
     const Batch *batch;
@@ -10516,15 +10502,13 @@ static void backward_chunk(const Backward *b, Arena scratch, size_t first, size_
     DType act = dev->act, type = b->dy_stride ? DT_REAL : act;
     void *out = b->dx ? act_at(type, b->dx, first * b->K) : NULL;
     Matmul dx = matmul_of(dev, (Left){.rows = rows}, (Right){0}, b->K, out, type);
-    Segment shares[3];
-    size_t n_shares = 0;
     dx.add = b->dy_stride != 0;
     dx.n_segments = 0;
     for (size_t i = 0; i < b->n; i++) {
         const Product *p = &b->products[i];
         const Lora *lora = &p->linear->lora;
         size_t N = p->linear->weight.N, r = lora->r;
-        if (!r && !out) continue;
+        if (!r && !out) continue;                             // frozen, and nothing below learns
         Left dy = pack_rows(dev, &scratch, p->y, first, rows, N, b->dy_stride ? b->dy_stride : N,
                             (Mask){0});
         dx.segments[dx.n_segments++] = (Segment){
@@ -10534,15 +10518,12 @@ static void backward_chunk(const Backward *b, Arena scratch, size_t first, size_
                               act_at(act, b->du[i], first * r), act);
         du.scale = lora->scale;
         matmul(&du);
-        shares[n_shares++] = (Segment){
+        dx.segments[dx.n_segments++] = (Segment){
             .left = pack_rows(dev, &scratch, b->du[i], first, rows, r, r, (Mask){0}),
             .right = plain_matrix(DT_REAL, lora->A, r, b->K, true),
             .mask = mask_of(lora, b->batch, first)};
     }
-    if (!out) return;
-    memcpy(dx.segments + dx.n_segments, shares, n_shares * sizeof *shares);
-    dx.n_segments += n_shares;
-    matmul(&dx);
+    if (out) matmul(&dx);
 }
 
 // dA and dB of one sequence: each sum is formed on its own, from the sequence's first token to its
@@ -10587,8 +10568,8 @@ static void linears_backward_fast(Device *dev, void *dx, const Product *products
     backward_fast(dev, dx, 0, products, n, x, batch);
 }
 
-// The head's dy is larger than any cache, so it is taken in slices of its columns, which are linears
-// of their own that add to the same dx.
+// The head's dy is larger than any cache, so it is taken in slices of its columns, which are
+// linears of their own that add to the same dx.
 static void head_backward_fast(Device *dev, real *dx, const Product *slice, const void *x,
                                const Batch *rows) {
     size_t N = slice->linear->weight.N;
@@ -10608,7 +10589,7 @@ static void head_backward_fast(Device *dev, real *dx, const Product *slice, cons
 // the scores. The products are those of chapter 3; what is needed as A is widened to rows, what is
 // needed as B is widened, or turned, to lines.
 
-enum { ATTENTION_ROWS = 128, FORWARD_KEYS = 128, BACKWARD_KEYS = 64, MAX_HEAD = BLOCK_STEPS };
+enum { ATTENTION_ROWS = 64, ATTENTION_KEYS = 64, MAX_HEAD = BLOCK_STEPS };
 
 // One group of one sequence, as rows.
 typedef struct {
@@ -10639,18 +10620,47 @@ static size_t row_first(const Group *g, size_t row) {
 }
 static size_t row_end(const Group *g, size_t row) { return end_key(g->span, row / g->shared); }
 
-// Widens n rows, or keys, of x from number `first` on.
-static void widen_heads(Word *to, size_t stride, const Group *g, const void *x, size_t first,
-                        size_t n, size_t (*index)(const Group *, size_t)) {
-    for (size_t i = 0; i < n; i++)
-        load_row((real *)to + i * stride, g->a->dev->act, x, index(g, first + i) * g->hd, g->hd);
+// What a task keeps in its thread's scratch; every buffer's rows are PITCH words apart. Forward
+// needs half of it.
+typedef struct {
+    Word *q, *out;                  // (ROWS, hd) rows of the task; in backward q and dout
+    Word *k, *v;                    // (KEYS, hd) a block of keys and values
+    Word *q_t, *dout_t, *k_t, *dq_t;    // (hd, ROWS or KEYS) turned
+    Word *p, *ds;                   // forward: (TILE_ROWS, KEYS), backward: (KEYS, ROWS)
+    Vec *sum;                       // (ROWS) partial sums of the softmax
+    float *max, *expected;          // (ROWS) the largest score, or in backward lse; dout . out
+    int32_t *first, *end;           // (ROWS) keys that a row sees
+    Word *dk, *dv;                  // (keys, wide) of the whole sequence
+} AttentionMemory;
+
+static void carve_attention(AttentionMemory *m, size_t hd, size_t keys, Arena *arena) {
+    size_t wide = round_up(hd, 32), rows[] = {ATTENTION_ROWS, ATTENTION_KEYS, wide};
+    Word **blocks[3][4] = {{&m->q, &m->out}, {&m->k, &m->v, &m->p, &m->ds},
+                           {&m->q_t, &m->dout_t, &m->k_t, &m->dq_t}};
+    for (size_t i = 0; i < 3; i++)
+        for (size_t j = 0; j < 4 && blocks[i][j]; j++)
+            *blocks[i][j] = arena_alloc(arena, rows[i] * PITCH, sizeof(Word));
+    m->sum = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->sum);
+    m->max = arena_alloc(arena, ATTENTION_ROWS, sizeof(float));
+    m->expected = arena_alloc(arena, ATTENTION_ROWS, sizeof(float));
+    m->first = arena_alloc(arena, ATTENTION_ROWS, sizeof(int32_t));
+    m->end = arena_alloc(arena, ATTENTION_ROWS, sizeof(int32_t));
+    m->dk = arena_alloc(arena, keys * wide, sizeof(Word));
+    m->dv = arena_alloc(arena, keys * wide, sizeof(Word));
 }
 
-// to (columns, PITCH) = from (rows, stride) transposed, in blocks of 16 x 16.
-static void transpose(Word *to, const Word *from, size_t stride, size_t rows, size_t columns) {
+// Widens n rows, or keys, of x from number `first` on.
+static void widen_heads(Word *to, const Group *g, const void *x, size_t first, size_t n,
+                        size_t (*index)(const Group *, size_t)) {
+    for (size_t i = 0; i < n; i++)
+        load_row((real *)to + i * PITCH, g->a->dev->act, x, index(g, first + i) * g->hd, g->hd);
+}
+
+// to (columns, rows) = from (rows, columns) transposed, in blocks of 16 x 16.
+static void transpose(Word *to, const Word *from, size_t rows, size_t columns) {
     for (size_t i = 0; i < rows; i += 16)
         for (size_t j = 0; j < columns; j += 16)
-            transpose_16(to + j * PITCH + i, PITCH, from + i * stride + j, stride);
+            transpose_16(to + j * PITCH + i, PITCH, from + i * PITCH + j, PITCH);
 }
 
 // One row meets keys j0 .. j0+n-1: its scores become exp(scale score - max), those of keys outside
@@ -10661,14 +10671,14 @@ static void softmax_row(Word *scores, size_t j0, size_t n, size_t first, size_t 
     size_t high = end > j0 ? min_size(end - j0, n) : 0;
     for (size_t j = 0; j < low; j++) scores[j] = -INFINITY;
     for (size_t j = high; j < round_up(n, LANES); j++) scores[j] = -INFINITY;
-    Vec largest = vec_all(-INFINITY), total = {0};
+    Vec largest = vec_all(-INFINITY), total = {0};            // of the n new scores
     for (size_t j = 0; j < n; j += LANES) {
         Vec s = vec_load(scores + j) * scale;
         VecInt larger = s > largest;
         largest = (Vec)((larger & (VecInt)s) | (~larger & (VecInt)largest));
     }
     float now = vec_largest(largest);
-    if (now > *max) {
+    if (now > *max) {                                         // what was summed so far shrinks
         Vec shrink = vec_exp(vec_all(*max - now));
         for (size_t d = 0; d < wide; d += LANES) vec_store(out + d, vec_load(out + d) * shrink);
         *sum *= shrink;
@@ -10682,72 +10692,61 @@ static void softmax_row(Word *scores, size_t j0, size_t n, size_t first, size_t 
     *sum += total;
 }
 
-// Memory of a forward task.
-typedef struct {
-    Word *q;                        // (ROWS, PITCH)
-    Word *keys, *keys_t;            // (KEYS, wide), (hd, PITCH)
-    Word *values;                   // (KEYS, wide)
-    Word *scores;                   // (TILE_ROWS, PITCH)
-    Word *out;                      // (ROWS, wide)
-    float *max;                     // (ROWS)
-    Vec *sum;                       // (ROWS) partial sums
-} ForwardMemory;
-
-static void carve_forward(ForwardMemory *m, size_t hd, Arena *arena) {
-    size_t wide = round_up(hd, 32);
-    m->q = arena_alloc(arena, ATTENTION_ROWS * PITCH, sizeof(Word));
-    m->keys = arena_alloc(arena, FORWARD_KEYS * wide, sizeof(Word));
-    m->keys_t = arena_alloc(arena, wide * PITCH, sizeof(Word));
-    m->values = arena_alloc(arena, FORWARD_KEYS * wide, sizeof(Word));
-    m->scores = arena_alloc(arena, TILE_ROWS * PITCH, sizeof(Word));
-    m->out = arena_alloc(arena, ATTENTION_ROWS * wide, sizeof(Word));
-    m->max = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->max);
-    m->sum = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->sum);
-}
-
 // A few rows, one tile, meet the keys j0 .. j0+n-1:   s = q k^T,   p = exp(s - max),   out += p v.
-static void forward_tile(const Group *g, const ForwardMemory *m, size_t begin, size_t row,
+static void forward_tile(const Group *g, const AttentionMemory *m, size_t begin, size_t row,
                          size_t rows, size_t j0, size_t n) {
     size_t end = row_end(g, begin + row + rows - 1);
     if (end <= j0 || row_first(g, begin + row) >= j0 + n) return;
     n = min_size(n, end - j0);
-    Word *out = m->out + row * g->wide;
-    multiply(false, m->scores, PITCH, false, m->q + row * PITCH, m->keys_t, PITCH, rows, n, g->hd);
+    Word *out = m->out + row * PITCH;
+    multiply(false, m->p, PITCH, false, m->q + row * PITCH, m->k_t, PITCH, rows, n, g->hd);
     for (size_t i = 0; i < rows; i++) {
         size_t at = begin + row + i;
-        softmax_row(m->scores + i * PITCH, j0, n, row_first(g, at), row_end(g, at),
-                    g->a->shape.scale, &m->max[row + i], &m->sum[row + i], out + i * g->wide,
+        softmax_row(m->p + i * PITCH, j0, n, row_first(g, at), row_end(g, at),
+                    g->a->shape.scale, &m->max[row + i], &m->sum[row + i], out + i * PITCH,
                     g->wide);
     }
-    multiply(false, out, g->wide, true, m->scores, m->values, g->wide, rows, g->hd, n);
+    multiply(false, out, PITCH, true, m->p, m->v, PITCH, rows, g->hd, n);
 }
 
-// Attention of rows begin .. begin+rows-1 (at most 128) of a group.
-static void forward_rows(const Group *g, const ForwardMemory *m, size_t begin, size_t rows) {
-    const AttentionTask *a = g->a;
-    memset(m->out, 0, rows * g->wide * sizeof *m->out);
-    widen_heads(m->q, PITCH, g, a->q, begin, rows, row_index);
-    for (size_t i = 0; i < rows; i++) {
-        m->max[i] = -1e30f;                                   // finite: -inf - max must not be NaN
-        m->sum[i] = vec_all(0);
-    }
-    size_t j0 = row_first(g, begin) / FORWARD_KEYS * FORWARD_KEYS;
-    for (size_t end = row_end(g, begin + rows - 1); j0 < end; j0 += FORWARD_KEYS) {
-        size_t n = min_size(FORWARD_KEYS, end - j0);
-        widen_heads(m->keys, g->wide, g, a->k, j0, n, key_index);
-        transpose(m->keys_t, m->keys, g->wide, n, g->hd);
-        widen_heads(m->values, g->wide, g, a->v, j0, n, key_index);
+static size_t attention_blocks(const AttentionTask *a) {
+    return ceil_div(a->batch->T * (a->shape.H / a->shape.G), ATTENTION_ROWS);
+}
+
+// A task is 64 rows of a group. Last rows, which see the most keys, come first. All groups count as
+// if they had the batch's rows; what is beyond their own is empty.
+static void attention_forward_block(void *arguments, size_t task, int thread) {
+    const AttentionTask *a = arguments;
+    size_t groups = a->batch->n_spans * a->shape.G;
+    size_t begin = (attention_blocks(a) - 1 - task / groups) * ATTENTION_ROWS;
+    const Span *span = &a->batch->spans[task % groups / a->shape.G];
+    Group group = attention_group(a, span, task % a->shape.G), *g = &group;
+    if (begin >= g->rows) return;
+    size_t rows = min_size(ATTENTION_ROWS, g->rows - begin);
+    Arena scratch = {(char *)thread_rows(a->dev, thread), 0};
+    AttentionMemory memory, *m = &memory;
+    carve_attention(m, g->hd, 0, &scratch);
+    widen_heads(m->q, g, a->q, begin, rows, row_index);
+    memset(m->out, 0, rows * PITCH * sizeof *m->out);
+    memset(m->sum, 0, rows * sizeof *m->sum);
+    for (size_t i = 0; i < rows; i++) m->max[i] = -1e30f;     // finite: -inf - max must not be NaN
+    size_t j0 = row_first(g, begin) / ATTENTION_KEYS * ATTENTION_KEYS;
+    for (size_t end = row_end(g, begin + rows - 1); j0 < end; j0 += ATTENTION_KEYS) {
+        size_t n = min_size(ATTENTION_KEYS, end - j0);
+        widen_heads(m->k, g, a->k, j0, n, key_index);
+        transpose(m->k_t, m->k, n, g->hd);
+        widen_heads(m->v, g, a->v, j0, n, key_index);
         // Rows of a tile multiply values that some of them do not see with p = 0. Where a value is
         // NaN or infinite that is NaN too, so that rows go one by one then, each to its own end.
-        float poison = 0;
+        Vec poison = {0};
         for (size_t j = 0; j < n; j++)
-            for (size_t d = 0; d < g->hd; d++) poison += 0 * m->values[j * g->wide + d];
-        size_t height = poison == 0 ? TILE_ROWS : 1;
+            for (size_t d = 0; d < g->hd; d += LANES) poison += 0 * vec_load(m->v + j * PITCH + d);
+        size_t height = vec_sum(poison) == 0 ? TILE_ROWS : 1;
         for (size_t row = 0; row < rows; row += height)
             forward_tile(g, m, begin, row, min_size(height, rows - row), j0, n);
     }
-    for (size_t i = 0; i < rows; i++) {
-        float sum = vec_sum(m->sum[i]), *out = m->out + i * g->wide;
+    for (size_t i = 0; i < rows; i++) {                       // out / sum, lse = max + log sum
+        float sum = vec_sum(m->sum[i]), *out = m->out + i * PITCH;
         size_t at = row_index(g, begin + i);
         for (size_t d = 0; d < g->hd; d++) out[d] /= sum;
         store_row(a->dev->act, a->out, at * g->hd, (const real *)out, g->hd);
@@ -10755,122 +10754,50 @@ static void forward_rows(const Group *g, const ForwardMemory *m, size_t begin, s
     }
 }
 
-// Blocks of rows of the longest sequence's groups; shorter sequences leave some of them empty.
-static size_t row_blocks(const AttentionTask *a) {
-    size_t longest = 0;
-    for (size_t s = 0; s < a->batch->n_spans; s++)
-        longest = max_size(longest, a->batch->spans[s].nq);
-    return ceil_div(longest * (a->shape.H / a->shape.G), ATTENTION_ROWS);
-}
-
-// A task is 128 rows of a group. Last rows, which see the most keys, come first, so that no thread
-// ends late with a long task.
-static void attention_forward_block(void *arguments, size_t task, int thread) {
-    const AttentionTask *a = arguments;
-    size_t groups = a->batch->n_spans * a->shape.G;
-    size_t begin = (row_blocks(a) - 1 - task / groups) * ATTENTION_ROWS;
-    const Span *span = &a->batch->spans[task % groups / a->shape.G];
-    Group g = attention_group(a, span, task % a->shape.G);
-    if (begin >= g.rows) return;
-    Arena scratch = {(char *)thread_rows(a->dev, thread), 0};
-    ForwardMemory m;
-    carve_forward(&m, g.hd, &scratch);
-    forward_rows(&g, &m, begin, min_size(ATTENTION_ROWS, g.rows - begin));
-}
-
 static void attention_forward_fast(Device *dev, void *out, real *lse, const void *q, const void *k,
                                    const void *v, AttentionShape shape, const Batch *batch) {
     AttentionTask a = {.dev = dev, .out = out, .lse = lse, .q = q, .k = k, .v = v, .shape = shape,
                        .batch = batch};
-    size_t tasks = row_blocks(&a) * batch->n_spans * shape.G;
-    parallel_for(dev->pool, tasks, attention_forward_block, &a);
+    size_t groups = batch->n_spans * shape.G;
+    parallel_for(dev->pool, attention_blocks(&a) * groups, attention_forward_block, &a);
 }
 
-// Backward, in the notation of chapter 3. Scores are formed transposed, keys x rows, so that p and ds
-// are at once A for the sums over rows, dv and dk, and B for the sum over keys, dq^T.
-typedef struct {
-    Word *q, *dout;                 // (ROWS, wide)
-    Word *q_t, *dout_t;             // (hd, PITCH)
-    Word *k, *v, *k_t;              // (KEYS, PITCH) twice, (hd, PITCH)
-    Word *p, *ds;                   // (KEYS, PITCH)
-    Word *dq_t, *dk, *dv;           // (hd, PITCH), (keys, wide) twice
-    float *lse, *expected;          // (ROWS)
-    int32_t *first, *end;           // (ROWS) keys that a row sees
-} BackwardMemory;
-
-static void carve_backward(BackwardMemory *m, size_t hd, size_t keys, Arena *arena) {
-    size_t wide = round_up(hd, 32);
-    Word **by_rows[] = {&m->q, &m->dout}, **by_heads[] = {&m->q_t, &m->dout_t, &m->k_t, &m->dq_t};
-    Word **by_block[] = {&m->k, &m->v, &m->p, &m->ds}, **by_keys[] = {&m->dk, &m->dv};
-    for (size_t i = 0; i < 2; i++) *by_rows[i] = arena_alloc(arena, ATTENTION_ROWS * wide, 4);
-    for (size_t i = 0; i < 4; i++) *by_heads[i] = arena_alloc(arena, wide * PITCH, 4);
-    for (size_t i = 0; i < 4; i++) *by_block[i] = arena_alloc(arena, BACKWARD_KEYS * PITCH, 4);
-    for (size_t i = 0; i < 2; i++) *by_keys[i] = arena_alloc(arena, keys * wide, 4);
-    m->lse = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->lse);
-    m->expected = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->expected);
-    m->first = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->first);
-    m->end = arena_alloc(arena, ATTENTION_ROWS, sizeof *m->end);
-}
-
-// All that a block of rows needs, whichever keys it meets. Rows beyond the last see nothing.
-static void backward_prepare(const Group *g, const BackwardMemory *m, size_t begin, size_t rows) {
-    const AttentionTask *a = g->a;
-    real out[MAX_HEAD];
-    widen_heads(m->q, g->wide, g, a->q, begin, rows, row_index);
-    widen_heads(m->dout, g->wide, g, a->dout, begin, rows, row_index);
-    transpose(m->q_t, m->q, g->wide, rows, g->hd);
-    transpose(m->dout_t, m->dout, g->wide, rows, g->hd);
-    memset(m->dq_t, 0, g->wide * PITCH * sizeof *m->dq_t);
-    memset(m->first, 0, ATTENTION_ROWS * sizeof *m->first);
-    memset(m->end, 0, ATTENTION_ROWS * sizeof *m->end);
-    for (size_t i = 0; i < rows; i++) {
-        size_t at = row_index(g, begin + i);
-        load_row(out, a->dev->act, a->out, at * g->hd, g->hd);
-        m->expected[i] = dot_rows((const real *)m->dout + i * g->wide, out, g->hd);
-        m->lse[i] = a->lse[at];
-        m->first[i] = (int32_t)row_first(g, begin + i);
-        m->end[i] = (int32_t)row_end(g, begin + i);
-    }
-}
-
-// p = exp(scale s - lse) and ds = scale p (dp - expected) of one key and n rows, in the places of s
-// and dp; 0 for rows that do not see the key.
-static void backward_key(const Group *g, const BackwardMemory *m, Word *p, Word *ds, size_t key,
-                         size_t start, size_t rows) {
-    float scale = g->a->shape.scale;
-    VecInt at = (int32_t)key - (VecInt){0}, first, end;
-    for (size_t i = start; i < rows; i += LANES) {
-        memcpy(&first, m->first + i, sizeof first);
-        memcpy(&end, m->end + i, sizeof end);
-        VecInt sees = (at >= first) & (at < end);
-        Vec e = vec_exp(vec_fma(-vec_load(m->lse + i), vec_load(p + i), vec_all(scale)));
-        e = vec_where(sees, e);
-        vec_store(p + i, e);
-        e = e * scale * (vec_load(ds + i) - vec_load(m->expected + i));
-        vec_store(ds + i, vec_where(sees, e));
-    }
-}
-
+// Backward, in the notation of chapter 3. Scores are formed transposed, keys x rows, so that p and
+// ds are at once A for the sums over rows, dv and dk, and B for the sum over keys, dq^T.
+//
 // A block of rows meets the keys j0 .. j0+n-1.
-static void backward_block(const Group *g, const BackwardMemory *m, size_t begin, size_t rows,
-                           size_t j0, size_t n) {
+static void backward_block(const Group *g, const AttentionMemory *m, size_t rows, size_t j0,
+                           size_t n) {
     const AttentionTask *a = g->a;
     size_t hd = g->hd, wide = g->wide, start = 0;
     while (m->end[min_size(start + 32, rows) - 1] <= (int32_t)j0) start += 32;
-    const Word *q = m->q + start * wide, *dout = m->dout + start * wide;
+    const Word *q = m->q + start * PITCH, *dout = m->out + start * PITCH;
     Word *p = m->p + start, *ds = m->ds + start, *dk = m->dk + j0 * wide, *dv = m->dv + j0 * wide;
-    size_t count = rows - start;                              // rows before `start` see none of them
-    (void)begin;
-    widen_heads(m->k, PITCH, g, a->k, j0, n, key_index);
-    widen_heads(m->v, PITCH, g, a->v, j0, n, key_index);
-    transpose(m->k_t, m->k, PITCH, n, hd);
-    multiply(false, p, PITCH, false, m->k, m->q_t + start, PITCH, n, count, hd);      // s = k q^T
-    multiply(false, ds, PITCH, false, m->v, m->dout_t + start, PITCH, n, count, hd);  // dp = v dout^T
+    size_t count = rows - start;                              // rows before see none of these keys
+    float scale = a->shape.scale;
+    widen_heads(m->k, g, a->k, j0, n, key_index);
+    widen_heads(m->v, g, a->v, j0, n, key_index);
+    transpose(m->k_t, m->k, n, hd);
+    // s = k q^T,   dp = v dout^T
+    multiply(false, p, PITCH, false, m->k, m->q_t + start, PITCH, n, count, hd);
+    multiply(false, ds, PITCH, false, m->v, m->dout_t + start, PITCH, n, count, hd);
     for (size_t j = 0; j < n; j++)
-        backward_key(g, m, m->p + j * PITCH, m->ds + j * PITCH, j0 + j, start, rows);
-    multiply(false, dv, wide, true, p, dout, wide, n, hd, count);                     // dv += p dout
-    multiply(false, dk, wide, true, ds, q, wide, n, hd, count);                       // dk += ds q
-    multiply(false, m->dq_t + start, PITCH, true, m->k_t, ds, PITCH, hd, count, n);   // dq += ds k
+        for (size_t i = start; i < rows; i += LANES) {        // what a row does not see becomes 0
+            Word *s = m->p + j * PITCH + i, *dp = m->ds + j * PITCH + i;
+            VecInt key = (int32_t)(j0 + j) - (VecInt){0}, first, end;
+            memcpy(&first, m->first + i, sizeof first);
+            memcpy(&end, m->end + i, sizeof end);
+            VecInt sees = (key >= first) & (key < end);
+            Vec e = vec_exp(vec_fma(-vec_load(m->max + i), vec_load(s), vec_all(scale)));
+            e = vec_where(sees, e);                           // p = exp(scale s - lse)
+            vec_store(s, e);                                  // ds = scale p (dp - expected)
+            e = e * scale * (vec_load(dp) - vec_load(m->expected + i));
+            vec_store(dp, vec_where(sees, e));
+        }
+    // dv += p dout,   dk += ds q,   dq^T += k^T ds
+    multiply(false, dv, wide, true, p, dout, PITCH, n, hd, count);
+    multiply(false, dk, wide, true, ds, q, PITCH, n, hd, count);
+    multiply(false, m->dq_t + start, PITCH, true, m->k_t, ds, PITCH, hd, count, n);
 }
 
 // A task is a whole group of a sequence, so that dk and dv are summed by one thread, row after row.
@@ -10880,21 +10807,32 @@ static void attention_backward_group(void *arguments, size_t task, int thread) {
     Group g = attention_group(a, span, task % a->shape.G);
     DType act = a->dev->act;
     Arena scratch = {(char *)thread_rows(a->dev, thread), 0};
-    BackwardMemory m;
-    carve_backward(&m, g.hd, span->nk, &scratch);
+    AttentionMemory m;
+    carve_attention(&m, g.hd, span->nk, &scratch);
     memset(m.dk, 0, span->nk * g.wide * sizeof *m.dk);
     memset(m.dv, 0, span->nk * g.wide * sizeof *m.dv);
     for (size_t begin = 0; begin < g.rows; begin += ATTENTION_ROWS) {
         size_t rows = min_size(ATTENTION_ROWS, g.rows - begin);
-        size_t j0 = row_first(&g, begin) / BACKWARD_KEYS * BACKWARD_KEYS;
-        backward_prepare(&g, &m, begin, rows);
-        for (size_t end = row_end(&g, begin + rows - 1); j0 < end; j0 += BACKWARD_KEYS)
-            backward_block(&g, &m, begin, rows, j0, min_size(BACKWARD_KEYS, end - j0));
-        for (size_t i = 0; i < rows; i += 16)                 // q is used up: dq takes its place
-            for (size_t d = 0; d < g.hd; d += 16)
-                transpose_16(m.q + i * g.wide + d, g.wide, m.dq_t + d * PITCH + i, PITCH);
+        size_t j0 = row_first(&g, begin) / ATTENTION_KEYS * ATTENTION_KEYS;
+        real *out = (real *)m.q, *dout = (real *)m.out;       // q takes out's place below
+        widen_heads(m.q, &g, a->out, begin, rows, row_index);
+        widen_heads(m.out, &g, a->dout, begin, rows, row_index);
+        memset(m.dq_t, 0, g.hd * PITCH * sizeof *m.dq_t);
+        memset(m.end, 0, ATTENTION_ROWS * sizeof *m.end);     // rows beyond the last see nothing
+        for (size_t i = 0; i < rows; i++) {
+            m.expected[i] = dot_rows(dout + i * PITCH, out + i * PITCH, g.hd);
+            m.max[i] = a->lse[row_index(&g, begin + i)];
+            m.first[i] = (int32_t)row_first(&g, begin + i);
+            m.end[i] = (int32_t)row_end(&g, begin + i);
+        }
+        widen_heads(m.q, &g, a->q, begin, rows, row_index);
+        transpose(m.q_t, m.q, rows, g.hd);
+        transpose(m.dout_t, m.out, rows, g.hd);
+        for (size_t end = row_end(&g, begin + rows - 1); j0 < end; j0 += ATTENTION_KEYS)
+            backward_block(&g, &m, rows, j0, min_size(ATTENTION_KEYS, end - j0));
+        transpose(m.q, m.dq_t, g.hd, rows);                   // and dq that of q
         for (size_t i = 0; i < rows; i++)
-            store_row(act, a->dq, row_index(&g, begin + i) * g.hd, (real *)m.q + i * g.wide, g.hd);
+            store_row(act, a->dq, row_index(&g, begin + i) * g.hd, (real *)m.q + i * PITCH, g.hd);
     }
     for (size_t j = 0; j < span->nk; j++) {
         store_row(act, a->dk, key_index(&g, j) * g.hd, (real *)m.dk + j * g.wide, g.hd);
@@ -10910,13 +10848,7 @@ static void attention_backward_fast(Device *dev, void *dq, void *dk, void *dv, c
     parallel_for(dev->pool, batch->n_spans * shape.G, attention_backward_group, &a);
 }
 
-// ------------------------------------------------------------------------------- the fast op table
-
-static const Ops fast_ops = {
-    embed, residual_norm_forward, residual_norm_backward, linears_forward_fast,
-    linears_backward_fast, rope, attention_forward_fast, attention_backward_fast, swiglu_forward,
-    swiglu_backward, gather, scatter, head_logits_fast, head_backward_fast, cross_entropy_forward,
-    cross_entropy_backward, round_rows, sum_of_squares, adamw};
+// ----------------------------------------------------------------------- scratch and the op table
 
 // Bytes for the largest call. Words are counted as float32, though bf16 takes half of them.
 static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
@@ -10925,35 +10857,33 @@ static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
     // Forward: x, masked x and u.
     size_t forward = 2 * left_words(rows, width) + rank;
     // Backward: du of all tokens; then for a chunk dy and du, for a sequence u and du transposed.
-    size_t dy = max_size(left_words(rows, HEAD_COLUMNS), 3 * left_words(rows, width));
+    size_t dy = max_size(left_words(rows, HEAD_COLUMNS),
+                         max_size(2 * left_words(rows, width), 3 * left_words(rows, s->D)));
     size_t backward = 3 * tokens * s->max_r + 48 +
                       max_size(dy + rank, 2 * left_words(s->max_r, tokens));
     *shared = max_size(forward, backward) * sizeof(Word) + 64 * 32;
 
-    Arena matmuls = {NULL, 0}, attention = {NULL, 0}, attention_backward = {NULL, 0};
-    ForwardMemory forward_memory;
-    BackwardMemory backward_memory;
+    Arena matmuls = {NULL, 0}, attention = {NULL, 0};
+    AttentionMemory memory;
     arena_alloc(&matmuls, (BLOCK_STEPS + 16 + 2 * TASK_ROWS) * LINE, sizeof(Word));
-    carve_forward(&forward_memory, s->hd, &attention);
-    carve_backward(&backward_memory, s->hd, s->max_span, &attention_backward);
+    carve_attention(&memory, s->hd, s->max_span, &attention);
     size_t plain = max_size(max_size(3 * width, s->V_chunk), s->D + 2 * s->hd) * sizeof(real);
-    *per_thread = max_size(max_size(matmuls.used, attention.used),
-                           max_size(attention_backward.used, round_up(plain, 64)));
+    *per_thread = max_size(max_size(matmuls.used, attention.used), round_up(plain, 64));
 }
 
+#define FAST(op) op##_fast
 #else
-
-static const Ops fast_ops = {
-    embed, residual_norm_forward, residual_norm_backward, linears_forward_plain,
-    linears_backward_plain, rope, attention_forward_plain, attention_backward_plain, swiglu_forward,
-    swiglu_backward, gather, scatter, head_logits_plain, head_backward_plain, cross_entropy_forward,
-    cross_entropy_backward, round_rows, sum_of_squares, adamw};
-
+#define FAST(op) op##_plain
 static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
     plain_scratch(s, shared, per_thread);
 }
+#endif // !REAL_IS_DOUBLE
 
-#endif // REAL_IS_DOUBLE
+static const Ops fast_ops = {
+    embed, residual_norm_forward, residual_norm_backward, FAST(linears_forward),
+    FAST(linears_backward), rope, FAST(attention_forward), FAST(attention_backward), swiglu_forward,
+    swiglu_backward, gather, scatter, FAST(head_logits), FAST(head_backward), cross_entropy_forward,
+    cross_entropy_backward, round_rows, sum_of_squares, adamw};
 // =================================================================================================
 //  Generated tables: Unicode 16.0.0
 //
