@@ -56,12 +56,12 @@ check "no model" 1 "config.json: not found" $Q train "$W" "$W/data.jsonl"
 check "no data" 1 "nothing.jsonl: cannot open" $Q train $M "$W/nothing.jsonl" --output "$W/none"
 
 train="$Q train $M $W/data.jsonl --epochs 2 --lr 1e-3 --lora-dropout 0.1 --mask turn"
-check "train" 0 "the adapter is in" $train --output "$W/a" --batch 4 --accum 1 --threads 1
+check "train" 0 "the adapter is in" $train --output "$W/a" --batch 8 --accum 1 --threads 1
 check "train again into the same place" 1 "there is a run in this directory" $train --output "$W/a"
 check "underscores and =" 0 "the adapter is in" $train --output="$W/b" \
-    --per_device_train_batch_size=1 --gradient_accumulation_steps=4 --threads 2
-same "batch 4 x 1 = 1 x 4, threads 1 = 2" "$W/a/adapter_model.safetensors" "$W/b/adapter_model.safetensors"
-check "little memory" 0 "recomputed" $train --output "$W/c" --batch 4 --accum 1 --threads 7 --memory 71M
+    --per_device_train_batch_size=1 --gradient_accumulation_steps=8 --threads 2
+same "batch 8 x 1 = 1 x 8, threads 1 = 2" "$W/a/adapter_model.safetensors" "$W/b/adapter_model.safetensors"
+check "little memory" 0 "recomputed" $train --output "$W/c" --batch 8 --accum 1 --threads 7 --memory 71M
 same "memory small = large, threads 7" "$W/a/adapter_model.safetensors" "$W/c/adapter_model.safetensors"
 check "too little memory" 1 "are not enough" $train --output "$W/d" --memory 1M
 check "Alpaca records" 0 "the adapter is in" $Q train $M "$W/alpaca.json" --output "$W/e" --max-steps 2
@@ -80,7 +80,7 @@ check "info of an adapter" 0 "28 tensors" $Q info "$W/a"
 check "quantize" 0 "" $Q quantize $M "$W/q4"
 check "quantize onto a model" 1 "there is a model in this directory" $Q quantize $M "$W/q4"
 check "train on a 4-bit directory" 0 "the adapter is in" $Q train "$W/q4" "$W/data.jsonl" \
-    --output "$W/f" --epochs 2 --lr 1e-3 --lora-dropout 0.1 --mask turn --batch 4 --accum 1
+    --output "$W/f" --epochs 2 --lr 1e-3 --lora-dropout 0.1 --mask turn --batch 8 --accum 1
 same "quantised ahead = on the fly" "$W/a/adapter_model.safetensors" "$W/f/adapter_model.safetensors"
 check "init" 0 "" $Q init $M "$W/random" --seed 5 --quant nf4
 check "a random model computes" 0 "Hello" $Q generate "$W/random" --prompt "Hello" --max-new-tokens 2
@@ -119,9 +119,6 @@ echo '{"messages": [{"role": "user", "content": "x"}]}' >"$W/unsupervised.jsonl"
 check "nothing to learn" 1 "supervised" $Q train $M "$W/unsupervised.jsonl" --output "$W/none"
 check "too little disk" 1 "MB are free" $Q train $M "$W/data.jsonl" --output "$W/none" \
     --max-steps 1000000000 --save-steps 1
-check "a loss that explodes" 1 "is not a finite number and was not applied; samples of lines" \
-    $Q train $M "$W/data.jsonl" --output "$W/explodes" --lr 1000 --max-steps 400 --max-grad-norm 1e9 \
-    --lr-scheduler-type constant --compute f32
 
 # Ctrl-C saves the last completed step; --resume goes on from it.
 $Q train $M "$W/data.jsonl" --output "$W/long" --max-steps 1000000 --save-steps 100000 >"$W/out" 2>&1 &

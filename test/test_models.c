@@ -471,7 +471,7 @@ static void test_batch_shape(Test *t) {
         SessionShape shape = {.T = together.T, .S = together.S, .max_span = 64, .training = true};
         size_t held = q->weight_bytes + q->transformer.n_parameters * 4 * sizeof(real), most = 0;
         for (size_t budget = held + 65536; !most && budget < held + ((size_t)1 << 30);
-             budget += budget / 64) {
+             budget += budget / 512) {
             q->options.memory = budget;
             if (session_open(&tight, q, shape, &err)) continue;
             check(t, tight.w.kept == 0, "the tightest session keeps %zu layers", tight.w.kept);

@@ -211,8 +211,39 @@ static void test_damaged_checkpoint(Test *t) {
     unlink(data);
 }
 
+// A NaN or infinity in the loss or the gradient ends the run in the same step, names the samples, and
+// is never applied: B is still zero.
+static void test_not_finite_loss(Test *t) {
+    char data[200];
+    snprintf(data, sizeof data, "build/train-%d-nan.jsonl", (int)getpid());
+    write_test_data(t, data, 12);
+    for (int k = 0; k < 3; k++) {
+        qlora_error err = {{0}};
+        qlora_options opt = {.quant = QLORA_QUANT_NF4, .double_quant = 1, .threads = 2,
+                             .compute = k == 1 ? QLORA_COMPUTE_BF16 : QLORA_COMPUTE_F32};
+        qlora_train_options train = qlora_default_train_options();
+        qlora_model *q = qlora_open(MODELS "qwen2", &opt, &err);
+        if (!check(t, q != NULL, "%s", err.text)) return;
+        train.output_dir = NULL;
+        train.val_split = 0;
+        const float *broken = k < 2 ? q->transformer.final_norm : q->transformer.layers[1].mlp_norm;
+        ((float *)(uintptr_t)broken)[3] = k < 2 ? NAN : INFINITY;
+        check(t, qlora_train(q, data, &train, &err) == -1 && strstr(err.text, "step 1: the ") &&
+              strstr(err.text, "is not a finite number and was not applied; samples of lines"),
+              "case %d: %s", k, err.text);
+        for (size_t i = 0; i < n_modules(&q->transformer); i++) {
+            const Linear *linear = module_linear(&q->transformer, i);
+            for (size_t n = 0; n < linear->lora.r * linear->weight.N; n++)
+                if (!check(t, linear->lora.B[n] == 0, "case %d: B was changed", k)) break;
+        }
+        qlora_close(q);
+    }
+    unlink(data);
+}
+
 #define TRAINER_TESTS                                                                              \
     {"resume", "stopped at every step and resumed = never stopped, bit for bit", test_resume},     \
         {"kill", "killed 200 times at random and resumed = never killed", test_kill},              \
-        {"damaged_checkpoint", "a damaged checkpoint is passed over for the one before",           \
+        {"not_finite_loss", "NaN and infinity stop the step and are never applied", test_not_finite_loss}, \
+    {"damaged_checkpoint", "a damaged checkpoint is passed over for the one before",           \
          test_damaged_checkpoint},
