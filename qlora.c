@@ -2571,16 +2571,12 @@ enum { UNICODE_LIMIT = 0x110000, MAX_CANONICAL = 2100 };
 typedef enum { UNICODE_CATEGORIES, UNICODE_CLASSES, UNICODE_CANONICAL } UnicodeTable;
 static const char *const *unicode_table(UnicodeTable which);       // the last lines of this file
 
-// General categories, in the order of their names below; a set of them is a mask of bits.
-typedef enum {
-    CAT_LU, CAT_LL, CAT_LT, CAT_LM, CAT_LO, CAT_MN, CAT_MC, CAT_ME, CAT_ND, CAT_NL, CAT_NO, CAT_PC,
-    CAT_PD, CAT_PS, CAT_PE, CAT_PI, CAT_PF, CAT_PO, CAT_SM, CAT_SC, CAT_SK, CAT_SO, CAT_ZS, CAT_ZL,
-    CAT_ZP, CAT_CC, CAT_CF, CAT_CS, CAT_CO, CAT_CN, CAT_COUNT
-} Category;
+// General categories by their place in this list; a set of them is a mask of bits.
 static const char category_names[] = "LuLlLtLmLoMnMcMeNdNlNoPcPdPsPePiPfPoSmScSkSoZsZlZpCcCfCsCoCn";
-
+enum { CAT_LU, CAT_LL, CAT_LT, CAT_ND = 8, CAT_NL, CAT_PC = 11, CAT_COUNT = 30 };
 #define CAT_BIT(category) (1u << (category))
 #define CAT_CASED (CAT_BIT(CAT_LU) | CAT_BIT(CAT_LL) | CAT_BIT(CAT_LT))
+#define CAT_WORD (CAT_BIT(CAT_PC) | CAT_BIT(CAT_NL) | (CAT_BIT(CAT_ND + 1) - 1))      // from Lu to Nd
 
 typedef struct { uint64_t key, value; } KeyValue;     // arrays of them are sorted by key
 
@@ -2667,36 +2663,23 @@ static bool unicode_is_space(uint32_t c) {
 
 // Letters, marks, digits, connectors and the circled letters: what \w means.
 static bool unicode_is_word(const Unicode *u, uint32_t c) {
-    uint32_t set = (CAT_BIT(CAT_ND) - 1) | CAT_BIT(CAT_ND) | CAT_BIT(CAT_NL) | CAT_BIT(CAT_PC);
-    return unicode_in(u, c, set) || (c >= 0x24B6 && c <= 0x24E9) || (c >= 0x1F130 && c <= 0x1F149)
-        || (c >= 0x1F150 && c <= 0x1F169) || (c >= 0x1F170 && c <= 0x1F189);
+    return unicode_in(u, c, CAT_WORD) || (c >= 0x24B6 && c <= 0x24E9)
+        || (c >= 0x1F130 && c <= 0x1F149) || (c >= 0x1F150 && c <= 0x1F169)
+        || (c >= 0x1F170 && c <= 0x1F189);
 }
 
 // ------------------------------------------------------------------------------------------ UTF-8
 
 // Decodes a character of text that is known to be valid and not at its end.
 static inline size_t utf8_next(const char *text, uint32_t *code) {
-    const unsigned char *s = (const unsigned char *)text;
-    if (s[0] < 0x80) { *code = s[0]; return 1; }
-    if (s[0] < 0xE0) { *code = (s[0] & 0x1Fu) << 6 | (s[1] & 0x3Fu); return 2; }
-    if (s[0] < 0xF0) {
-        *code = (s[0] & 0xFu) << 12 | (s[1] & 0x3Fu) << 6 | (s[2] & 0x3Fu);
-        return 3;
-    }
-    *code = (s[0] & 7u) << 18 | (s[1] & 0x3Fu) << 12 | (s[2] & 0x3Fu) << 6 | (s[3] & 0x3Fu);
-    return 4;
+    *code = (unsigned char)*text;
+    return *code < 0x80 ? 1 : utf8_decode(text, 4, code);
 }
 
 // The start of the character that ends before `at`; text is valid and at > 0.
 static inline size_t utf8_before(const char *text, size_t at) {
     do at--; while (((unsigned char)text[at] & 0xC0) == 0x80);
     return at;
-}
-
-// Is the text one character and no more (nor a NUL)?
-static bool utf8_is_one(const char *text, size_t n) {
-    uint32_t code;
-    return n > 0 && utf8_next(text, &code) == n && code != 0;
 }
 
 // How many of the bytes at an invalid place stand for one U+FFFD: as many as begin a character
@@ -2806,50 +2789,30 @@ static size_t nfc_compose(const Unicode *u, uint64_t *items, size_t n) {
     return out;
 }
 
-// Appends the normal form of text[0..n); `items` is scratch.
-static int nfc_run(const Unicode *u, const char *text, size_t n, Buffer *items, Buffer *out,
-                   qlora_error *err) {
+// Appends the normal form of valid text; if no character has a class, only sets *same.
+static int nfc_apply(const Unicode *u, const char *text, size_t n, Buffer *out, bool *same,
+                     qlora_error *err) {
+    Buffer items = {.allocator = out->allocator};
     uint32_t code;
-    items->size = 0;
-    for (size_t i = 0; i < n;) {
+    int bad = 0;
+    *same = true;
+    for (size_t i = 0; i < n && *same; *same = !u->class[code]) i += utf8_next(text + i, &code);
+    if (*same) return 0;
+    for (size_t i = 0; i < n && !bad;) {
         i += utf8_next(text + i, &code);
-        if (nfc_decompose(u, code, items, err)) return -1;
+        bad = nfc_decompose(u, code, &items, err);
     }
-    uint64_t *list = (uint64_t *)(void *)items->data;
-    size_t count = items->size / sizeof *list;
+    uint64_t *list = (uint64_t *)(void *)items.data;
+    size_t count = items.size / sizeof *list;
     for (size_t i = 0, marks; i < count; i += marks + 1) {
         for (marks = 0; i + marks < count && nfc_class(list[i + marks]); marks++) {}
         if (marks > 1) qsort(list + i, marks, sizeof *list, compare_keys);
     }
     count = nfc_compose(u, list, count);
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < count && !bad; i++) {
         char bytes[4];
-        if (buffer_append(out, bytes, utf8_encode(bytes, nfc_code(list[i])), err)) return -1;
+        bad = buffer_append(out, bytes, utf8_encode(bytes, nfc_code(list[i])), err);
     }
-    return 0;
-}
-
-// Appends the normal form of valid text, working only where characters have a class, from the
-// character before them on. If none has, sets *same and appends nothing.
-static int nfc_apply(const Unicode *u, const char *text, size_t n, Buffer *out, bool *same,
-                     qlora_error *err) {
-    Buffer items = {.allocator = out->allocator};
-    size_t done = 0, last = 0, end;                   // last: the latest character without a class
-    uint32_t code;
-    int bad = 0;
-    for (size_t i = 0; i < n && !bad; i = end) {
-        end = i + utf8_next(text + i, &code);
-        if (!u->class[code]) { last = i; continue; }
-        for (size_t length; end < n; end += length) {
-            length = utf8_next(text + end, &code);
-            if (!u->class[code]) break;
-        }
-        bad = buffer_append(out, text + done, last - done, err)
-           || nfc_run(u, text + last, end - last, &items, out, err);
-        done = last = end;
-    }
-    *same = done == 0;
-    if (!bad && !*same) bad = buffer_append(out, text + done, n - done, err);
     buffer_free(&items);
     return bad ? -1 : 0;
 }
@@ -2885,17 +2848,16 @@ typedef struct {
     bool negate, others;            // others: there may be some above U+007F
 } CharClass;
 
-enum { REGEX_MAX_PATTERN = 1 << 14, REGEX_MAX_DEPTH = 64, REGEX_MAX_ALTERNATIVES = 64,
-       REGEX_MAX_STACK = 1 << 20 };
+enum { REGEX_MAX_PATTERN = 4096, REGEX_MAX_DEPTH = 64, REGEX_MAX_CALLS = 4096 };
 #define REGEX_NO_LIMIT UINT32_MAX
 
 typedef struct {
     const Unicode *unicode;
-    const RegexStep *steps;
-    const CharClass *classes;
-    const ClassItem *items;
-    uint32_t n_alternatives;
-    uint32_t start[REGEX_MAX_ALTERNATIVES];     // of the alternatives at the top level
+    RegexStep *steps;
+    CharClass *classes;
+    ClassItem *items;
+    uint32_t n_steps, n_classes, n_items, n_alternatives;
+    uint32_t start[64];             // of the alternatives at the top level
     uint64_t by_byte[256];          // which of them can begin with this byte
 } Regex;
 
@@ -2910,481 +2872,389 @@ static bool item_holds(const Unicode *u, const ClassItem *item, uint32_t code) {
 }
 
 // The answer without the table.
-static bool class_search(const Unicode *u, const ClassItem *items, const CharClass *class,
-                         uint32_t code) {
+static bool class_search(const Regex *re, const CharClass *class, uint32_t code) {
     for (uint32_t i = 0; i < class->count; i++)
-        if (item_holds(u, &items[class->first + i], code)) return !class->negate;
+        if (item_holds(re->unicode, &re->items[class->first + i], code)) return !class->negate;
     return class->negate;
 }
 
 static inline bool class_holds(const Regex *re, const CharClass *class, uint32_t code) {
     if (code < 128) return class->ascii[code / 64] >> code % 64 & 1;
-    return class_search(re->unicode, re->items, class, code);
+    return class_search(re, class, code);
 }
 
 // -------------------------------------------------------------- regular expressions: the compiler
 
+// Recursive descent over the pattern. The arrays of the program are as long as any pattern of that
+// length can need: for one byte at most two steps, one class and four items are added, and on the
+// way out after an error at most two more at each of 64 levels.
 typedef struct {
     const char *pattern, *at;       // ends with NUL
     const char *name;               // for messages: where the pattern stands
-    const Unicode *unicode;
-    Buffer steps, classes, items;   // of RegexStep, CharClass, ClassItem
+    Regex *re;
     bool fold;                      // inside (?i:
+    bool failed;
     int depth;
     qlora_error *err;
 } RegexCompiler;
 
-static int regex_fail(const RegexCompiler *c, const char *at, const char *what) {
-    return fail(c->err, "%s: regular expression, character %td: %s in \"%.200s\"", c->name,
-                at - c->pattern + 1, what, c->pattern);
+// The first error counts. The rest of the pattern is passed over, so that everything ends by itself.
+static void regex_fail(RegexCompiler *c, const char *at, const char *what) {
+    if (!c->failed)
+        fail(c->err, "%s: regular expression, character %td: %s is not supported in \"%.200s\"",
+             c->name, at - c->pattern + 1, what, c->pattern);
+    c->failed = true;
+    c->at = c->pattern + strlen(c->pattern);
 }
 
-static size_t regex_size(const RegexCompiler *c) { return c->steps.size / sizeof(RegexStep); }
-
-static RegexStep *regex_step(const RegexCompiler *c, size_t i) {
-    return (RegexStep *)(void *)c->steps.data + i;
+// Puts a step before step `at`, or at the end.
+static void regex_insert(Regex *re, uint32_t at, RegexStep step) {
+    memmove(re->steps + at + 1, re->steps + at, (re->n_steps++ - at) * sizeof step);
+    re->steps[at] = step;
 }
 
-static int regex_emit(RegexCompiler *c, RegexStep step) {
-    return buffer_append(&c->steps, &step, sizeof step, c->err);
-}
-
-// Puts a step before step `at`.
-static int regex_insert(RegexCompiler *c, size_t at, RegexStep step) {
-    if (regex_emit(c, step)) return -1;
-    RegexStep *place = regex_step(c, at);
-    memmove(place + 1, place, (regex_size(c) - at - 1) * sizeof step);
-    *place = step;
-    return 0;
-}
+static void regex_emit(Regex *re, RegexStep step) { regex_insert(re, re->n_steps, step); }
 
 // Wraps the steps from `from` on in OP_AHEAD, OP_NOT_AHEAD or OP_ATOMIC.
-static int regex_wrap(RegexCompiler *c, size_t from, RegexOp op) {
-    int32_t behind = (int32_t)(regex_size(c) - from) + 2;
-    if (regex_insert(c, from, (RegexStep){.op = op, .x = behind})) return -1;
-    return regex_emit(c, (RegexStep){.op = OP_END});
+static void regex_wrap(Regex *re, uint32_t from, RegexOp op) {
+    regex_insert(re, from, (RegexStep){.op = op, .x = (int32_t)(re->n_steps - from) + 2});
+    regex_emit(re, (RegexStep){.op = OP_END});
 }
 
-// Adds an item to the class being read. Where case does not matter, only ASCII letters are known:
-// besides their other case, k has the Kelvin sign and s the long s.
-static int regex_item(RegexCompiler *c, ItemKind kind, uint32_t first, uint32_t last, bool negate) {
-    ClassItem item = {kind, negate, first, last};
-    if (buffer_append(&c->items, &item, sizeof item, c->err)) return -1;
-    if (!c->fold || kind == ITEM_SPACE || kind == ITEM_WORD) return 0;
-    if (kind == ITEM_CATEGORIES ? (first & CAT_CASED) && (first & CAT_CASED) != CAT_CASED
-                                : last >= 128)
-        return regex_fail(c, c->at, "more than ASCII letters where case does not matter");
-    for (uint32_t code = first; kind == ITEM_RANGE && code <= last; code++) {
-        if (!isalpha((int)code)) continue;
-        uint32_t low = code | 32, kin[3] = {low, low - 32, low == 'k' ? 0x212A : 0x17F};
-        for (int i = 0; i < (low == 'k' || low == 's' ? 3 : 2); i++) {
-            item.first = item.last = kin[i];
-            if (buffer_append(&c->items, &item, sizeof item, c->err)) return -1;
-        }
-    }
-    return 0;
+static void regex_item(Regex *re, ItemKind kind, uint32_t first, uint32_t last, bool negate) {
+    re->items[re->n_items++] = (ClassItem){kind, negate, first, last};
+}
+
+// A range, or where case does not matter one ASCII character: besides the other case of a letter, k
+// has the Kelvin sign and s the long s.
+static void regex_range(RegexCompiler *c, uint32_t first, uint32_t last) {
+    regex_item(c->re, ITEM_RANGE, first, last, false);
+    if (!c->fold || (first == last && first < 128 && !isalpha((int)first))) return;
+    if (first != last || first >= 128)
+        regex_fail(c, c->at, "more than an ASCII character where case does not matter");
+    uint32_t low = first | 32, kin[] = {low, low - 32, low == 'k' ? 0x212A : low == 's' ? 0x17F : low};
+    for (int i = 0; i < 3; i++) regex_item(c->re, ITEM_RANGE, kin[i], kin[i], false);
 }
 
 // Makes a class of all items from first_item on and emits one character of it.
-static int regex_class(RegexCompiler *c, size_t first_item, bool negate) {
-    const ClassItem *items = (const ClassItem *)(const void *)c->items.data;
-    CharClass class = {.first = (uint32_t)first_item, .negate = negate, .others = negate,
-                       .count = (uint32_t)(c->items.size / sizeof *items - first_item)};
-    uint32_t n = (uint32_t)(c->classes.size / sizeof class);
+static void regex_class(Regex *re, uint32_t first_item, bool negate) {
+    CharClass *class = &re->classes[re->n_classes];
+    *class = (CharClass){.first = first_item, .count = re->n_items - first_item, .negate = negate,
+                         .others = negate};
     for (uint32_t code = 0; code < 128; code++)
-        if (class_search(c->unicode, items, &class, code))
-            class.ascii[code / 64] |= (uint64_t)1 << code % 64;
-    for (uint32_t i = 0; i < class.count; i++) {
-        const ClassItem *item = &items[first_item + i];
-        if (item->kind != ITEM_RANGE || item->last >= 128) class.others = true;
-    }
-    if (buffer_append(&c->classes, &class, sizeof class, c->err)) return -1;
-    return regex_emit(c, (RegexStep){.op = OP_CLASS, .class = n, .min = 1, .max = 1});
+        class->ascii[code / 64] |= (uint64_t)class_search(re, class, code) << code % 64;
+    for (const ClassItem *item = re->items + first_item; item < re->items + re->n_items; item++)
+        if (item->kind != ITEM_RANGE || item->last >= 128) class->others = true;
+    regex_emit(re, (RegexStep){.op = OP_CLASS, .class = re->n_classes++, .min = 1, .max = 1});
 }
 
 // After \p or \P: {L} or {Lu}.
-static int regex_property(RegexCompiler *c, bool negate) {
+static void regex_property(RegexCompiler *c, bool negate) {
     const char *start = c->at;
     uint32_t set = 0;
     size_t n = strcspn(start, "}");
     for (size_t i = 0; i < CAT_COUNT && start[0] == '{' && (n == 2 || n == 3); i++)
         if (memcmp(category_names + 2 * i, start + 1, n - 1) == 0) set |= CAT_BIT(i);
-    if (!set || start[n] != '}')
-        return regex_fail(c, start, "a property other than a general category");
+    regex_item(c->re, ITEM_CATEGORIES, set, 0, negate);
     c->at += n + 1;
-    return regex_item(c, ITEM_CATEGORIES, set, 0, negate);
+    if (!set || start[n] != '}')
+        regex_fail(c, start, "a property other than a general category");
+    if (c->fold && (set & CAT_CASED) && (set & CAT_CASED) != CAT_CASED)
+        regex_fail(c, start, "a property of case where case does not matter");
 }
 
-// Reads one character or escape. A shorthand such as \s becomes an item and sets *is_item;
+// Reads one character or escape. A shorthand such as \s becomes an item, and true is returned;
 // otherwise *code is the character.
-static int regex_character(RegexCompiler *c, uint32_t *code, bool *is_item) {
+static bool regex_character(RegexCompiler *c, uint32_t *code) {
     static const char from[] = "tnrfv", to[] = "\t\n\r\f\v";
     const char *start = c->at;
-    *is_item = false;
-    if (!*start) return regex_fail(c, start, "an end too early");
-    c->at += utf8_next(c->at, code);
-    if (*code != '\\') return 0;
-    if (!*c->at) return regex_fail(c, start, "a backslash at the end");
-    c->at += utf8_next(c->at, code);
-    if (*code >= 128 || !isalnum((int)*code)) return 0;
-    *is_item = true;
-    switch (*code) {
-    case 's': case 'S': return regex_item(c, ITEM_SPACE, 0, 0, *code == 'S');
-    case 'w': case 'W': return regex_item(c, ITEM_WORD, 0, 0, *code == 'W');
-    case 'd': case 'D': return regex_item(c, ITEM_CATEGORIES, CAT_BIT(CAT_ND), 0, *code == 'D');
-    case 'p': case 'P': return regex_property(c, *code == 'P');
-    default: break;
+    *code = 0;
+    if (!start[0] || (start[0] == '\\' && !start[1])) {
+        regex_fail(c, start, "an end at this place");
+        return true;
     }
-    *is_item = false;
+    c->at += utf8_next(c->at, code);
+    if (*code != '\\') return false;
+    c->at += utf8_next(c->at, code);
+    if (*code >= 128 || !isalnum((int)*code)) return false;
     const char *control = strchr(from, (int)*code);
-    if (!control) return regex_fail(c, start, "an escape that is not supported");
-    *code = (uint32_t)to[control - from];
-    return 0;
+    bool negate = isupper((int)*code);
+    if (control) *code = (uint32_t)to[control - from];
+    switch (control ? 0 : *code | 32) {
+    case 0: return false;
+    case 's': regex_item(c->re, ITEM_SPACE, 0, 0, negate); return true;
+    case 'w': regex_item(c->re, ITEM_WORD, 0, 0, negate); return true;
+    case 'd': regex_item(c->re, ITEM_CATEGORIES, CAT_BIT(CAT_ND), 0, negate); return true;
+    case 'p': regex_property(c, negate); return true;
+    default: regex_fail(c, start, "this escape"); return true;
+    }
 }
 
-static int regex_brackets(RegexCompiler *c) {
-    const char *start = c->at++;
-    size_t first_item = c->items.size / sizeof(ClassItem);
-    bool negate = *c->at == '^', first = true, is_item;
+// A class in brackets.
+static void regex_brackets(RegexCompiler *c) {
+    uint32_t first_item = c->re->n_items;
+    bool negate = *++c->at == '^';
     if (negate) c->at++;
-    for (; first || *c->at != ']'; first = false) {
+    for (bool first = true; !c->failed && (first || *c->at != ']'); first = false) {
         const char *here = c->at;
         uint32_t low, high;
-        if (!*here) return regex_fail(c, start, "[ without ]");
-        if (*here == '[') return regex_fail(c, here, "a class inside a class");
-        if (here[0] == '&' && here[1] == '&') return regex_fail(c, here, "&& in a class");
-        if (regex_character(c, &low, &is_item)) return -1;
-        if (is_item) continue;
+        if (*here == '[' || (here[0] == '&' && here[1] == '&'))
+            regex_fail(c, here, "a class inside a class");
+        if (regex_character(c, &low)) continue;
         high = low;
         if (c->at[0] == '-' && c->at[1] != ']') {
             c->at++;
-            if (*c->at == '[') return regex_fail(c, c->at, "a class inside a class");
-            if (regex_character(c, &high, &is_item)) return -1;
-            if (is_item || high < low) return regex_fail(c, here, "a range without order");
+            if (*c->at == '[' || regex_character(c, &high) || high < low)
+                regex_fail(c, here, "a range of this kind");
         }
-        if (regex_item(c, ITEM_RANGE, low, high, false)) return -1;
+        regex_range(c, low, high);
     }
-    c->at++;
-    return regex_class(c, first_item, negate);
+    if (!c->failed) c->at++;
+    regex_class(c->re, first_item, negate);
 }
 
-static int regex_alternatives(RegexCompiler *c);
+static void regex_alternatives(RegexCompiler *c);
 
-static int regex_group(RegexCompiler *c) {
+static void regex_group(RegexCompiler *c) {
     static const struct { const char *open; RegexOp op; } groups[] = {
         {"(?i:", OP_END}, {"(?:", OP_END}, {"(?=", OP_AHEAD}, {"(?!", OP_NOT_AHEAD},
         {"(?>", OP_ATOMIC}, {"(?", OP_END}, {"(", OP_END}};
     const char *start = c->at;
-    size_t from = regex_size(c), i = 0;
+    uint32_t from = c->re->n_steps;
     bool fold = c->fold;
+    size_t i = 0;
     while (strncmp(start, groups[i].open, strlen(groups[i].open)) != 0) i++;
-    if (i == 5) return regex_fail(c, start, "a group or flag that is not supported after (?");
     c->at += strlen(groups[i].open);
-    if (i == 0) c->fold = true;
-    if (regex_alternatives(c)) return -1;
-    if (*c->at++ != ')') return regex_fail(c, start, "( without )");
+    c->fold = fold || i == 0;
+    if (i == 5) regex_fail(c, start, "this group or flag");
+    regex_alternatives(c);
+    if (*c->at == ')') c->at++;
+    else regex_fail(c, start, "( without )");
     c->fold = fold;
-    return groups[i].op == OP_END ? 0 : regex_wrap(c, from, groups[i].op);
+    if (groups[i].op != OP_END) regex_wrap(c->re, from, groups[i].op);
 }
 
 // One unit: a character, a class, a group, an assertion.
-static int regex_atom(RegexCompiler *c) {
-    size_t first_item = c->items.size / sizeof(ClassItem);
-    uint32_t code = '\n';
-    bool is_item = false, any = *c->at == '.';        // . is [^\n]
-    if (*c->at == '(') return regex_group(c);
-    if (*c->at == '[') return regex_brackets(c);
-    if (strchr("*+?{", *c->at)) return regex_fail(c, c->at, "a quantifier with nothing before it");
-    if (*c->at == '^' || *c->at == '$')
-        return regex_emit(c, (RegexStep){.op = *c->at++ == '^' ? OP_LINE_START : OP_LINE_END});
+static void regex_atom(RegexCompiler *c) {
+    uint32_t first_item = c->re->n_items, code;
+    bool any = *c->at == '.';                         // . is [^\n]
+    if (*c->at == '(') { regex_group(c); return; }
+    if (*c->at == '[') { regex_brackets(c); return; }
+    if (*c->at == '^' || *c->at == '$') {
+        regex_emit(c->re, (RegexStep){.op = *c->at++ == '^' ? OP_LINE_START : OP_LINE_END});
+        return;
+    }
+    if (strchr("*+?{", *c->at)) regex_fail(c, c->at, "a quantifier with nothing before it");
+    if (any) regex_item(c->re, ITEM_RANGE, '\n', '\n', false);
     if (any) c->at++;
-    else if (regex_character(c, &code, &is_item)) return -1;
-    if (!is_item && regex_item(c, ITEM_RANGE, code, code, false)) return -1;
-    return regex_class(c, first_item, any);
+    else if (!regex_character(c, &code)) regex_range(c, code, code);
+    regex_class(c->re, first_item, any);
 }
 
-// With which bytes can a match of some steps begin? And can they match nothing?
+// With which bytes can a match of the steps [i, end) begin? And can they match nothing?
 typedef struct { bool byte[256], empty; int steps; } FirstSet;
 
-static void regex_first(const RegexCompiler *c, size_t i, size_t end, FirstSet *first) {
-    const CharClass *classes = (const CharClass *)(const void *)c->classes.data;
-    while (i < end && ++first->steps < 10000) {       // so many: "can match nothing", to be safe
-        const RegexStep *s = regex_step(c, i);
+static void regex_first(const Regex *re, int32_t i, int32_t end, FirstSet *first) {
+    while (i < end && ++first->steps < 1000) {        // so many: "can match nothing", to be safe
+        const RegexStep *s = &re->steps[i];
         if (s->op == OP_CLASS) {
-            const CharClass *class = &classes[s->class];
-            for (size_t b = 0; b < 256; b++)
-                if (b < 128 ? class->ascii[b / 64] >> b % 64 & 1 : class->others)
+            const CharClass *class = &re->classes[s->class];
+            for (size_t b = 0; b < 256; b++)          // bytes from 0x80 to 0xC1 begin nothing
+                if (b < 128 ? class->ascii[b / 64] >> b % 64 & 1 : b > 0xC1 && class->others)
                     first->byte[b] = true;
             if (s->min) return;
         }
-        if (s->op == OP_SPLIT) regex_first(c, (size_t)((ptrdiff_t)i + s->y), end, first);
-        bool jumps = s->op == OP_SPLIT || s->op == OP_JUMP || s->op == OP_AHEAD
-                  || s->op == OP_NOT_AHEAD;
-        i = (size_t)((ptrdiff_t)i + (jumps ? s->x : 1));
+        if (s->op == OP_SPLIT) regex_first(re, i + s->y, end, first);
+        i += s->op == OP_CLASS || s->op >= OP_ATOMIC ? 1 : s->x;
     }
     first->empty = true;
 }
 
-// {n}, {n,}, {,m}, {n,m}
-static int regex_braces(RegexCompiler *c, uint32_t *min, uint32_t *max) {
-    const char *start = c->at;
-    uint32_t number = 0;
-    bool comma = false, digits = false;
-    *min = 0;
-    for (c->at++; *c->at != '}'; c->at++) {
-        if (*c->at == ',' && !comma) {
-            comma = true;
-            *min = number;
-            number = 0;
-            digits = false;
-            continue;
-        }
-        if (!isdigit((unsigned char)*c->at)) return regex_fail(c, start, "{ that is no repetition");
-        number = number * 10 + (uint32_t)(*c->at - '0');
-        digits = true;
-        if (number > 1000) return regex_fail(c, start, "a repetition above 1000");
+typedef struct { uint32_t min, max; bool lazy, possessive; } Quantifier;
+
+// ? * + each with ? (lazy) or + (possessive) behind it, or {n} {n,} {n,m}
+static Quantifier regex_quantifier(RegexCompiler *c) {
+    const char *start = c->at++;
+    Quantifier q = {.min = *start == '+', .max = *start == '?' ? 1 : REGEX_NO_LIMIT};
+    if (*start != '{') {
+        q.lazy = *c->at == '?';
+        q.possessive = *c->at == '+';
+        c->at += q.lazy || q.possessive;
+        return q;
     }
-    c->at++;
-    *max = digits ? number : REGEX_NO_LIMIT;
-    if (!comma) *min = number;
-    if (*c->at == '?' || *max < *min || *max == 0 || (!digits && (!comma || !*min)))
-        return regex_fail(c, start, "a repetition of that kind");
-    return 0;
+    char *end;
+    unsigned long low = strtoul(c->at, &end, 10), high = low;
+    if (*end == ',' && end[1] == '}') { high = REGEX_NO_LIMIT; end++; }
+    else if (*end == ',') high = strtoul(end + 1, &end, 10);
+    bool digits = isdigit((unsigned char)*c->at);
+    c->at = end + 1;
+    if (!digits || *end != '}' || end[1] == '?' || low > 1000 || high == 0 || high < low
+        || (high > 1000 && high != REGEX_NO_LIMIT)) regex_fail(c, start, "a repetition of this kind");
+    return (Quantifier){.min = (uint32_t)low, .max = (uint32_t)high};
 }
 
-// Turns the unit at the steps from `from` on into its repetition.
-static int regex_repeat(RegexCompiler *c, size_t from, uint32_t min, uint32_t max, bool lazy,
-                        bool possessive) {
-    size_t n = regex_size(c) - from;
-    RegexStep *unit = regex_step(c, from);
-    if (n == 1 && unit->op == OP_CLASS && unit->min == 1 && unit->max == 1 && !lazy) {
-        unit->min = min;
-        unit->max = max;
-        unit->possessive = possessive;
-        return 0;
+// Turns the unit at the steps from `from` on into its repetition:
+//   ?  split(+1, behind) unit     *  split(+1, behind) unit jump(back)     +  unit split(back, +1)
+static void regex_repeat(RegexCompiler *c, uint32_t from, Quantifier q) {
+    Regex *re = c->re;
+    RegexStep *unit = &re->steps[from];
+    int32_t n = (int32_t)(re->n_steps - from);
+    if (n == 1 && unit->op == OP_CLASS && unit->min == 1 && unit->max == 1 && !q.lazy) {
+        unit->min = q.min;
+        unit->max = q.max;
+        unit->possessive = q.possessive;
+        return;
     }
-    if (min > 1 || (max > 1 && max != REGEX_NO_LIMIT))
-        return regex_fail(c, c->at, "{n,m} of more than one character");
     FirstSet first = {.empty = false};
-    regex_first(c, from, from + n, &first);
-    if (first.empty && max > 1)
-        return regex_fail(c, c->at, "an endless repetition of what can match nothing");
-    // ?  split(+1, behind) unit      *  split(+1, behind) unit jump(back)      +  unit split(back, +1)
-    int32_t length = (int32_t)n, more = min ? -length : 1, behind = min ? 1 : length + 2 - (max == 1);
-    RegexStep split = {.op = OP_SPLIT, .x = lazy ? behind : more, .y = lazy ? more : behind};
-    if ((min == 0 || max > 1) && regex_insert(c, min ? from + n : from, split)) return -1;
-    if (min == 0 && max > 1 && regex_emit(c, (RegexStep){.op = OP_JUMP, .x = -length - 1}))
-        return -1;
-    return possessive ? regex_wrap(c, from, OP_ATOMIC) : 0;
+    bool once = q.max == 1;
+    regex_first(re, (int32_t)from, (int32_t)re->n_steps, &first);
+    if (q.min > 1 || (!once && (q.max != REGEX_NO_LIMIT || first.empty)))
+        regex_fail(c, c->at, "{n,m} of a group, or a repetition of what can match nothing,");
+    int32_t more = q.min ? -n : 1, behind = q.min ? 1 : n + (once ? 1 : 2);
+    RegexStep split = {.op = OP_SPLIT, .x = q.lazy ? behind : more, .y = q.lazy ? more : behind};
+    if (!(once && q.min)) regex_insert(re, q.min ? re->n_steps : from, split);
+    if (!once && !q.min) regex_emit(re, (RegexStep){.op = OP_JUMP, .x = -n - 1});
+    if (q.possessive) regex_wrap(re, from, OP_ATOMIC);
 }
 
 // Units one after the other, up to | or ) or the end.
-static int regex_sequence(RegexCompiler *c) {
+static void regex_sequence(RegexCompiler *c) {
     while (*c->at && *c->at != '|' && *c->at != ')') {
-        size_t from = regex_size(c);
-        if (regex_atom(c)) return -1;
-        while (*c->at && strchr("*+?{", *c->at)) {
-            uint32_t min = *c->at == '+', max = *c->at == '?' ? 1 : REGEX_NO_LIMIT;
-            bool lazy = false, possessive = false;
-            if (*c->at == '{') {
-                if (regex_braces(c, &min, &max)) return -1;
-            } else {
-                lazy = *++c->at == '?';
-                possessive = *c->at == '+';
-                c->at += lazy || possessive;
-            }
-            if (regex_repeat(c, from, min, max, lazy, possessive)) return -1;
-        }
+        uint32_t from = c->re->n_steps;
+        regex_atom(c);
+        while (*c->at && strchr("*+?{", *c->at)) regex_repeat(c, from, regex_quantifier(c));
     }
-    return 0;
 }
 
 // Alternatives inside a group: split(+1, next) sequence jump(end), and so on with the next.
-static int regex_alternatives(RegexCompiler *c) {
-    size_t from = regex_size(c);
-    if (++c->depth > REGEX_MAX_DEPTH) return regex_fail(c, c->at, "too much nested too deeply");
-    if (regex_sequence(c)) return -1;
+static void regex_alternatives(RegexCompiler *c) {
+    Regex *re = c->re;
+    uint32_t from = re->n_steps;
+    if (++c->depth > REGEX_MAX_DEPTH) regex_fail(c, c->at, "so much inside one another");
+    regex_sequence(c);
     if (*c->at == '|') {
-        size_t jump = regex_size(c) + 1;
-        RegexStep split = {.op = OP_SPLIT, .x = 1, .y = (int32_t)(jump - from) + 1};
+        uint32_t jump = re->n_steps + 1;
         c->at++;
-        if (regex_insert(c, from, split) || regex_emit(c, (RegexStep){.op = OP_JUMP})
-            || regex_alternatives(c)) return -1;
-        regex_step(c, jump)->x = (int32_t)(regex_size(c) - jump);
+        regex_insert(re, from, (RegexStep){.op = OP_SPLIT, .x = 1, .y = (int32_t)(jump - from) + 1});
+        regex_emit(re, (RegexStep){.op = OP_JUMP});
+        regex_alternatives(c);
+        re->steps[jump].x = (int32_t)(re->n_steps - jump);
     }
     c->depth--;
-    return 0;
 }
 
 // The alternatives of the whole pattern are kept apart, with the bytes they can begin with.
-static int regex_top_level(RegexCompiler *c, Regex *re) {
+static void regex_top_level(RegexCompiler *c, Regex *re) {
     for (bool more = true; more; more = *c->at == '|') {
-        if (re->n_alternatives == REGEX_MAX_ALTERNATIVES)
-            return regex_fail(c, c->at, "more than 64 alternatives");
-        if (re->n_alternatives) c->at++;
-        size_t from = regex_size(c);
+        uint32_t from = re->n_steps, n = re->n_alternatives;
         FirstSet first = {.empty = false};
-        if (regex_sequence(c)) return -1;
-        regex_first(c, from, regex_size(c), &first);
-        if (first.empty) return regex_fail(c, c->at, "an alternative that can match nothing");
-        for (size_t b = 0; b < 256; b++)
-            re->by_byte[b] |= (uint64_t)first.byte[b] << re->n_alternatives;
-        re->start[re->n_alternatives++] = (uint32_t)from;
-        if (regex_emit(c, (RegexStep){.op = OP_END})) return -1;
+        if (n) c->at++;
+        regex_sequence(c);
+        regex_first(re, (int32_t)from, (int32_t)re->n_steps, &first);
+        if (first.empty) regex_fail(c, c->at, "an alternative that can match nothing");
+        for (size_t b = 0; b < 256; b++) re->by_byte[b] |= (uint64_t)first.byte[b] << n;
+        re->start[n] = from;
+        regex_emit(re, (RegexStep){.op = OP_END});
+        if (++re->n_alternatives == 64) regex_fail(c, c->at, "so many alternatives");
     }
-    return *c->at ? regex_fail(c, c->at, ") without (") : 0;
+    if (*c->at) regex_fail(c, c->at, ") without (");
 }
 
-// Moves what a buffer holds to the region.
-static void *regex_keep(Region *region, Buffer *b, qlora_error *err) {
-    void *copy = b->size ? region_alloc(region, b->size, 1, err) : NULL;
-    if (copy) memcpy(copy, b->data, b->size);
-    return copy;
-}
-
-// Compiles a pattern of n bytes of UTF-8 behind which is a NUL; `name` says in messages where it
-// stands. Every alternative must take at least one character.
-static const Regex *regex_compile(const Unicode *unicode, const char *pattern, size_t n,
-                                  const char *name, Region *region, qlora_error *err) {
-    RegexCompiler c = {.pattern = pattern, .at = pattern, .name = name, .unicode = unicode,
-                       .err = err};
-    c.steps.allocator = c.classes.allocator = c.items.allocator = region->allocator;
+// Compiles a pattern of UTF-8; `name` says in messages where it stands. Every alternative must take
+// at least one character.
+static const Regex *regex_compile(const Unicode *unicode, const char *pattern, const char *name,
+                                  Region *region, qlora_error *err) {
     Regex *re = region_alloc(region, 1, sizeof *re, err);
-    int bad = !re;
-    if (!bad && (n > REGEX_MAX_PATTERN || strlen(pattern) != n))
-        bad = regex_fail(&c, pattern, "a NUL character, or more than 16384 bytes,");
-    bad = bad || regex_top_level(&c, re);
-    if (!bad) {
-        re->unicode = unicode;
-        re->steps = regex_keep(region, &c.steps, err);
-        re->classes = regex_keep(region, &c.classes, err);
-        re->items = regex_keep(region, &c.items, err);
-        bad = !re->steps || !re->classes || !re->items;
-    }
-    buffer_free(&c.steps);
-    buffer_free(&c.classes);
-    buffer_free(&c.items);
-    return bad ? NULL : re;
+    RegexCompiler c = {.pattern = pattern, .at = pattern, .name = name, .re = re, .err = err};
+    size_t n = strlen(pattern);
+    if (n > REGEX_MAX_PATTERN) regex_fail(&c, pattern, "more than 4096 bytes");
+    if (!re || c.failed) return NULL;
+    re->unicode = unicode;
+    re->steps = region_alloc(region, 2 * n + 2 * REGEX_MAX_DEPTH + 8, sizeof *re->steps, err);
+    re->classes = region_alloc(region, n + 8, sizeof *re->classes, err);
+    re->items = region_alloc(region, 4 * n + 8, sizeof *re->items, err);
+    if (!re->steps || !re->classes || !re->items) return NULL;
+    regex_top_level(&c, re);
+    return c.failed ? NULL : re;
 }
 
 // --------------------------------------------------------------- regular expressions: the matcher
 
-// A place to go back to. Left at OP_SPLIT: take the other way, at pos. Left at OP_CLASS: give back
-// one character; pos is the end, low the least it may become.
-typedef struct { uint32_t step; size_t pos, low; } Choice;
-
+// Backtracking can take exponential time. No pattern that is met in practice needs more than a few
+// steps a character; one that does, or that repeats a group thousands of times, ends in an error.
 typedef struct {
-    Buffer stack;                   // of Choice
-    size_t budget;                  // steps that may still be taken before the pattern is given up
+    size_t budget;                  // steps that may still be taken
     const Regex *re;                // the rest is what regex_find was given
     const char *text;
     size_t n;
     qlora_error *err;
 } RegexRun;
 
-// Backtracking can take exponential time. No pattern that is met in practice needs more than a few
-// steps a character; one that does, ends in an error instead of a hang.
-static RegexRun regex_run(size_t text_bytes, const qlora_allocator *a, qlora_error *err) {
-    return (RegexRun){.stack = {.allocator = a}, .budget = ((size_t)1 << 24) + 512 * text_bytes,
-                      .err = err};
-}
-
-static int regex_exhausted(const RegexRun *run) {
-    return fail(run->err, "a regular expression of the tokenizer takes too long on this text");
-}
-
-static int regex_push(RegexRun *run, Choice choice) {
-    if (run->stack.size >= REGEX_MAX_STACK * sizeof choice) return regex_exhausted(run);
-    return buffer_append(&run->stack, &choice, sizeof choice, run->err);
-}
-
-// Runs over at most max characters of the class; returns how many and moves *at behind them.
-static inline size_t regex_span(const RegexRun *run, const CharClass *class, uint32_t max,
-                                size_t *at) {
-    size_t count = 0, i = *at;
-    while (i < run->n && count < max) {
-        uint32_t code;
-        size_t length = utf8_next(run->text + i, &code);
-        if (!class_holds(run->re, class, code)) break;
-        i += length;
-        count++;
-    }
-    *at = i;
-    return count;
-}
-
-// Takes back the latest choice above `base`. Returns false when there is none; else sets the step
-// and position to go on from.
-static bool regex_back(RegexRun *run, size_t base, uint32_t *step, size_t *at) {
-    if (run->stack.size == base) return false;
-    Choice *top = (Choice *)(void *)(run->stack.data + run->stack.size) - 1;
-    const RegexStep *left = &run->re->steps[top->step];
-    if (left->op == OP_CLASS) top->pos = utf8_before(run->text, top->pos);
-    *at = top->pos;
-    *step = (uint32_t)((int32_t)top->step + (left->op == OP_CLASS ? 1 : left->y));
-    if (left->op == OP_SPLIT || top->pos <= top->low) run->stack.size -= sizeof *top;
-    return true;
+static RegexRun regex_run(size_t text_bytes, qlora_error *err) {
+    return (RegexRun){.budget = ((size_t)1 << 24) + 512 * text_bytes, .err = err};
 }
 
 // Tries to match from one step on at one place. Returns 1 and the end of the match, 0, or -1. It
-// calls itself for what look-ahead and atomic groups hold: as deep as the pattern nests them.
-static int regex_try(RegexRun *run, uint32_t step, size_t at, size_t *match_end) {
+// calls itself where there is more than one way to go on.
+static int regex_try(RegexRun *run, uint32_t step, size_t at, size_t *match_end, int depth) {
     const char *text = run->text;
-    const size_t base = run->stack.size;
-    for (;;) {
-        const RegexStep *s = &run->re->steps[step];
-        bool ok = true;
-        size_t low = at, count;
-        int32_t next = 1;
-        if (run->budget == 0) return regex_exhausted(run);
-        run->budget--;
+    for (const RegexStep *s;;) {
+        size_t low = at, length, inner;
+        uint32_t count = 0, code;
+        int found;
+        s = &run->re->steps[step];
+        if (depth > REGEX_MAX_CALLS || run->budget-- == 0) {
+            run->budget = 0;
+            return fail(run->err, "a regular expression of the tokenizer takes too long on this text");
+        }
         switch (s->op) {
         case OP_CLASS:
-            count = regex_span(run, &run->re->classes[s->class], s->max, &at);
+            for (; at < run->n && count < s->max; at += length, count++) {
+                length = utf8_next(text + at, &code);
+                if (!class_holds(run->re, &run->re->classes[s->class], code)) break;
+                if (count < s->min) low = at + length;
+            }
             run->budget -= min_size(count / 8, run->budget);
-            ok = count >= s->min;
+            if (count < s->min) return 0;
+            step++;
             // Nothing can fail after the last step, so nothing would be given back.
-            if (!ok || count == s->min || s->possessive || s[1].op == OP_END) break;
-            for (uint32_t i = 0, code; i < s->min; i++) low += utf8_next(text + low, &code);
-            if (regex_push(run, (Choice){step, at, low})) return -1;
-            break;
+            if (at == low || s->possessive || s[1].op == OP_END) break;
+            for (;; at = utf8_before(text, at)) {
+                found = regex_try(run, step, at, match_end, depth + 1);
+                if (found || at == low) return found;
+            }
         case OP_SPLIT:
-            if (regex_push(run, (Choice){step, at, 0})) return -1;
-            next = s->x;
+            found = regex_try(run, step + (uint32_t)s->x, at, match_end, depth + 1);
+            if (found) return found;
+            step += (uint32_t)s->y;
             break;
-        case OP_JUMP: next = s->x; break;
-        case OP_AHEAD: case OP_NOT_AHEAD: case OP_ATOMIC: {
-            int inside = regex_try(run, step + 1, at, &low);
-            if (inside < 0) return -1;
-            ok = inside == (s->op != OP_NOT_AHEAD);
-            if (s->op == OP_ATOMIC) at = low;
-            next = s->x;
+        case OP_JUMP: step += (uint32_t)s->x; break;
+        case OP_AHEAD: case OP_NOT_AHEAD: case OP_ATOMIC:
+            found = regex_try(run, step + 1, at, &inner, depth + 1);
+            if (found < 0 || found != (s->op != OP_NOT_AHEAD)) return found < 0 ? -1 : 0;
+            if (s->op == OP_ATOMIC) at = inner;
+            step += (uint32_t)s->x;
             break;
+        case OP_LINE_START: case OP_LINE_END:
+            if (s->op == OP_LINE_END ? at < run->n && text[at] != '\n'
+                                     : at > 0 && (text[at - 1] != '\n' || at == run->n)) return 0;
+            step++;
+            break;
+        case OP_END: *match_end = at; return 1;
         }
-        case OP_LINE_START: ok = at == 0 || (text[at - 1] == '\n' && at < run->n); break;
-        case OP_LINE_END: ok = at == run->n || text[at] == '\n'; break;
-        case OP_END:
-            *match_end = at;
-            run->stack.size = base;
-            return 1;
-        }
-        step = (uint32_t)((int32_t)step + next);
-        if (!ok && !regex_back(run, base, &step, &at)) return 0;
     }
 }
 
 // Finds the leftmost match that begins at `from` or later in valid UTF-8. Returns 1, 0 or -1.
 static int regex_find(RegexRun *run, const Regex *re, const char *text, size_t n, size_t from,
                       size_t *start, size_t *end) {
-    uint32_t code;
     run->re = re;
     run->text = text;
     run->n = n;
-    run->stack.size = 0;
-    for (*start = from; *start < n; *start += utf8_next(text + *start, &code)) {
+    for (*start = from; *start < n; ++*start) {
         uint64_t ways = re->by_byte[(unsigned char)text[*start]];
         for (uint32_t i = 0; ways; i++, ways >>= 1) {
-            int found = ways & 1 ? regex_try(run, re->start[i], *start, end) : 0;
+            int found = ways & 1 ? regex_try(run, re->start[i], *start, end, 0) : 0;
             if (found) return found;
         }
     }
@@ -3405,7 +3275,8 @@ static int regex_find(RegexRun *run, const Regex *re, const char *text, size_t n
 //  All of it is data read from tokenizer.json; a kind that is not known is refused by name.
 // =================================================================================================
 
-enum { MAX_TOKEN_BYTES = 1 << 16, MAX_TOKENS = 1 << 21, MAX_TOKENIZER_STEPS = 16, MAX_AFFIX = 8 };
+enum { MAX_TOKEN_BYTES = 1 << 16, MAX_TOKENS = 1 << 21, MAX_ID_HOLES = 1 << 16,
+       MAX_STEPS = 24, MAX_AFFIX = 8 };
 
 // ------------------------------------------------------------------------------------ vocabulary
 
@@ -3485,27 +3356,20 @@ static inline Merge *merge_slot(const Vocabulary *v, int32_t left, int32_t right
 
 // -------------------------------------------------------------------------------- what is read
 
-typedef enum { NORMAL_NFC, NORMAL_PREPEND, NORMAL_REPLACE, NORMAL_TRIM } NormalKind;
-
-typedef struct {
-    NormalKind kind;
-    const Regex *regex;             // NORMAL_REPLACE
-    const char *text;               // prepended, or put in place of what the regex matches
-    bool only_first;                // NORMAL_PREPEND: only where the whole text begins
-} NormalStep;
-
+// What is done to a text before it is encoded: some steps rewrite it, splits cut it into pieces.
+typedef enum { STEP_NFC, STEP_PREPEND, STEP_REPLACE, STEP_TRIM, STEP_SPLIT } StepKind;
 typedef enum { SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_BEFORE } SplitBehavior;
 typedef enum { PREPEND_FIRST, PREPEND_ALWAYS, PREPEND_NEVER } PrependScheme;
 
-// Either cuts the text at the matches, or (replacement given) rewrites it: puts the replacement in
-// front and in place of each match, which is a space.
 typedef struct {
-    const Regex *regex;
+    StepKind kind;
+    const Regex *regex;             // what is replaced, or cuts
+    const char *text;               // what is prepended, or put in the place of a match
+    PrependScheme scheme;           // STEP_PREPEND: always, or only where the whole text begins
+    bool once;                      // STEP_PREPEND: not to what begins with it, or with a space
     SplitBehavior behavior;
     bool invert;                    // SPLIT_REMOVED: removes what does not match
-    const char *replacement;
-    PrependScheme scheme;
-} PreStep;
+} Step;
 
 // Tokens to text: Replace or Metaspace, then ByteFallback or ByteLevel, then Strip.
 typedef struct {
@@ -3537,10 +3401,9 @@ typedef struct Tokenizer {
     const Unicode *unicode;
     Vocabulary vocabulary;
     AddedSet added_raw, added_normalized;
-    NormalStep normalizers[MAX_TOKENIZER_STEPS];
-    PreStep pre_tokenizers[MAX_TOKENIZER_STEPS];
+    Step steps[MAX_STEPS];          // first the normalizers, then the pre-tokenizers
+    size_t n_normalizers, n_steps;
     DecodeSteps decode;
-    size_t n_normalizers, n_pre_tokenizers;
 
     bool byte_level;                // pieces are bytes, tokens are written in the alphabet below
     bool ignore_merges;             // a piece that is a token as a whole is not built up
@@ -3578,213 +3441,200 @@ static int char_to_byte(uint32_t code) {              // or -1
 
 // The byte of a byte token, <0xHH> with exactly two hexadecimal digits, or -1.
 static int byte_token(const char *text, size_t n) {
-    bool is = n == 6 && memcmp(text, "<0x", 3) == 0 && isxdigit((unsigned char)text[3])
-           && isxdigit((unsigned char)text[4]) && text[5] == '>';
-    return is ? (int)strtol(text + 3, NULL, 16) : -1;
+    if (n != 6 || !starts_with(text, n, "<0x") || text[5] != '>') return -1;
+    bool digits = isxdigit((unsigned char)text[3]) && isxdigit((unsigned char)text[4]);
+    return digits ? (int)strtol(text + 3, NULL, 16) : -1;
 }
 
 // ----------------------------------------------------------------------------- byte-pair encoding
 
 // Pieces repeat: a small table of the latest ones and their ids saves most of the work.
 typedef struct { uint8_t length, count; char text[26]; int32_t ids[9]; } CachedPiece;
-enum { MAX_CACHED_PIECES = 4096 };
+enum { MAX_CACHED_PIECES = 1 << 15 };
 
-// A symbol of a piece: a token so far, in a linked list. A candidate: two neighbours that merge.
+// A symbol of a piece: a token so far, in a linked list.
 typedef struct { int32_t id, previous, next; } Symbol;
-typedef struct { uint32_t rank; int32_t at, left, right, merged; } Candidate;
+#define NO_RANK UINT32_MAX
 
-// What one call of tokenizer_encode works with.
+// What one call of tokenizer_encode works with. The buffers are scratch: of what each step has
+// made of the text, then those below.
+enum { SCRATCH_IDS = MAX_STEPS, SCRATCH_SYMBOLS, SCRATCH_RANKS, SCRATCH_TEXT, N_SCRATCH };
+
 typedef struct {
     const Tokenizer *t;
     Buffer *ids;                    // of int32_t
-    Buffer normal[2];               // normalised text, by turns
-    Buffer rewritten[MAX_TOKENIZER_STEPS];      // text as pre-tokenizer i has changed it
-    Buffer symbols, list, heap;     // of int32_t, Symbol, Candidate
+    Buffer scratch[N_SCRATCH];
     RegexRun regex;
     CachedPiece *cache;
     size_t n_cache;                 // a power of two, or 0
+    bool failed;                    // once something has, nothing more is appended
     qlora_error *err;
 } Encoder;
 
-static int encoder_open(Encoder *e, const Tokenizer *t, size_t n, Buffer *ids, qlora_error *err) {
+static void encoder_open(Encoder *e, const Tokenizer *t, size_t n, Buffer *ids, qlora_error *err) {
     const qlora_allocator *a = t->region.allocator;
-    *e = (Encoder){.t = t, .ids = ids, .regex = regex_run(n, a, err), .err = err};
-    e->normal[0].allocator = e->normal[1].allocator = a;
-    e->symbols.allocator = e->list.allocator = e->heap.allocator = a;
-    for (size_t i = 0; i < t->n_pre_tokenizers; i++) e->rewritten[i].allocator = a;
-    if (n < 256) return 0;                            // a short text would pay more than it saves
+    *e = (Encoder){.t = t, .ids = ids, .regex = regex_run(n, err), .err = err};
+    for (size_t i = 0; i < N_SCRATCH; i++) e->scratch[i].allocator = a;
+    if (n < 256) return;                              // a short text would pay more than it saves
     for (e->n_cache = 64; e->n_cache < n / 8 && e->n_cache < MAX_CACHED_PIECES;) e->n_cache *= 2;
     e->cache = mem_alloc(a, e->n_cache, sizeof *e->cache, err);
-    return e->cache ? 0 : -1;
+    e->failed = !e->cache;
 }
 
 static void encoder_close(Encoder *e) {
-    Buffer *buffers[] = {&e->normal[0], &e->normal[1], &e->symbols, &e->list, &e->heap,
-                         &e->regex.stack};
-    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; i++) buffer_free(buffers[i]);
-    for (size_t i = 0; i < e->t->n_pre_tokenizers; i++) buffer_free(&e->rewritten[i]);
+    for (size_t i = 0; i < N_SCRATCH; i++) buffer_free(&e->scratch[i]);
     mem_free(e->t->region.allocator, e->cache, e->n_cache, sizeof *e->cache);
 }
 
-static int push_id(Buffer *ids, int32_t id, qlora_error *err) {
-    return buffer_append(ids, &id, sizeof id, err);
+static void put(Encoder *e, Buffer *out, const void *data, size_t n) {
+    if (!e->failed && buffer_append(out, data, n, e->err)) e->failed = true;
 }
 
-// Lower rank first; of equal ones the leftmost. The heap below is the usual binary one.
-static bool candidate_before(const Candidate *a, const Candidate *b) {
-    return a->rank != b->rank ? a->rank < b->rank : a->at < b->at;
-}
+static void put_ids(Encoder *e, const int32_t *ids, size_t n) { put(e, e->ids, ids, n * sizeof *ids); }
 
-static int heap_push(Buffer *heap, Candidate candidate, qlora_error *err) {
-    if (buffer_append(heap, &candidate, sizeof candidate, err)) return -1;
-    Candidate *items = (Candidate *)(void *)heap->data;
-    size_t i = heap->size / sizeof candidate - 1;
-    for (; i && candidate_before(&candidate, &items[(i - 1) / 2]); i = (i - 1) / 2)
-        items[i] = items[(i - 1) / 2];
-    items[i] = candidate;
-    return 0;
-}
-
-static Candidate heap_pop(Buffer *heap) {
-    Candidate *items = (Candidate *)(void *)heap->data, top = items[0];
-    heap->size -= sizeof top;
-    size_t n = heap->size / sizeof top, i = 0;
-    Candidate last = items[n];
-    for (size_t child; (child = 2 * i + 1) < n; i = child) {
-        if (child + 1 < n && candidate_before(&items[child + 1], &items[child])) child++;
-        if (!candidate_before(&items[child], &last)) break;
-        items[i] = items[child];
+// The ranks of a piece's pairs, as a tree of minima: ranks[leaves + i] is that of the pair which
+// symbol i begins, ranks[k] the lower one of ranks[2k] and ranks[2k + 1], ranks[1] the lowest.
+static void rank_pair(const Vocabulary *v, const Symbol *symbols, uint32_t *ranks, size_t leaves,
+                      int32_t i) {
+    if (i < 0) return;
+    int32_t next = symbols[i].next;
+    const Merge *merge = next < 0 ? NULL : merge_slot(v, symbols[i].id, symbols[next].id);
+    size_t k = leaves + (size_t)i;
+    uint32_t rank = merge && merge->left >= 0 ? merge->rank : NO_RANK;
+    for (; k && ranks[k] != rank; k /= 2) {
+        ranks[k] = rank;
+        rank = ranks[k ^ 1] < rank ? ranks[k ^ 1] : rank;
     }
-    items[i] = last;
-    return top;
 }
 
-// Enters the pair that begins at symbol `at`, if it exists and merges.
-static int push_candidate(Encoder *e, const Symbol *symbols, int32_t at) {
-    int32_t next = at < 0 ? -1 : symbols[at].next;
-    if (next < 0) return 0;
-    const Merge *merge = merge_slot(&e->t->vocabulary, symbols[at].id, symbols[next].id);
-    if (merge->left < 0) return 0;
-    return heap_push(&e->heap, (Candidate){merge->rank, at, merge->left, merge->right,
-                                           merge->merged}, e->err);
-}
-
-// Merges what can be merged: a heap of the candidates, O(n log n). One whose symbols have changed
-// since it was pushed is passed over.
-static int merge_symbols(Encoder *e, int32_t *ids, size_t *n) {
-    e->list.size = e->heap.size = 0;
-    if (*n > INT32_MAX / 2) return fail(e->err, "a piece of text is too long to be tokenised");
-    if (buffer_reserve(&e->list, *n * sizeof(Symbol), e->err)) return -1;
-    Symbol *symbols = (Symbol *)(void *)e->list.data;
-    int32_t count = (int32_t)*n;
+// Merges what can be merged: the lowest rank first, of equal ones the leftmost; O(n log n). Returns
+// how many ids are left.
+static size_t merge_symbols(Encoder *e, int32_t *ids, size_t n) {
+    const Vocabulary *v = &e->t->vocabulary;
+    Buffer *list = &e->scratch[SCRATCH_SYMBOLS], *tree = &e->scratch[SCRATCH_RANKS];
+    size_t leaves = 1, k;
+    while (leaves < n) leaves *= 2;
+    list->size = tree->size = 0;
+    if (n > INT32_MAX / 2 || buffer_reserve(list, n * sizeof(Symbol), e->err)
+        || buffer_reserve(tree, 2 * leaves * sizeof(uint32_t), e->err)) {
+        e->failed = true;
+        return 0;
+    }
+    Symbol *symbols = (Symbol *)(void *)list->data;
+    uint32_t *ranks = (uint32_t *)(void *)tree->data;
+    int32_t count = (int32_t)n;
+    memset(ranks, 0xFF, 2 * leaves * sizeof *ranks);          // NO_RANK
     for (int32_t i = 0; i < count; i++)
         symbols[i] = (Symbol){ids[i], i - 1, i + 1 < count ? i + 1 : -1};
-    for (int32_t i = 0; i + 1 < count; i++)
-        if (push_candidate(e, symbols, i)) return -1;
-    while (e->heap.size) {
-        Candidate best = heap_pop(&e->heap);
-        Symbol *left = &symbols[best.at];
-        if (left->id != best.left || left->next < 0) continue;
-        Symbol *right = &symbols[left->next];
-        if (right->id != best.right) continue;
-        left->id = best.merged;
+    for (int32_t i = 0; i < count; i++) rank_pair(v, symbols, ranks, leaves, i);
+    while (ranks[1] != NO_RANK) {
+        for (k = 1; k < leaves;) k = 2 * k + (ranks[2 * k] > ranks[1]);
+        int32_t i = (int32_t)(k - leaves), gone = symbols[i].next;
+        Symbol *left = &symbols[i], *right = &symbols[gone];
+        left->id = merge_slot(v, left->id, right->id)->merged;
         left->next = right->next;
-        right->id = -1;
-        if (left->next >= 0) symbols[left->next].previous = best.at;
-        if (push_candidate(e, symbols, left->previous) || push_candidate(e, symbols, best.at))
-            return -1;
+        right->next = -1;
+        if (left->next >= 0) symbols[left->next].previous = i;
+        rank_pair(v, symbols, ranks, leaves, gone);
+        rank_pair(v, symbols, ranks, leaves, i);
+        rank_pair(v, symbols, ranks, leaves, left->previous);
     }
-    *n = 0;
-    for (int32_t i = 0; i >= 0; i = symbols[i].next) ids[(*n)++] = symbols[i].id;
-    return 0;
+    n = 0;
+    for (int32_t i = 0; i >= 0; i = symbols[i].next) ids[n++] = symbols[i].id;
+    return n;
 }
 
 // The symbols a piece begins with, before any merge. A character that is no token becomes its byte
 // tokens, if all exist, else the unknown token; with fuse_unk several become one of them.
-static int first_symbols(Encoder *e, const char *text, size_t n) {
+static void first_symbols(Encoder *e, const char *text, size_t n, Buffer *symbols) {
     const Tokenizer *t = e->t;
     bool after_unknown = false;
-    e->symbols.size = 0;
     for (size_t i = 0, length; i < n; i += length) {
         uint32_t code;
+        int32_t ids[4] = {-1};
+        size_t count = 1, known = 1;
         length = t->byte_level ? 1 : utf8_next(text + i, &code);
-        int32_t ids[4] = {t->byte_level ? t->byte_id[(unsigned char)text[i]]
-                                        : model_id(&t->vocabulary, text + i, length)};
-        size_t count = 1;
-        bool known = ids[0] >= 0;
-        if (!known && t->byte_fallback && !t->byte_level) {
-            known = true;
-            for (count = 0; count < length && known; count++) {
+        if (!t->byte_level) ids[0] = model_id(&t->vocabulary, text + i, length);
+        if (ids[0] < 0 && (t->byte_fallback || t->byte_level))
+            for (count = 0; count < length; count++)
                 ids[count] = t->byte_id[(unsigned char)text[i + count]];
-                known = ids[count] >= 0;
-            }
-        }
+        for (size_t k = 0; k < count; k++) known &= ids[k] >= 0;
         if (!known) {
             ids[0] = t->unk_id;
             count = t->unk_id >= 0 && !(after_unknown && t->fuse_unk);
         }
         after_unknown = !known;
-        if (buffer_append(&e->symbols, ids, count * sizeof *ids, e->err)) return -1;
+        put(e, symbols, ids, count * sizeof *ids);
     }
-    return 0;
 }
 
-// Looks for a whole piece in the model's vocabulary; *id is -1 if it is not there.
-static int whole_piece(Encoder *e, const char *text, size_t n, int32_t *id) {
-    *id = -1;
-    if (n > e->t->vocabulary.longest) return 0;
-    e->heap.size = 0;                                 // only scratch here
-    for (size_t i = 0; i < n && e->t->byte_level; i++) {
+// The id of a whole piece that is in the model's vocabulary, or -1.
+static int32_t whole_piece(Encoder *e, const char *text, size_t n) {
+    Buffer *name = &e->scratch[SCRATCH_TEXT];
+    if (!e->t->byte_level) return model_id(&e->t->vocabulary, text, n);
+    name->size = 0;
+    for (size_t i = 0; i < n && n <= e->t->vocabulary.longest; i++) {
         char bytes[4];
-        size_t length = utf8_encode(bytes, byte_to_char((unsigned char)text[i]));
-        if (buffer_append(&e->heap, bytes, length, e->err)) return -1;
+        put(e, name, bytes, utf8_encode(bytes, byte_to_char((unsigned char)text[i])));
     }
-    *id = e->t->byte_level ? model_id(&e->t->vocabulary, e->heap.data, e->heap.size)
-                           : model_id(&e->t->vocabulary, text, n);
-    return 0;
+    return name->size ? model_id(&e->t->vocabulary, name->data, name->size) : -1;
 }
 
 // Byte-pair encoding of one piece.
-static int encode_piece(Encoder *e, const char *text, size_t n) {
+static void encode_piece(Encoder *e, const char *text, size_t n) {
     CachedPiece *cached = NULL;
     if (e->n_cache && n <= sizeof cached->text) {
         cached = &e->cache[hash_bytes(text, n) & (e->n_cache - 1)];
-        if (cached->length == n && memcmp(cached->text, text, n) == 0)
-            return buffer_append(e->ids, cached->ids, cached->count * sizeof(int32_t), e->err);
+        if (cached->length == n && memcmp(cached->text, text, n) == 0) {
+            put_ids(e, cached->ids, cached->count);
+            return;
+        }
     }
-    int32_t whole = -1;
-    if (e->t->ignore_merges && whole_piece(e, text, n, &whole)) return -1;
-    if (whole < 0 && first_symbols(e, text, n)) return -1;
-    int32_t *ids = whole < 0 ? (int32_t *)(void *)e->symbols.data : &whole;
-    size_t count = whole < 0 ? e->symbols.size / sizeof *ids : 1;
-    if (count > 1 && merge_symbols(e, ids, &count)) return -1;
-    if (cached && count <= sizeof cached->ids / sizeof *ids) {
-        cached->length = (uint8_t)n;
-        cached->count = (uint8_t)count;
-        memcpy(cached->text, text, n);
-        if (count) memcpy(cached->ids, ids, count * sizeof *ids);
-    }
-    return buffer_append(e->ids, ids, count * sizeof *ids, e->err);
+    Buffer *symbols = &e->scratch[SCRATCH_IDS];
+    int32_t whole = e->t->ignore_merges ? whole_piece(e, text, n) : -1;
+    symbols->size = 0;
+    if (whole >= 0) put(e, symbols, &whole, sizeof whole);
+    else first_symbols(e, text, n, symbols);
+    int32_t *ids = (int32_t *)(void *)symbols->data;
+    size_t count = symbols->size / sizeof *ids;
+    if (count > 1) count = merge_symbols(e, ids, count);
+    put_ids(e, ids, count);
+    if (!cached || e->failed || count > sizeof cached->ids / sizeof *ids) return;
+    *cached = (CachedPiece){.length = (uint8_t)n, .count = (uint8_t)count};
+    memcpy(cached->text, text, n);
+    if (count) memcpy(cached->ids, ids, count * sizeof *ids);
 }
 
 // Sentencepiece-style text comes as one piece. Where no merge can reach over the beginning of a
 // word, its words are encoded one by one: the same ids, from short pieces that repeat.
-static int encode_words(Encoder *e, const char *text, size_t n) {
+static void encode_words(Encoder *e, const char *text, size_t n) {
     size_t begin = 0;
     bool in_marks = true;                             // at the ▁ in front of a word
     for (size_t i = 0; i < n && e->t->cut_at_space; i++) {
-        bool mark = starts_with(text + i, n - i, space_mark);
+        bool mark = n - i >= 3 && memcmp(text + i, space_mark, 3) == 0;
         if (mark && !in_marks) {
-            if (encode_piece(e, text + begin, i - begin)) return -1;
+            encode_piece(e, text + begin, i - begin);
             begin = i;
         }
         in_marks = mark;
         if (mark) i += 2;
     }
-    return encode_piece(e, text + begin, n - begin);
+    encode_piece(e, text + begin, n - begin);
 }
 
-// ------------------------------------------------------------------------------ pre-tokenizers
+// ----------------------------------------------------------------------------------------- steps
+
+// How many bytes of white space text begins with, or (at_end) ends with.
+static size_t space_length(const char *text, size_t n, bool at_end) {
+    size_t length = 0;
+    while (length < n) {
+        uint32_t code;
+        size_t bytes = utf8_next(text + (at_end ? utf8_before(text, n - length) : length), &code);
+        if (!unicode_is_space(code)) break;
+        length += bytes;
+    }
+    return length;
+}
 
 // Appends text with every match replaced.
 static int replace_matches(RegexRun *run, const Regex *regex, const char *text, size_t n,
@@ -3799,61 +3649,10 @@ static int replace_matches(RegexRun *run, const Regex *regex, const char *text, 
     return found < 0 ? -1 : buffer_append(out, text + done, n - done, run->err);
 }
 
-// Sends text through pre-tokenizer `step` and all that follow. at_start: it is where the whole text
-// begins. The recursion is as deep as there are steps.
-static int pre_tokenize(Encoder *e, size_t step, const char *text, size_t n, bool at_start) {
-    if (n == 0) return 0;
-    if (step == e->t->n_pre_tokenizers) return encode_words(e, text, n);
-    const PreStep *s = &e->t->pre_tokenizers[step];
-    if (s->replacement) {
-        Buffer *out = &e->rewritten[step];
-        bool prepend = s->scheme == PREPEND_ALWAYS || (s->scheme == PREPEND_FIRST && at_start);
-        out->size = 0;
-        if (text[0] == ' ' || starts_with(text, n, s->replacement)) prepend = false;
-        if (prepend && buffer_append(out, s->replacement, strlen(s->replacement), e->err))
-            return -1;
-        if (replace_matches(&e->regex, s->regex, text, n, s->replacement, out)) return -1;
-        return pre_tokenize(e, step + 1, out->data, out->size, at_start);
-    }
-    // The gaps between the matches and the matches, unless the behaviour removes them, go on.
-    bool gaps = s->behavior != SPLIT_REMOVED || !s->invert;
-    bool matches = s->behavior == SPLIT_ISOLATED || (s->behavior == SPLIT_REMOVED && s->invert);
-    size_t done = 0, from = 0, start, end;
-    int found;
-    while ((found = regex_find(&e->regex, s->regex, text, n, from, &start, &end)) > 0) {
-        if (gaps && pre_tokenize(e, step + 1, text + done, start - done, at_start && done == 0))
-            return -1;
-        if (matches && pre_tokenize(e, step + 1, text + start, end - start, at_start && start == 0))
-            return -1;
-        from = end;
-        done = s->behavior == SPLIT_BEFORE ? start : end;
-    }
-    if (found < 0 || !gaps) return found;
-    return pre_tokenize(e, step + 1, text + done, n - done, at_start && done == 0);
-}
-
-// --------------------------------------------------------------------------------- normalizers
-
-// How many bytes of white space text begins with, or (at_end) ends with.
-static size_t space_length(const char *text, size_t n, bool at_end) {
-    size_t length = 0;
-    while (length < n) {
-        uint32_t code;
-        size_t bytes = utf8_next(text + (at_end ? utf8_before(text, n - length) : length), &code);
-        if (!unicode_is_space(code)) break;
-        length += bytes;
-    }
-    return length;
-}
-
 // Sentencepiece's remove_extra_whitespaces: spaces at both ends go, several in a row become one.
 static int append_trimmed(Buffer *out, const char *text, size_t n, qlora_error *err) {
-    for (bool more = true; more;) {
-        more = n >= 1 && text[n - 1] == ' ';
-        size_t mark = n >= 3 && starts_with(text + n - 3, 3, space_mark) ? 3 : more;
-        more = mark > 0;
-        n -= mark;
-    }
+    for (size_t mark = 1; mark; n -= mark)
+        mark = n >= 3 && starts_with(text + n - 3, 3, space_mark) ? 3 : n && text[n - 1] == ' ';
     for (size_t i = 0; i < n; i++) {
         bool extra = text[i] == ' ' && (out->size == 0 || out->data[out->size - 1] == ' ');
         if (!extra && buffer_append(out, text + i, 1, err)) return -1;
@@ -3861,40 +3660,57 @@ static int append_trimmed(Buffer *out, const char *text, size_t n, qlora_error *
     return 0;
 }
 
-// Applies the normalizers; *text and *n become what they make of it. at_start: as in pre_tokenize.
-static int normalize(Encoder *e, const char **text, size_t *n, bool at_start) {
-    for (size_t i = 0; i < e->t->n_normalizers && *n; i++) {
-        const NormalStep *s = &e->t->normalizers[i];
-        Buffer *out = &e->normal[*text == e->normal[0].data];
-        bool same = false;
-        int bad = 0;
-        out->size = 0;
-        switch (s->kind) {
-        case NORMAL_NFC: bad = nfc_apply(e->t->unicode, *text, *n, out, &same, e->err); break;
-        case NORMAL_PREPEND:
-            same = s->only_first && !at_start;
-            bad = buffer_append(out, s->text, strlen(s->text), e->err)
-               || buffer_append(out, *text, *n, e->err);
-            break;
-        case NORMAL_REPLACE:
-            bad = replace_matches(&e->regex, s->regex, *text, *n, s->text, out);
-            break;
-        case NORMAL_TRIM: bad = append_trimmed(out, *text, *n, e->err); break;
-        }
-        if (bad) return -1;
-        if (same) continue;
-        *text = out->data;
-        *n = out->size;
+// Does a step that rewrites; *text and *n become what it makes of the text. at_start: it is where
+// the whole text begins.
+static void rewrite(Encoder *e, size_t step, const char **text, size_t *n, bool at_start) {
+    const Step *s = &e->t->steps[step];
+    Buffer *out = &e->scratch[step];
+    bool same = e->failed || *n == 0, bad = false;
+    out->size = 0;
+    if (!same && s->kind == STEP_PREPEND)
+        same = s->scheme == PREPEND_NEVER || (s->scheme == PREPEND_FIRST && !at_start)
+            || (s->once && (**text == ' ' || starts_with(*text, *n, s->text)));
+    if (same) return;
+    if (s->kind == STEP_NFC) bad = nfc_apply(e->t->unicode, *text, *n, out, &same, e->err);
+    if (s->kind == STEP_TRIM) bad = append_trimmed(out, *text, *n, e->err);
+    if (s->kind == STEP_REPLACE)
+        bad = replace_matches(&e->regex, s->regex, *text, *n, s->text, out);
+    if (s->kind == STEP_PREPEND) {
+        put(e, out, s->text, strlen(s->text));
+        put(e, out, *text, *n);
     }
-    return 0;
+    e->failed = e->failed || bad;
+    if (!same) { *text = out->data; *n = out->size; }
+}
+
+// Sends text through pre-tokenizer `step` and all that follow, as deep as there are steps.
+static void pre_tokenize(Encoder *e, size_t step, const char *text, size_t n, bool at_start) {
+    for (; step < e->t->n_steps && e->t->steps[step].kind != STEP_SPLIT; step++)
+        rewrite(e, step, &text, &n, at_start);
+    if (n == 0 || e->failed) return;
+    if (step == e->t->n_steps) { encode_words(e, text, n); return; }
+    // The gaps between the matches and the matches, unless the behaviour removes them, go on.
+    const Step *s = &e->t->steps[step++];
+    bool gaps = s->behavior != SPLIT_REMOVED || !s->invert;
+    bool matches = s->behavior == SPLIT_ISOLATED || (s->behavior == SPLIT_REMOVED && s->invert);
+    size_t done = 0, from = 0, start, end;
+    int found;
+    while ((found = regex_find(&e->regex, s->regex, text, n, from, &start, &end)) > 0) {
+        if (gaps) pre_tokenize(e, step, text + done, start - done, at_start && done == 0);
+        if (matches) pre_tokenize(e, step, text + start, end - start, at_start && start == 0);
+        from = end;
+        done = s->behavior == SPLIT_BEFORE ? start : end;
+    }
+    if (found < 0) e->failed = true;
+    if (gaps) pre_tokenize(e, step, text + done, n - done, at_start && done == 0);
 }
 
 // -------------------------------------------------------------------------------- added tokens
 
-// The order of patterns: as strcmp; with `prefix`, a text that begins with the pattern equals it.
-static int compare_patterns(const char *a, size_t n, const char *b, size_t m) {
-    int order = memcmp(a, b, min_size(n, m));
-    return order ? order : (n > m) - (n < m);
+// Is the pattern behind the text in the order of strcmp? And does the text begin with it?
+static bool is_behind(const AddedToken *token, const char *text, size_t n) {
+    int order = memcmp(token->pattern, text, min_size(token->length, n));
+    return order ? order > 0 : token->length > n;
 }
 
 static bool begins_with(const char *text, size_t n, const AddedToken *token) {
@@ -3908,9 +3724,8 @@ static const AddedToken *longest_added(const AddedSet *set, const char *text, si
     size_t high = set->first[(unsigned char)text[0] + 1];
     while (low < high) {
         size_t middle = (low + high) / 2;
-        const AddedToken *token = &set->tokens[middle];
-        if (compare_patterns(token->pattern, token->length, text, n) <= 0) low = middle + 1;
-        else high = middle;
+        if (is_behind(&set->tokens[middle], text, n)) high = middle;
+        else low = middle + 1;
     }
     const AddedToken *token = low > begin ? &set->tokens[low - 1] : NULL;
     while (token && !begins_with(text, n, token)) token = token->shorter;
@@ -3926,35 +3741,34 @@ static bool is_single_word(const Unicode *u, const char *text, size_t n, size_t 
     return !joins && !unicode_is_word(u, before) && !unicode_is_word(u, behind);
 }
 
-typedef int (*SegmentFunction)(Encoder *e, const char *text, size_t n, bool at_start);
+// Cuts text at the added tokens, whose ids are appended; what is between goes on its way. Called
+// with the raw text and again (normal) with what the normalizers have made of its parts.
+static void encode_text(Encoder *e, bool normal, const char *text, size_t n, bool at_start);
 
-// Cuts text at the added tokens of the set: their ids are appended, what is between goes to `rest`.
-static int split_added(Encoder *e, const AddedSet *set, const char *text, size_t n, bool at_start,
-                       SegmentFunction rest) {
+static void encode_part(Encoder *e, bool normal, const char *text, size_t n, bool at_start) {
+    if (normal) { pre_tokenize(e, e->t->n_normalizers, text, n, at_start); return; }
+    for (size_t i = 0; i < e->t->n_normalizers; i++) rewrite(e, i, &text, &n, at_start);
+    encode_text(e, true, text, n, at_start);
+}
+
+static void encode_text(Encoder *e, bool normal, const char *text, size_t n, bool at_start) {
+    const AddedSet *set = normal ? &e->t->added_normalized : &e->t->added_raw;
     size_t done = 0;
     for (size_t i = 0; i < n && set->n;) {
-        const AddedToken *token = longest_added(set, text + i, n - i);
+        const size_t *first = &set->first[(unsigned char)text[i]];
+        const AddedToken *token = first[0] == first[1] ? NULL : longest_added(set, text + i, n - i);
         if (!token) { i++; continue; }
         size_t start = i, end = i + token->length;
         i = end;
         if (token->single_word && !is_single_word(e->t->unicode, text, n, start, end)) continue;
         if (token->lstrip) start = max_size(done, start - space_length(text, start, true));
         if (token->rstrip) end += space_length(text + end, n - end, false);
-        if (done < start && rest(e, text + done, start - done, at_start && done == 0)) return -1;
+        if (done < start) encode_part(e, normal, text + done, start - done, at_start && done == 0);
         // An overlap with white space that the token before has eaten may leave nothing.
-        if (start < end && push_id(e->ids, token->id, e->err)) return -1;
+        if (start < end) put_ids(e, &token->id, 1);
         done = max_size(start, end);
     }
-    return done == n ? 0 : rest(e, text + done, n - done, at_start && done == 0);
-}
-
-static int encode_normalized(Encoder *e, const char *text, size_t n, bool at_start) {
-    return pre_tokenize(e, 0, text, n, at_start);
-}
-
-static int encode_raw(Encoder *e, const char *text, size_t n, bool at_start) {
-    if (normalize(e, &text, &n, at_start)) return -1;
-    return split_added(e, &e->t->added_normalized, text, n, at_start, encode_normalized);
+    if (done < n) encode_part(e, normal, text + done, n - done, at_start && done == 0);
 }
 
 // Appends the ids of text (n bytes; invalid UTF-8 counts as U+FFFD) to ids, a Buffer of int32_t.
@@ -3965,21 +3779,15 @@ static int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, bool
     Encoder e;
     Buffer valid = {.allocator = t->region.allocator};
     size_t before = ids->size;
-    int bad = encoder_open(&e, t, n, ids, err);
-    if (!bad && utf8_valid_prefix(text, n) < n) {
-        bad = utf8_append_lossy(&valid, text, n, NULL, err);
-        text = valid.data;
-        n = valid.size;
-    }
-    if (add_special && !bad)
-        bad = buffer_append(ids, t->prefix, t->n_prefix * sizeof *t->prefix, err);
-    bad = bad || split_added(&e, &t->added_raw, text, n, true, encode_raw);
-    if (add_special && !bad)
-        bad = buffer_append(ids, t->suffix, t->n_suffix * sizeof *t->suffix, err);
+    encoder_open(&e, t, n, ids, err);
+    if (!e.failed) e.failed = utf8_append_lossy(&valid, text, n, NULL, err);
+    if (add_special) put_ids(&e, t->prefix, t->n_prefix);
+    encode_text(&e, false, valid.data, valid.size, true);
+    if (add_special) put_ids(&e, t->suffix, t->n_suffix);
     encoder_close(&e);
     buffer_free(&valid);
-    if (bad) ids->size = before;
-    return bad ? -1 : 0;
+    if (e.failed) ids->size = before;
+    return e.failed ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------------------- decoding
@@ -4048,7 +3856,7 @@ static int token_stream_push(const Tokenizer *t, TokenStream *s, int32_t id, boo
     const DecodeSteps *d = &t->decode;
     if (!s->open)
         *s = (TokenStream){.held = {.allocator = a}, .token = {.allocator = a},
-                           .regex = regex_run(0, a, err), .strips = d->strips, .open = true};
+                           .regex = regex_run(0, err), .strips = d->strips, .open = true};
     const Token *token = id < 0 ? NULL : vocabulary_token(&t->vocabulary, (size_t)id);
     if (!token || (skip_special && token->special)) return 0;
     const char *text = token->text;
@@ -4075,7 +3883,6 @@ static void token_stream_free(TokenStream *s) {
     if (!s->open) return;
     buffer_free(&s->held);
     buffer_free(&s->token);
-    buffer_free(&s->regex.stack);
     s->open = false;
 }
 
@@ -4118,7 +3925,8 @@ static const char *tokenizer_token(const Tokenizer *t, int32_t id, size_t *n) {
 // --------------------------------------------------------------- reading the steps of tokenizer.json
 
 // What reading a tokenizer works with. The parsed files live in `scratch` and go in the end; what
-// is kept is copied to the tokenizer's own region.
+// is kept is copied to the tokenizer's own region. The first failure is remembered, and nothing is
+// read or added after it: so only the end asks whether all went well.
 typedef struct {
     Tokenizer *t;
     const char *directory;
@@ -4128,24 +3936,34 @@ typedef struct {
     Buffer text;                    // of no lasting use
     int decoder;                    // place of the latest decoder in their order
     const Json *config, *map;       // tokenizer_config.json, special_tokens_map.json, or NULL
+    bool failed;
     qlora_error *err;
 } Loader;
 
-static int refuse(Loader *l, const char *what, const char *type) {
-    return fail(l->err, "%s: %s \"%.100s\" is not supported", l->file, what, type ? type : "(none)");
+static void refuse(Loader *l, const char *what, const char *name) {
+    if (!l->failed) fail(l->err, "%s: %s: %.100s", l->file, what, name ? name : "(none)");
+    l->failed = true;
+}
+
+// n cleared objects that live as long as the tokenizer, or NULL.
+static void *keep(Loader *l, size_t n, size_t size) {
+    void *p = l->failed ? NULL : region_alloc(&l->t->region, n, size, l->err);
+    if (!p) l->failed = true;
+    return p;
 }
 
 static const char *keep_text(Loader *l, const char *text, size_t n) {
-    return region_text(&l->t->region, text, n, l->err);
+    char *copy = keep(l, n + 1, 1);
+    if (copy) memcpy(copy, text, n);
+    return copy ? copy : "";
 }
 
-// Copies a member that must be a string without NUL to *out.
-static int read_text(Loader *l, const Json *object, const char *key, const char **out) {
+// A copy of a member that must be a string without NUL.
+static const char *read_text(Loader *l, const Json *object, const char *key) {
     const Json *value = json_get(object, key);
-    if (!json_is(value, JSON_STRING) || strlen(value->text) != value->length)
-        return fail(l->err, "%s: \"%s\" should be a string", l->file, key);
-    *out = keep_text(l, value->text, value->length);
-    return *out ? 0 : -1;
+    bool ok = json_is(value, JSON_STRING) && strlen(value->text) == value->length;
+    if (!ok) refuse(l, "no text where one is expected", key);
+    return ok ? keep_text(l, value->text, value->length) : "";
 }
 
 // Which of the names (ended by NULL) is this one? Or -1.
@@ -4155,55 +3973,61 @@ static int type_index(const char *name, const char *const *names) {
     return -1;
 }
 
-static int compile(Loader *l, const char *pattern, size_t n, const Regex **regex) {
-    *regex = regex_compile(l->t->unicode, pattern, n, l->file, &l->t->region, l->err);
-    return *regex ? 0 : -1;
+static const Regex *compile(Loader *l, const char *pattern) {
+    const Regex *regex = l->failed ? NULL
+        : regex_compile(l->t->unicode, pattern, l->file, &l->t->region, l->err);
+    if (!regex) l->failed = true;
+    return regex;
 }
 
-// Makes a regular expression that matches exactly this text.
-static int compile_literal(Loader *l, const char *text, const Regex **regex) {
+// A regular expression that matches exactly this text.
+static const Regex *compile_literal(Loader *l, const char *text) {
     l->text.size = 0;
     for (const char *c = text; *c; c++) {
         bool plain = isalnum((unsigned char)*c) || (unsigned char)*c >= 0x80;
         if (buffer_append(&l->text, "\\", plain ? 0 : 1, l->err)
-            || buffer_append(&l->text, c, 1, l->err)) return -1;
+            || buffer_append(&l->text, c, 1, l->err)) l->failed = true;
     }
-    if (buffer_append(&l->text, "", 1, l->err)) return -1;
-    return compile(l, l->text.data, l->text.size - 1, regex);
+    if (buffer_append(&l->text, "", 1, l->err)) l->failed = true;
+    return compile(l, l->text.data);
 }
 
 // "pattern": {"Regex": "..."} or {"String": "..."}.
-static int compile_pattern(Loader *l, const Json *step, const Regex **regex) {
-    const Json *pattern = json_get(step, "pattern"), *text = json_get(pattern, "Regex");
-    if (json_is(text, JSON_STRING)) return compile(l, text->text, text->length, regex);
-    const char *literal = NULL;
-    return read_text(l, pattern, "String", &literal) || compile_literal(l, literal, regex);
+static const Regex *compile_pattern(Loader *l, const Json *step) {
+    const Json *pattern = json_get(step, "pattern");
+    return json_get(pattern, "Regex") ? compile(l, read_text(l, pattern, "Regex"))
+                                      : compile_literal(l, read_text(l, pattern, "String"));
 }
 
 // Calls read on a step, or on each step of a "Sequence" whose list has that key.
-typedef int (*StepReader)(Loader *l, const Json *step, const char *type);
+typedef void (*StepReader)(Loader *l, const Json *step, const char *type);
 
-static int read_steps(Loader *l, const Json *step, const char *list, StepReader read) {
+static void read_steps(Loader *l, const Json *step, const char *list, StepReader read) {
     const char *type = json_get_text(step, "type");
-    if (!step || step->kind == JSON_NULL) return 0;
-    if (!type || strcmp(type, "Sequence") != 0) return read(l, step, type);
+    if (!step || step->kind == JSON_NULL) return;
+    if (!type || strcmp(type, "Sequence") != 0) { read(l, step, type); return; }
     const Json *steps = json_get(step, list);
-    for (step = steps ? steps->first : NULL; step; step = step->next)
-        if (read_steps(l, step, list, read)) return -1;
-    return json_is(steps, JSON_ARRAY) ? 0 : fail(l->err, "%s: no list \"%s\"", l->file, list);
+    if (!json_is(steps, JSON_ARRAY)) { refuse(l, "a Sequence without its list", list); return; }
+    for (step = steps->first; step; step = step->next) read_steps(l, step, list, read);
 }
 
-static int read_normalizer(Loader *l, const Json *step, const char *type) {
-    static const char *const names[] = {"NFC", "Prepend", "Replace", NULL};
+// Adds a step; `pattern` is its regular expression, unless it has been compiled.
+static void add_step(Loader *l, Step step, const char *pattern) {
     Tokenizer *t = l->t;
-    int kind = type_index(type, names);
-    if (kind < 0) return refuse(l, "normalizer", type);
-    if (t->n_normalizers == MAX_TOKENIZER_STEPS) return refuse(l, "normalizer number 17", type);
-    NormalStep *s = &t->normalizers[t->n_normalizers++];
-    s->kind = (NormalKind)kind;
-    if (s->kind == NORMAL_PREPEND) return read_text(l, step, "prepend", &s->text);
-    if (s->kind == NORMAL_NFC) return 0;
-    return read_text(l, step, "content", &s->text) || compile_pattern(l, step, &s->regex) ? -1 : 0;
+    if (t->n_steps == MAX_STEPS || t->byte_level)
+        refuse(l, "unsupported pre_tokenizer", "anything after ByteLevel, or more than 24 steps");
+    if (pattern) step.regex = compile(l, pattern);
+    if (!l->failed) t->steps[t->n_steps++] = step;
+}
+
+static void read_normalizer(Loader *l, const Json *step, const char *type) {
+    static const char *const names[] = {"NFC", "Prepend", "Replace", NULL};
+    Step s = {.kind = (StepKind)type_index(type, names), .scheme = PREPEND_ALWAYS};
+    if (type_index(type, names) < 0) refuse(l, "unsupported normalizer", type);
+    if (s.kind == STEP_PREPEND) s.text = read_text(l, step, "prepend");
+    if (s.kind == STEP_REPLACE) s.text = read_text(l, step, "content");
+    if (s.kind == STEP_REPLACE) s.regex = compile_pattern(l, step);
+    add_step(l, s, NULL);
 }
 
 // How texts are cut where the file does not say it: by the pattern of GPT-2 (which "ByteLevel"
@@ -4214,250 +4038,206 @@ static const char qwen2_pattern[] =
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}| ?[^\\s\\p{L}\\p{N}]+"
     "[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
-// Adds a pre-tokenizer; `pattern` is its regular expression, unless it has been compiled.
-static int add_pre_step(Loader *l, PreStep step, const char *pattern) {
-    Tokenizer *t = l->t;
-    if (t->byte_level) return refuse(l, "pre_tokenizer", "anything after ByteLevel");
-    if (t->n_pre_tokenizers == MAX_TOKENIZER_STEPS) return refuse(l, "pre_tokenizer", "the 17th");
-    if (pattern && compile(l, pattern, strlen(pattern), &step.regex)) return -1;
-    t->pre_tokenizers[t->n_pre_tokenizers++] = step;
-    return 0;
-}
-
 // The pieces are bytes from here on, perhaps cut by a pattern and with a space in front.
-static int add_byte_level(Loader *l, bool prefix_space, const char *pattern) {
-    PreStep space = {.replacement = " ", .scheme = PREPEND_ALWAYS}, cut = {.invert = false};
-    if (prefix_space && add_pre_step(l, space, " ")) return -1;
-    if (pattern && add_pre_step(l, cut, pattern)) return -1;
+static void add_byte_level(Loader *l, bool prefix_space, const char *pattern) {
+    Step space = {.kind = STEP_PREPEND, .text = " ", .scheme = PREPEND_ALWAYS, .once = true};
+    if (prefix_space) add_step(l, space, NULL);
+    if (pattern) add_step(l, (Step){.kind = STEP_SPLIT}, pattern);
+    if (l->t->byte_level) refuse(l, "unsupported pre_tokenizer", "ByteLevel twice");
     l->t->byte_level = true;
-    return 0;
 }
 
 // What Metaspace, pre-tokenizer or decoder, says: the one character that stands for a space, and
 // "prepend_scheme" (in older files "add_prefix_space").
-static int read_metaspace(Loader *l, const Json *step, const char **mark, PrependScheme *scheme) {
+static const char *read_metaspace(Loader *l, const Json *step, PrependScheme *scheme) {
     static const char *const schemes[] = {"first", "always", "never", NULL};
-    if (read_text(l, step, "replacement", mark)) return -1;
-    if (!utf8_is_one(*mark, strlen(*mark))) return refuse(l, "Metaspace replacement", *mark);
+    const char *mark = read_text(l, step, "replacement");
     const char *name = json_get_text(step, "prepend_scheme");
+    uint32_t code;
     if (!name) name = json_get_bool(step, "add_prefix_space", true) ? "always" : "never";
     int found = type_index(name, schemes);
-    *scheme = (PrependScheme)found;
-    return found < 0 ? refuse(l, "prepend_scheme", name) : 0;
+    *scheme = found < 0 ? PREPEND_NEVER : (PrependScheme)found;
+    if (!*mark || mark[utf8_next(mark, &code)] || found < 0)
+        refuse(l, "unsupported Metaspace", name);
+    return mark;
 }
 
-// Metaspace is two steps in one: change the text, then cut it before every mark.
-static int read_pre_metaspace(Loader *l, const Json *step) {
+// Metaspace is three steps in one: a mark in front, a mark for each space, a cut before each mark.
+static void read_pre_metaspace(Loader *l, const Json *step) {
     const Tokenizer *t = l->t;
-    PreStep change = {.scheme = PREPEND_NEVER}, cut = {.behavior = SPLIT_BEFORE};
-    if (read_metaspace(l, step, &change.replacement, &change.scheme)) return -1;
+    Step front = {.kind = STEP_PREPEND, .once = true};
+    front.text = read_metaspace(l, step, &front.scheme);
     // Where the text begins is not known any more once a step has put something in front of it.
-    for (size_t i = 0; i < t->n_normalizers; i++)
-        if (change.scheme == PREPEND_FIRST && t->normalizers[i].kind != NORMAL_NFC)
-            return refuse(l, "pre_tokenizer", "Metaspace (first) after a normalizer");
-    if (change.scheme == PREPEND_FIRST && t->n_pre_tokenizers)
-        return refuse(l, "pre_tokenizer", "Metaspace (first) after another");
-    if (add_pre_step(l, change, " ")) return -1;
-    if (!json_get_bool(step, "split", true)) return 0;
-    return compile_literal(l, change.replacement, &cut.regex) || add_pre_step(l, cut, NULL) ? -1 : 0;
+    for (size_t i = 0; i < t->n_steps && front.scheme == PREPEND_FIRST; i++)
+        if (t->steps[i].kind != STEP_NFC && t->steps[i].kind != STEP_SPLIT)
+            refuse(l, "unsupported pre_tokenizer", "Metaspace (first) after a step that rewrites");
+    add_step(l, front, NULL);
+    add_step(l, (Step){.kind = STEP_REPLACE, .text = front.text}, " ");
+    if (json_get_bool(step, "split", true))
+        add_step(l, (Step){.kind = STEP_SPLIT, .behavior = SPLIT_BEFORE,
+                           .regex = compile_literal(l, front.text)}, NULL);
 }
 
-static int read_pre_tokenizer(Loader *l, const Json *step, const char *type) {
+static void read_pre_tokenizer(Loader *l, const Json *step, const char *type) {
     static const char *const names[] = {"Split", "ByteLevel", "Metaspace", "Digits", NULL};
     static const char *const behaviors[] = {"Isolated", "Removed", NULL};
-    const char *name = json_get_text(step, "behavior");
-    PreStep s = {.invert = json_get_bool(step, "invert", false)};
+    int behavior = type_index(json_get_text(step, "behavior"), behaviors);
+    bool each = json_get_bool(step, "individual_digits", false);
+    Step s = {.kind = STEP_SPLIT, .invert = json_get_bool(step, "invert", false)};
     switch (type_index(type, names)) {
     case 0:
-        if (type_index(name, behaviors) < 0) return refuse(l, "Split behavior", name);
-        s.behavior = type_index(name, behaviors) ? SPLIT_REMOVED : SPLIT_ISOLATED;
-        return compile_pattern(l, step, &s.regex) || add_pre_step(l, s, NULL) ? -1 : 0;
+        if (behavior < 0)
+            refuse(l, "unsupported Split behavior", json_get_text(step, "behavior"));
+        s.behavior = behavior == 1 ? SPLIT_REMOVED : SPLIT_ISOLATED;
+        s.regex = compile_pattern(l, step);
+        add_step(l, s, NULL);
+        break;
     case 1:
-        return add_byte_level(l, json_get_bool(step, "add_prefix_space", true),
-                              json_get_bool(step, "use_regex", true) ? gpt2_pattern : NULL);
-    case 2: return read_pre_metaspace(l, step);
-    case 3:
-        return add_pre_step(l, s, json_get_bool(step, "individual_digits", false) ? "\\p{N}"
-                                                                                  : "\\p{N}+");
-    default: return refuse(l, "pre_tokenizer", type);
+        add_byte_level(l, json_get_bool(step, "add_prefix_space", true),
+                       json_get_bool(step, "use_regex", true) ? gpt2_pattern : NULL);
+        break;
+    case 2: read_pre_metaspace(l, step); break;
+    case 3: add_step(l, s, each ? "\\p{N}" : "\\p{N}+"); break;
+    default: refuse(l, "unsupported pre_tokenizer", type);
     }
 }
 
-// Decoders are known in one order, each at most once: ByteLevel alone; Metaspace or Replace, then
+// Decoders are known in one order, each at most once: ByteLevel or Metaspace alone, or Replace,
 // ByteFallback, Fuse, and Strip, which only takes away from the beginning.
-static int read_decoder(Loader *l, const Json *step, const char *type) {
-    static const char *const names[] = {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip",
+static void read_decoder(Loader *l, const Json *step, const char *type) {
+    static const char *const names[] = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace",
                                         "ByteLevel", NULL};
     DecodeSteps *d = &l->t->decode;
     int kind = type_index(type, names), before = l->decoder;
     PrependScheme scheme;
     size_t stop = 0;
-    if (kind <= before || (kind == 1 && before == 0) || (kind == 4) != (kind > 3 && before == 3)
-        || (kind == 5 && before >= 0)) return refuse(l, "decoder (or its place)", type);
+    if (kind <= before || (kind == 3 && before != 2) || (kind > 3 && before >= 0))
+        refuse(l, "unsupported decoder, or not in its place", type);
     l->decoder = kind;
-    switch (kind) {
-    case 0:
-        d->with = " ";
-        if (read_metaspace(l, step, &d->strip, &scheme)) return -1;
-        d->drop_first = scheme != PREPEND_NEVER;
-        return compile_literal(l, d->strip, &d->replace);
-    case 1: return read_text(l, step, "content", &d->with) || compile_pattern(l, step, &d->replace);
-    case 2: d->byte_fallback = true; return 0;
-    case 3: return 0;
-    case 4:
+    if (kind == 0) { d->with = read_text(l, step, "content"); d->replace = compile_pattern(l, step); }
+    if (kind == 1) d->byte_fallback = true;
+    if (kind == 3) {
+        d->strip = read_text(l, step, "content");
         if (!json_to_size(json_get(step, "start"), &d->strips)
-            || !json_to_size(json_get(step, "stop"), &stop) || stop
-            || read_text(l, step, "content", &d->strip) || !*d->strip)
-            return refuse(l, "decoder", "Strip of this kind");
-        return 0;
-    default: d->byte_level = true; return 0;
+            || !json_to_size(json_get(step, "stop"), &stop) || stop || !*d->strip)
+            refuse(l, "unsupported decoder", "Strip of this kind");
     }
+    if (kind == 4) {
+        d->replace = compile_literal(l, read_metaspace(l, step, &scheme));
+        d->with = " ";
+        d->drop_first = scheme != PREPEND_NEVER;
+    }
+    if (kind == 5) d->byte_level = true;
 }
 
 // The template: special tokens, whose ids go before or behind the text, and the text.
-static int read_post_processor(Loader *l, const Json *post, const char *type) {
+static void read_post_processor(Loader *l, const Json *post, const char *type) {
     static const char *const names[] = {"ByteLevel", "TemplateProcessing", NULL};
     Tokenizer *t = l->t;
     const Json *single = json_get(post, "single");
     bool behind = false;
     int kind = type_index(type, names);
-    if (kind == 0) return 0;                          // moves offsets only
-    if (kind < 0 || t->n_prefix || t->n_suffix) return refuse(l, "post_processor", type);
+    if (kind == 0) return;                            // moves offsets only
+    if (kind < 0 || t->n_prefix || t->n_suffix) refuse(l, "unsupported post_processor", type);
     for (const Json *piece = single ? single->first : NULL; piece; piece = piece->next) {
         const char *name = json_get_text(json_get(piece, "SpecialToken"), "id");
         const char *text = json_get_text(json_get(piece, "Sequence"), "id");
         if (text && !behind && strcmp(text, "A") == 0) { behind = true; continue; }
-        if (!name) return refuse(l, "post_processor", "TemplateProcessing of this form");
-        const Json *ids = json_get(json_get(json_get(post, "special_tokens"), name), "ids");
-        if (!json_is(ids, JSON_ARRAY)) return refuse(l, "post_processor: special token", name);
-        for (const Json *number = ids->first; number; number = number->next) {
+        const Json *ids = json_get(json_get(post, "special_tokens"), name ? name : "");
+        ids = json_get(ids, "ids");
+        if (!json_is(ids, JSON_ARRAY)) refuse(l, "TemplateProcessing without ids of", name);
+        for (ids = ids ? ids->first : NULL; ids; ids = ids->next) {
             size_t id, *n = behind ? &t->n_suffix : &t->n_prefix;
-            if (*n == MAX_AFFIX || !json_to_size(number, &id)
-                || !vocabulary_token(&t->vocabulary, id))
-                return refuse(l, "post_processor: an id of", name);
+            if (*n == MAX_AFFIX || !json_to_size(ids, &id) || !vocabulary_token(&t->vocabulary, id)) {
+                refuse(l, "TemplateProcessing with a wrong id of", name);
+                return;
+            }
             (behind ? t->suffix : t->prefix)[(*n)++] = (int32_t)id;
         }
     }
-    return behind ? 0 : refuse(l, "post_processor", "TemplateProcessing without a text");
+    if (!behind) refuse(l, "unsupported post_processor", "TemplateProcessing without a text");
 }
 
 // --------------------------------------------------------------------------- reading the model
 
-// Room for tokens with ids below max_ids.
-static int vocabulary_open(Loader *l, size_t max_ids) {
+// Room for n tokens, whose ids may leave some holes.
+static void vocabulary_open(Loader *l, size_t n) {
     Vocabulary *v = &l->t->vocabulary;
-    if (max_ids > MAX_TOKENS)
-        return fail(l->err, "%s: token ids up to %zu (2097152 at most)", l->file, max_ids);
-    v->max_ids = max_ids;
-    v->n_text_slots = hash_slots(max_ids);
-    v->tokens = region_alloc(&l->t->region, max_ids, sizeof *v->tokens, l->err);
-    v->by_text = region_alloc(&l->t->region, v->n_text_slots, sizeof *v->by_text, l->err);
-    return v->tokens && v->by_text ? 0 : -1;
+    if (n > MAX_TOKENS) refuse(l, "a vocabulary", "of more than 2097152 tokens");
+    v->max_ids = n + MAX_ID_HOLES;
+    v->n_text_slots = hash_slots(v->max_ids);
+    v->tokens = keep(l, v->max_ids, sizeof *v->tokens);
+    v->by_text = keep(l, v->n_text_slots, sizeof *v->by_text);
 }
 
 // Adds a token, whose text and id must be new.
-static int vocabulary_add(Loader *l, const char *text, size_t n, size_t id) {
+static void vocabulary_add(Loader *l, const char *text, size_t n, size_t id) {
     Vocabulary *v = &l->t->vocabulary;
-    if (n > MAX_TOKEN_BYTES || id >= v->max_ids)
-        return fail(l->err, "%s: token \"%.100s\" has id %zu or %zu bytes: too many", l->file, text,
-                    id, n);
-    uint32_t *slot = vocabulary_slot(v, text, n);
-    if (*slot || v->tokens[id].text)
-        return fail(l->err, "%s: token \"%.100s\" or its id %zu stands there twice", l->file, text,
-                    id);
+    uint32_t *slot = l->failed ? NULL : vocabulary_slot(v, text, n);
+    if (slot && (n > MAX_TOKEN_BYTES || id >= v->max_ids || *slot || v->tokens[id].text))
+        refuse(l, "a token that is too long, there twice or with a wrong id", text);
     const char *kept = keep_text(l, text, n);
-    if (!kept) return -1;
+    if (l->failed) return;
     v->tokens[id] = (Token){.text = kept, .length = (uint32_t)n};
     *slot = (uint32_t)id + 1;
     v->longest = max_size(v->longest, n);
     v->n_ids = max_size(v->n_ids, id + 1);
     v->n_tokens++;
-    return 0;
 }
 
-static int merges_open(Loader *l, size_t n) {
+static void merges_open(Loader *l, size_t n) {
     Vocabulary *v = &l->t->vocabulary;
     v->n_merge_slots = hash_slots(n);
-    v->merges = region_alloc(&l->t->region, v->n_merge_slots, sizeof *v->merges, l->err);
+    v->merges = keep(l, v->n_merge_slots, sizeof *v->merges);
     for (size_t i = 0; v->merges && i < v->n_merge_slots; i++) v->merges[i].left = -1;
-    return v->merges ? 0 : -1;
 }
 
 // Adds the merge of two tokens given by text. Of duplicates the last counts, as in `tokenizers`.
-static int merge_add(Loader *l, const char *left, size_t n_left, const char *right, size_t n_right,
-                     size_t rank) {
+static void merge_add(Loader *l, const char *left, size_t n_left, const char *right, size_t n_right,
+                      size_t rank) {
     Vocabulary *v = &l->t->vocabulary;
     l->text.size = 0;
-    if (buffer_append(&l->text, left, n_left, l->err)
-        || buffer_append(&l->text, right, n_right, l->err)) return -1;
+    if (l->failed || buffer_append(&l->text, left, n_left, l->err)
+        || buffer_append(&l->text, right, n_right, l->err)
+        || buffer_append(&l->text, "", 1, l->err)) { l->failed = true; return; }
     int32_t a = vocabulary_id(v, left, n_left), b = vocabulary_id(v, right, n_right);
-    int32_t both = vocabulary_id(v, l->text.data, l->text.size);
+    int32_t both = vocabulary_id(v, l->text.data, l->text.size - 1);
     if (a < 0 || b < 0 || both < 0)
-        return fail(l->err, "%s: merge %zu: one of \"%.*s\", \"%.*s\" and both together is not in the "
-                    "vocabulary", l->file, rank, (int)min_size(n_left, 100), left,
-                    (int)min_size(n_right, 100), right);
-    *merge_slot(v, a, b) = (Merge){a, b, both, (uint32_t)rank};
-    return 0;
+        refuse(l, "a merge, of which not all is in the vocabulary", l->text.data);
+    else *merge_slot(v, a, b) = (Merge){a, b, both, (uint32_t)rank};
 }
 
 // A merge written "a b".
-static int merge_add_line(Loader *l, const char *text, size_t n, size_t rank) {
+static void merge_add_line(Loader *l, const char *text, size_t n, size_t rank) {
     const char *space = n ? memchr(text, ' ', n) : NULL;
     size_t left = space ? (size_t)(space - text) : 0;
-    if (!space || memchr(space + 1, ' ', n - left - 1))
-        return fail(l->err, "%s: merge %zu should be \"a b\" or [\"a\", \"b\"]", l->file, rank);
-    return merge_add(l, text, left, space + 1, n - left - 1, rank);
+    if (!space || memchr(space + 1, ' ', n - left - 1)) refuse(l, "a merge that is no pair", text);
+    else merge_add(l, text, left, space + 1, n - left - 1, rank);
 }
 
-static int read_merges(Loader *l, const Json *merges) {
+static void read_merges(Loader *l, const Json *merges) {
     size_t rank = 0;
-    if (!json_is(merges, JSON_ARRAY)) return refuse(l, "model without a list", "merges");
-    if (merges_open(l, merges->count)) return -1;
+    if (!json_is(merges, JSON_ARRAY)) { refuse(l, "model without a list", "merges"); return; }
+    merges_open(l, merges->count);
     for (const Json *merge = merges->first; merge; merge = merge->next) {
         const Json *a = merge->first, *b = a ? a->next : NULL;
         bool text = json_is(merge, JSON_STRING);
         if (text && strncmp(merge->text, "#version", 8) == 0) continue;
-        if (json_is(a, JSON_STRING) && json_is(b, JSON_STRING) && !b->next
-            ? merge_add(l, a->text, a->length, b->text, b->length, rank++)
-            : merge_add_line(l, text ? merge->text : "", text ? merge->length : 0, rank++))
-            return -1;
+        if (json_is(a, JSON_STRING) && json_is(b, JSON_STRING) && !b->next)
+            merge_add(l, a->text, a->length, b->text, b->length, rank++);
+        else merge_add_line(l, text ? merge->text : "", text ? merge->length : 0, rank++);
     }
-    return 0;
-}
-
-// The text and the id of an added token in any of three forms: {"id": 7, "content": "x", ...} in a
-// list, "7": {"content": "x", ...} in added_tokens_decoder, "x": 7 in added_tokens.json.
-static int added_parts(Loader *l, const Json *entry, Json *content, size_t *id) {
-    const Json key = {.kind = JSON_NUMBER, .text = entry->key, .length = entry->key_length};
-    const Json *text = json_get(entry, "content"), *number = json_get(entry, "id");
-    if (entry->kind == JSON_NUMBER) { text = &key; number = entry; }
-    else if (entry->key) number = &key;
-    if (!text || !text->text || !json_to_size(number, id))
-        return fail(l->err, "%s: an added token without text or id", l->file);
-    *content = *text;
-    return 0;
 }
 
 // Reads {"text": id, ...}, leaving room for the added tokens.
-static int read_vocabulary(Loader *l, const Json *vocab, const Json *added) {
-    size_t max_ids = 0, id;
-    Json content;
-    if (!json_is(vocab, JSON_OBJECT)) return refuse(l, "model without an object", "vocab");
+static void read_vocabulary(Loader *l, const Json *vocab, size_t n_added) {
+    if (!json_is(vocab, JSON_OBJECT)) { refuse(l, "model without an object", "vocab"); return; }
+    vocabulary_open(l, vocab->count + n_added);
     for (const Json *entry = vocab->first; entry; entry = entry->next) {
-        if (!json_to_size(entry, &id))
-            return fail(l->err, "%s: the id of token \"%.100s\" is no whole number", l->file,
-                        entry->key);
-        max_ids = max_size(max_ids, id + 1);
+        size_t id;
+        if (!json_to_size(entry, &id)) id = SIZE_MAX;
+        vocabulary_add(l, entry->key, entry->key_length, id);
     }
-    for (const Json *entry = added ? added->first : NULL; entry; entry = entry->next) {
-        if (added_parts(l, entry, &content, &id)) return -1;
-        max_ids = max_size(max_ids, id + 1);
-    }
-    if (vocabulary_open(l, max_ids)) return -1;
-    for (const Json *entry = vocab->first; entry; entry = entry->next)
-        if (!json_to_size(entry, &id) || vocabulary_add(l, entry->key, entry->key_length, id))
-            return -1;
-    return 0;
 }
 
 // Can "▁" behind another character be taken for the beginning of a piece of its own? Only if no
@@ -4476,7 +4256,9 @@ static bool can_cut_at_space(const Tokenizer *t) {
 }
 
 // What follows from vocabulary, merges and pre-tokenizers together.
-static void finish_model(Tokenizer *t) {
+static void finish_model(Loader *l) {
+    Tokenizer *t = l->t;
+    if (l->failed) return;
     t->cut_at_space = can_cut_at_space(t);
     for (unsigned byte = 0; byte < 256; byte++) {
         char text[8];
@@ -4487,475 +4269,448 @@ static void finish_model(Tokenizer *t) {
 }
 
 // Reads "model", but for options that change what merging does and are not built here.
-static int read_model(Loader *l, const Json *model, const Json *added) {
+static void read_model(Loader *l, const Json *model, size_t n_added) {
     static const char *const empty[] = {"dropout", "end_of_word_suffix",
                                         "continuing_subword_prefix"};
     Tokenizer *t = l->t;
     const char *type = json_get_text(model, "type"), *unk = json_get_text(model, "unk_token");
     if (type ? strcmp(type, "BPE") != 0 : !json_get(model, "merges"))
-        return refuse(l, "model", type);
+        refuse(l, "unsupported model", type);
     for (size_t i = 0; i < sizeof empty / sizeof *empty; i++) {
         const Json *value = json_get(model, empty[i]);
         double number = 0;
         if (value && value->kind != JSON_NULL && !(value->kind == JSON_STRING && !value->length)
             && !(json_to_double(value, &number) && number == 0))
-            return refuse(l, "model with", empty[i]);
+            refuse(l, "unsupported option of the model", empty[i]);
     }
     t->fuse_unk = json_get_bool(model, "fuse_unk", false);
     t->byte_fallback = json_get_bool(model, "byte_fallback", false);
     t->ignore_merges = json_get_bool(model, "ignore_merges", false);
-    if (read_vocabulary(l, json_get(model, "vocab"), added)
-        || read_merges(l, json_get(model, "merges"))) return -1;
-    t->unk_id = unk ? vocabulary_id(&t->vocabulary, unk, strlen(unk)) : -1;
-    if (unk && t->unk_id < 0) return refuse(l, "unk_token outside the vocabulary", unk);
-    finish_model(t);
-    return 0;
+    read_vocabulary(l, json_get(model, "vocab"), n_added);
+    read_merges(l, json_get(model, "merges"));
+    finish_model(l);
+    t->unk_id = unk && !l->failed ? vocabulary_id(&t->vocabulary, unk, strlen(unk)) : -1;
+    if (unk && t->unk_id < 0) refuse(l, "unk_token is not in the vocabulary", unk);
 }
 
 // ---------------------------------------------------------------------- reading added tokens
 
 static int compare_added(const void *a, const void *b) {
     const AddedToken *x = a, *y = b;
-    return compare_patterns(x->pattern, x->length, y->pattern, y->length);
+    return is_behind(x, y->pattern, y->length) - is_behind(y, x->pattern, x->length);
 }
 
-static int added_sort(Loader *l, AddedSet *set) {
-    qsort(set->tokens, set->n, sizeof *set->tokens, compare_added);
+static void added_sort(Loader *l, AddedSet *set) {
+    if (set->n) qsort(set->tokens, set->n, sizeof *set->tokens, compare_added);
     for (size_t i = 0; i < set->n; i++) {
         AddedToken *token = &set->tokens[i];
         const AddedToken *shorter = i ? token - 1 : NULL;
         while (shorter && !begins_with(token->pattern, token->length, shorter))
             shorter = shorter->shorter;
-        token->shorter = shorter;
         if (shorter && shorter->length == token->length)
-            return fail(l->err, "%s: added tokens %d and %d are the same when normalised", l->file,
-                        shorter->id, token->id);
+            refuse(l, "added token that is another one when normalised", token->pattern);
+        token->shorter = shorter;
         for (size_t b = (unsigned char)token->pattern[0] + 1u; b < 257; b++) set->first[b] = i + 1;
     }
-    return 0;
 }
 
-static int added_open(Loader *l, size_t n) {
-    Tokenizer *t = l->t;
-    t->added_raw.tokens = region_alloc(&t->region, n, sizeof(AddedToken), l->err);
-    t->added_normalized.tokens = region_alloc(&t->region, n, sizeof(AddedToken), l->err);
-    return t->added_raw.tokens && t->added_normalized.tokens ? 0 : -1;
+static void added_open(Loader *l, size_t n) {
+    l->t->added_raw.tokens = keep(l, n, sizeof(AddedToken));
+    l->t->added_normalized.tokens = keep(l, n, sizeof(AddedToken));
 }
 
-static int added_close(Loader *l) {
-    return added_sort(l, &l->t->added_raw) || added_sort(l, &l->t->added_normalized) ? -1 : 0;
+static void added_close(Loader *l) {
+    added_sort(l, &l->t->added_raw);
+    added_sort(l, &l->t->added_normalized);
 }
 
 // Makes a token of the vocabulary one that is looked for in the text.
-static void add_token(Loader *l, int32_t id, bool special, bool normalized) {
+static AddedToken *add_token(Loader *l, int32_t id, bool special, bool normalized) {
     AddedSet *set = normalized ? &l->t->added_normalized : &l->t->added_raw;
     Token *token = &l->t->vocabulary.tokens[id];
-    if (token->added) return;
     token->added = true;
     token->special = special;
-    set->tokens[set->n++] = (AddedToken){.pattern = token->text, .length = token->length, .id = id};
+    set->tokens[set->n] = (AddedToken){.pattern = token->text, .length = token->length, .id = id};
+    return &set->tokens[set->n++];
 }
 
-// Enters an added token. In a tokenizer.json its id must be the one the vocabulary has for it, or
-// the next free one; elsewhere (next_id NULL) the file alone decides.
-static int read_added_token(Loader *l, const Json *entry, size_t *next_id) {
+// Enters an added token in any of three forms: {"id": 7, "content": "x", ...} in a list, "7":
+// {"content": "x", ...} in added_tokens_decoder, "x": 7 in added_tokens.json. In a tokenizer.json its
+// id must be the one the vocabulary has for it, or the next free one; elsewhere (next_id NULL) the
+// file alone decides.
+static void read_added_token(Loader *l, const Json *entry, size_t *next_id) {
     Vocabulary *v = &l->t->vocabulary;
-    Json content;
+    const Json key = {.kind = JSON_NUMBER, .text = entry->key, .length = entry->key_length};
+    bool bare = entry->kind == JSON_NUMBER;
+    const Json *text = bare ? &key : json_get(entry, "content");
     size_t id;
-    if (added_parts(l, entry, &content, &id)) return -1;
-    if (content.length == 0) return 0;
-    int32_t known = vocabulary_id(v, content.text, content.length);
+    if (!json_to_size(bare ? entry : entry->key ? &key : json_get(entry, "id"), &id) || !text
+        || !text->text) { refuse(l, "added token without text or id", entry->key); return; }
+    if (text->length == 0 || l->failed) return;
+    int32_t known = vocabulary_id(v, text->text, text->length);
     size_t expected = known >= 0 ? (size_t)known : next_id ? *next_id : id;
     if (id != expected || (known >= 0 && v->tokens[known].added))
-        return fail(l->err, "%s: added token \"%.100s\" stands there twice, or has id %zu where %zu "
-                    "follows from the vocabulary", l->file, content.text, id, expected);
+        refuse(l, "added token that stands there twice or has another id in the vocabulary", text->text);
     if (next_id) *next_id = max_size(*next_id, id + 1);
-    if (known < 0) {
-        if (vocabulary_add(l, content.text, content.length, id)) return -1;
-        v->tokens[id].outside = true;
-    }
+    if (known < 0) vocabulary_add(l, text->text, text->length, id);
+    if (l->failed) return;
+    v->tokens[id].outside = known < 0;
     bool special = json_get_bool(entry, "special", false);
     bool normalized = json_get_bool(entry, "normalized", !special);
-    AddedSet *set = normalized ? &l->t->added_normalized : &l->t->added_raw;
-    add_token(l, (int32_t)id, special, normalized);
-    AddedToken *added = &set->tokens[set->n - 1];
+    AddedToken *added = add_token(l, (int32_t)id, special, normalized);
     added->lstrip = json_get_bool(entry, "lstrip", false);
     added->rstrip = json_get_bool(entry, "rstrip", false);
     added->single_word = json_get_bool(entry, "single_word", false);
-    if (!normalized) return 0;
-    if (normalize(&l->encoder, &added->pattern, &added->length, true)) return -1;
-    if (!added->length) return refuse(l, "added token of which normalising leaves nothing:",
-                                      content.text);
+    for (size_t i = 0; i < l->t->n_normalizers && normalized; i++)
+        rewrite(&l->encoder, i, &added->pattern, &added->length, true);
+    if (!added->length) refuse(l, "added token that normalising removes", text->text);
     added->pattern = keep_text(l, added->pattern, added->length);
-    return added->pattern ? 0 : -1;
 }
 
-static int read_added_tokens(Loader *l, const Json *list, size_t *next_id) {
-    int bad = encoder_open(&l->encoder, l->t, 0, NULL, l->err);
-    for (const Json *entry = list ? list->first : NULL; entry && !bad; entry = entry->next)
-        bad = read_added_token(l, entry, next_id);
+static void read_added_tokens(Loader *l, const Json *list, size_t *next_id) {
+    encoder_open(&l->encoder, l->t, 0, NULL, l->err);
+    for (const Json *entry = list ? list->first : NULL; entry; entry = entry->next)
+        read_added_token(l, entry, next_id);
+    if (l->encoder.failed) l->failed = true;
     encoder_close(&l->encoder);
-    return bad ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------------ reading the files
 
 enum { MAX_TOKENIZER_FILE = 1 << 28 };      // bytes; the largest in use has 34 million
 
-// Reads and parses a file of the directory; *value is NULL if there is none. Messages from now on
-// name this file.
-static int read_json_file(Loader *l, const char *name, const Json **value) {
-    bool found;
-    *value = read_json(l->directory, name, MAX_TOKENIZER_FILE, &l->scratch, &found, l->err);
-    if (!*value) return found ? -1 : 0;
-    l->file = path_join(&l->scratch, l->directory, name, l->err);
-    return l->file ? 0 : -1;
+// Reads and parses a file of the directory; NULL if there is none. Messages from now on name this
+// file.
+static const Json *read_json_file(Loader *l, const char *name) {
+    bool found = false;
+    const Json *value = l->failed ? NULL
+        : read_json(l->directory, name, MAX_TOKENIZER_FILE, &l->scratch, &found, l->err);
+    if (found && !value) l->failed = true;
+    const char *path = value ? path_join(&l->scratch, l->directory, name, l->err) : NULL;
+    if (path) l->file = path;
+    return value;
 }
 
-// Reads a file of the directory that is no JSON into the empty buffer. Returns 1, 0 if there is
-// none, or -1.
-static int read_other_file(Loader *l, const char *name, Buffer *out) {
-    const char *path = path_join(&l->scratch, l->directory, name, l->err);
-    if (!path) return -1;
-    if (!file_exists(path)) return 0;
+// Reads a file of the directory that is no JSON into the empty buffer; false if there is none.
+static bool read_other_file(Loader *l, const char *name, Buffer *out) {
+    const char *path = l->failed ? NULL : path_join(&l->scratch, l->directory, name, l->err);
+    if (!path) l->failed = true;
+    if (!path || !file_exists(path)) return false;
     l->file = path;
-    return read_whole_file(path, MAX_TOKENIZER_FILE, out, l->err) ? -1 : 1;
+    if (read_whole_file(path, MAX_TOKENIZER_FILE, out, l->err)) l->failed = true;
+    return !l->failed;
 }
 
-// A token that the configuration names: "text" or {"content": "text"}, else NULL.
-static const char *config_token(const Loader *l, const char *key) {
+// A token that the configuration names: "text" or {"content": "text"}, else NULL. *id: its id or -1.
+static const char *config_token(const Loader *l, const char *key, int32_t *id) {
     const Json *value = json_get(l->config, key);
     if (!value) value = json_get(l->map, key);
     if (json_is(value, JSON_OBJECT)) value = json_get(value, "content");
-    return json_is(value, JSON_STRING) ? value->text : NULL;
-}
-
-// The same, kept; *id is its id or -1.
-static int read_config_token(Loader *l, const char *key, const char **text, int32_t *id) {
-    const char *name = config_token(l, key);
-    *id = name ? tokenizer_id(l->t, name, strlen(name)) : -1;
-    *text = name ? keep_text(l, name, strlen(name)) : NULL;
-    return name && !*text ? -1 : 0;
+    const char *text = json_is(value, JSON_STRING) ? value->text : NULL;
+    *id = text && !l->failed ? tokenizer_id(l->t, text, strlen(text)) : -1;
+    return text;
 }
 
 // The chat template: a text, or a list of named ones, of which "default" counts.
-static int read_chat_template(Loader *l, const Json *config) {
-    const Json *value = json_get(config, "chat_template"), *list = value;
-    if (json_is(list, JSON_ARRAY)) {
-        value = NULL;
-        for (const Json *entry = list->first; entry; entry = entry->next) {
-            const char *name = json_get_text(entry, "name");
-            if (name && strcmp(name, "default") == 0) value = json_get(entry, "template");
-        }
+static void read_chat_template(Loader *l, const Json *config) {
+    const Json *value = json_get(config, "chat_template");
+    const Json *entry = json_is(value, JSON_ARRAY) ? value->first : NULL;
+    for (; entry; entry = entry->next) {
+        const char *name = json_get_text(entry, "name");
+        if (name && strcmp(name, "default") == 0) value = json_get(entry, "template");
     }
-    if (!json_is(value, JSON_STRING)) return 0;
-    l->t->chat_template = keep_text(l, value->text, value->length);
-    return l->t->chat_template ? 0 : -1;
+    if (json_is(value, JSON_STRING)) l->t->chat_template = keep_text(l, value->text, value->length);
 }
 
 // Of three places for a chat template the later one counts.
-static int read_config(Loader *l) {
+static void read_config(Loader *l) {
     Tokenizer *t = l->t;
-    const Json *templates;
     Buffer text = {.allocator = t->region.allocator};
-    if (read_json_file(l, "chat_template.json", &templates)
-        || read_config_token(l, "bos_token", &t->bos_token, &t->bos_id)
-        || read_config_token(l, "eos_token", &t->eos_token, &t->eos_id)
-        || read_chat_template(l, l->config) || read_chat_template(l, templates)) return -1;
-    int found = read_other_file(l, "chat_template.jinja", &text);
-    if (found > 0) t->chat_template = keep_text(l, text.data, text.size);
+    t->bos_token = config_token(l, "bos_token", &t->bos_id);
+    t->eos_token = config_token(l, "eos_token", &t->eos_id);
+    if (t->bos_token) t->bos_token = keep_text(l, t->bos_token, strlen(t->bos_token));
+    if (t->eos_token) t->eos_token = keep_text(l, t->eos_token, strlen(t->eos_token));
+    read_chat_template(l, l->config);
+    read_chat_template(l, read_json_file(l, "chat_template.json"));
+    if (read_other_file(l, "chat_template.jinja", &text))
+        t->chat_template = keep_text(l, text.data, text.size);
     buffer_free(&text);
-    return found < 0 || (found && !t->chat_template) ? -1 : 0;
 }
 
-static int read_tokenizer_json(Loader *l, const Json *root) {
+static void read_tokenizer_json(Loader *l, const Json *root) {
     Tokenizer *t = l->t;
     const Json *added = json_get(root, "added_tokens");
-    if (read_steps(l, json_get(root, "normalizer"), "normalizers", read_normalizer)
-        || read_steps(l, json_get(root, "pre_tokenizer"), "pretokenizers", read_pre_tokenizer)
-        || read_steps(l, json_get(root, "decoder"), "decoders", read_decoder)
-        || read_model(l, json_get(root, "model"), added)) return -1;
-    if (l->decoder < 0) return refuse(l, "decoder", NULL);
+    size_t n_added = added ? added->count : 0;
+    read_steps(l, json_get(root, "normalizer"), "normalizers", read_normalizer);
+    t->n_normalizers = t->n_steps;
+    read_steps(l, json_get(root, "pre_tokenizer"), "pretokenizers", read_pre_tokenizer);
+    read_steps(l, json_get(root, "decoder"), "decoders", read_decoder);
+    if (l->decoder < 0) refuse(l, "unsupported decoder", NULL);
+    read_model(l, json_get(root, "model"), n_added);
+    added_open(l, n_added);
     size_t next_id = t->vocabulary.n_tokens;
-    if (added_open(l, added ? added->count : 0) || read_added_tokens(l, added, &next_id)
-        || added_close(l)) return -1;
-    return read_steps(l, json_get(root, "post_processor"), "processors", read_post_processor);
+    read_added_tokens(l, added, &next_id);
+    added_close(l);
+    read_steps(l, json_get(root, "post_processor"), "processors", read_post_processor);
 }
 
 // ----------------------------------------------------------- directories without a tokenizer.json
 
 // The added tokens of such a directory: added_tokens_decoder in its configuration, or a file.
-static int find_added_tokens(Loader *l, const Json **added) {
+static const Json *find_added_tokens(Loader *l) {
     const char *file = l->file;
-    *added = json_get(l->config, "added_tokens_decoder");
-    if (!*added && read_json_file(l, "added_tokens.json", added)) return -1;
+    const Json *added = json_get(l->config, "added_tokens_decoder");
+    if (!added) added = read_json_file(l, "added_tokens.json");
     l->file = file;
-    return *added && (*added)->kind != JSON_OBJECT ? refuse(l, "list of", "added tokens") : 0;
+    if (added && added->kind != JSON_OBJECT) refuse(l, "no object", "the added tokens");
+    return added;
 }
 
-// Puts bos_token before and eos_token behind every text, where the configuration says so.
-static int add_bos_and_eos(Loader *l, bool bos_by_default, const char *bos, const char *eos) {
+// Puts a token that the configuration names (or, if it names none, `otherwise`) at one end of every
+// text, where the configuration says so.
+static void add_affix(Loader *l, const char *key, const char *otherwise, bool add, int32_t *id,
+                      size_t *n) {
+    const char *text = config_token(l, key, id);
+    if (!text && !l->failed) *id = tokenizer_id(l->t, otherwise, strlen(otherwise));
+    *n = add;
+    if (add && *id < 0) refuse(l, "not in the vocabulary", key);
+}
+
+static void add_bos_and_eos(Loader *l, bool add_bos, const char *bos, const char *eos) {
     Tokenizer *t = l->t;
-    if (config_token(l, "bos_token")) bos = config_token(l, "bos_token");
-    if (config_token(l, "eos_token")) eos = config_token(l, "eos_token");
-    t->prefix[0] = tokenizer_id(t, bos, strlen(bos));
-    t->suffix[0] = tokenizer_id(t, eos, strlen(eos));
-    t->n_prefix = json_get_bool(l->config, "add_bos_token", bos_by_default);
-    t->n_suffix = json_get_bool(l->config, "add_eos_token", false);
-    if (t->n_prefix && t->prefix[0] < 0) return refuse(l, "add_bos_token without its token", bos);
-    if (t->n_suffix && t->suffix[0] < 0) return refuse(l, "add_eos_token without its token", eos);
-    return 0;
+    add_bos = json_get_bool(l->config, "add_bos_token", add_bos);
+    add_affix(l, "bos_token", bos, add_bos, t->prefix, &t->n_prefix);
+    add_affix(l, "eos_token", eos, json_get_bool(l->config, "add_eos_token", false), t->suffix,
+              &t->n_suffix);
 }
 
 // merges.txt: "a b" on each line, the first perhaps "#version".
-static int read_merges_txt(Loader *l) {
+static void read_merges_txt(Loader *l) {
     Buffer text = {.allocator = l->t->region.allocator};
     size_t lines = 1, rank = 0;
-    int found = read_other_file(l, "merges.txt", &text), bad = found < 0;
-    if (!found) bad = fail(l->err, "%s: vocab.json without merges.txt", l->directory);
+    if (!read_other_file(l, "merges.txt", &text)) refuse(l, "no such file beside it", "merges.txt");
     for (size_t i = 0; i < text.size; i++) lines += text.data[i] == '\n';
-    bad = bad || merges_open(l, lines);
-    for (size_t at = 0; at < text.size && !bad;) {
-        const char *line = text.data + at, *end = memchr(line, '\n', text.size - at);
-        size_t n = end ? (size_t)(end - line) : text.size - at;
-        at += n + 1;
-        if (n && line[n - 1] == '\r') n--;
-        if (n == 0 || (rank == 0 && starts_with(line, n, "#version"))) continue;
-        bad = merge_add_line(l, line, n, rank++);
+    merges_open(l, lines);
+    for (char *line = text.data, *end; line < text.data + text.size; line = end + 1) {
+        end = line + strcspn(line, "\n");
+        size_t n = (size_t)(end - line);
+        *end = 0;
+        if (n && line[n - 1] == '\r') line[--n] = 0;
+        if (n && !(rank == 0 && starts_with(line, n, "#version"))) merge_add_line(l, line, n, rank++);
     }
     buffer_free(&text);
-    return bad ? -1 : 0;
 }
 
 // vocab.json and merges.txt are byte-level; how the text is cut, the name of the class decides.
-static int read_vocab_and_merges(Loader *l, const Json *vocab) {
+static void read_vocab_and_merges(Loader *l, const Json *vocab) {
     static const char *const classes[] = {"Qwen2Tokenizer", "GPT2Tokenizer", "CodeGenTokenizer"};
     static const char *const specials[] = {"bos_token", "eos_token", "unk_token", "pad_token"};
     const char *name = json_get_text(l->config, "tokenizer_class");
     Tokenizer *t = l->t;
-    const Json *added;
     size_t class = 0;
     while (class < 3 && !(name && starts_with(name, strlen(name), classes[class]))) class++;
-    if (class == 3) return refuse(l, "vocab.json without tokenizer.json and tokenizer_class", name);
-    if (class == 0) t->normalizers[t->n_normalizers++].kind = NORMAL_NFC;
+    if (class == 3) refuse(l, "no tokenizer.json, and unsupported tokenizer_class", name);
+    if (class == 0) add_step(l, (Step){.kind = STEP_NFC}, NULL);
+    t->n_normalizers = t->n_steps;
     t->decode.byte_level = true;
-    if (add_byte_level(l, json_get_bool(l->config, "add_prefix_space", false),
-                       class == 0 ? qwen2_pattern : gpt2_pattern)
-        || find_added_tokens(l, &added) || read_vocabulary(l, vocab, added) || read_merges_txt(l)
-        || added_open(l, (added ? added->count : 0) + 4)) return -1;
-    finish_model(t);
-    if (read_added_tokens(l, added, NULL)) return -1;
-    for (size_t i = 0; i < sizeof specials / sizeof *specials; i++) {
-        const char *text = config_token(l, specials[i]);
-        int32_t id = text && *text ? tokenizer_id(t, text, strlen(text)) : -1;
-        if (id >= 0) add_token(l, id, true, false);
+    add_byte_level(l, json_get_bool(l->config, "add_prefix_space", false),
+                   class == 0 ? qwen2_pattern : gpt2_pattern);
+    const Json *added = find_added_tokens(l);
+    size_t n_added = added ? added->count : 0;
+    read_vocabulary(l, vocab, n_added);
+    read_merges_txt(l);
+    finish_model(l);
+    added_open(l, n_added + 4);
+    read_added_tokens(l, added, NULL);
+    for (size_t i = 0; i < 4; i++) {
+        int32_t id;
+        const char *text = config_token(l, specials[i], &id);
+        if (id >= 0 && *text && !t->vocabulary.tokens[id].added) add_token(l, id, true, false);
     }
-    return added_close(l) || add_bos_and_eos(l, false, "<|endoftext|>", "<|endoftext|>") ? -1 : 0;
+    added_close(l);
+    add_bos_and_eos(l, false, "<|endoftext|>", "<|endoftext|>");
 }
 
 // ----------------------------------------------------------------- sentencepiece's tokenizer.model
 
 // Protocol buffers: a message is a list of (field number, wire type, value).
-typedef struct { const uint8_t *at, *end; } ProtoReader;
+typedef struct { const uint8_t *at, *end; bool bad; } ProtoReader;
 typedef struct { uint64_t field, number; ProtoReader bytes; } ProtoField;
 
-static bool proto_varint(ProtoReader *r, uint64_t *value) {
-    *value = 0;
+static uint64_t proto_varint(ProtoReader *r) {
+    uint64_t value = 0;
     for (unsigned shift = 0; r->at < r->end && shift < 64; shift += 7) {
         uint8_t byte = *r->at++;
-        *value |= (uint64_t)(byte & 0x7F) << shift;
-        if (!(byte & 0x80)) return true;
+        value |= (uint64_t)(byte & 0x7F) << shift;
+        if (!(byte & 0x80)) return value;
     }
-    return false;
+    r->bad = true;
+    return 0;
 }
 
-// Reads the next field. Returns false at the end, and if the message is malformed, which the caller
-// sees by r->at != r->end.
+// Reads the next field. Returns false at the end, and if the message is malformed (r->bad).
 static bool proto_next(ProtoReader *r, ProtoField *f) {
     static const uint8_t sizes[8] = {[1] = 8, [5] = 4};
-    ProtoReader start = *r;
-    uint64_t key, n = 0;
-    if (!proto_varint(r, &key)) { *r = start; return false; }
-    unsigned wire = key & 7;
-    *f = (ProtoField){.field = key >> 3};
-    bool ok = wire == 0 ? proto_varint(r, &f->number) : wire == 2 ? proto_varint(r, &n)
-            : (n = sizes[wire]) > 0;
-    if (!ok || n > (uint64_t)(r->end - r->at)) { *r = start; return false; }
-    f->bytes = (ProtoReader){r->at, r->at + n};
-    if (wire != 2 && n) memcpy(&f->number, r->at, n);         // little-endian, as we are
+    if (r->at == r->end || r->bad) return false;
+    uint64_t key = proto_varint(r), wire = key & 7;
+    *f = (ProtoField){.field = key >> 3, .number = wire == 0 ? proto_varint(r) : 0};
+    uint64_t n = wire == 2 ? proto_varint(r) : sizes[wire];
+    if ((n == 0 && wire != 0 && wire != 2) || n > (uint64_t)(r->end - r->at)) r->bad = true;
+    if (r->bad) return false;
+    f->bytes = (ProtoReader){r->at, r->at + n, false};
+    if (wire == 1 || wire == 5) memcpy(&f->number, r->at, n);         // little-endian, as we are
     r->at += n;
     return true;
 }
 
 typedef enum { PIECE_NORMAL = 1, PIECE_UNKNOWN, PIECE_CONTROL, PIECE_USER_DEFINED, PIECE_UNUSED,
                PIECE_BYTE } PieceType;
-typedef struct { const char *text; size_t length; float score; PieceType type; } SentencePiece;
+
+// The fields of TrainerSpec and NormalizerSpec that matter here.
+enum { MODEL_TYPE = 3, SUFFIX_SPACES = 24, BYTE_FALLBACK = 35, CHARACTER_MAP = 2, DUMMY_PREFIX,
+       TRIM_SPACES, ESCAPE_SPACES, MAX_FIELDS = 64 };
 
 typedef struct {
-    SentencePiece *pieces;
-    size_t n, bytes;                // bytes: of all pieces together
-    uint64_t model_type;            // 2: byte-pair encoding
-    bool byte_fallback, suffix_spaces;
-    bool add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces, has_charsmap;
+    size_t n;
+    float *score;                   // (n)
+    uint64_t *type;                 // (n) a PieceType
+    uint64_t trainer[MAX_FIELDS], normalizer[MAX_FIELDS];
 } PieceModel;
 
-static int read_piece(Loader *l, ProtoReader message, SentencePiece *piece) {
+// Reads a message of numbers by their fields (of texts, the lengths).
+static void read_numbers(Loader *l, ProtoReader message, uint64_t numbers[MAX_FIELDS]) {
     ProtoField f;
-    *piece = (SentencePiece){.text = "", .type = PIECE_NORMAL};
-    while (proto_next(&message, &f)) {
-        uint32_t bits = (uint32_t)f.number;
-        if (f.field == 2) memcpy(&piece->score, &bits, sizeof bits);
-        if (f.field == 3) piece->type = f.number <= PIECE_BYTE ? (PieceType)f.number : 0;
-        if (f.field != 1) continue;
-        piece->text = (const char *)f.bytes.at;
-        piece->length = (size_t)(f.bytes.end - f.bytes.at);
-    }
-    if (message.at != message.end || !piece->length || !isfinite(piece->score) || !piece->type
-        || (piece->type == PIECE_NORMAL && piece->length > 512)
-        || utf8_valid_prefix(piece->text, piece->length) < piece->length
-        || memchr(piece->text, 0, piece->length))
-        return fail(l->err, "%s: a piece is empty, too long, no UTF-8 or malformed", l->file);
-    return 0;
+    while (proto_next(&message, &f))
+        if (f.field < MAX_FIELDS)
+            numbers[f.field] = f.number ? f.number : (uint64_t)(f.bytes.end - f.bytes.at);
+    if (message.bad) refuse(l, "malformed", "sentencepiece model");
 }
 
-// TrainerSpec (field 2 of the model) and NormalizerSpec (field 3).
-static int read_piece_spec(Loader *l, uint64_t which, ProtoReader message, PieceModel *m) {
+// A piece: text, score, type. Its id is its place in the file.
+static void read_piece(Loader *l, ProtoReader message, PieceModel *m, size_t id) {
+    ProtoReader text = {0}, rest = message;
+    uint64_t numbers[MAX_FIELDS] = {[3] = PIECE_NORMAL};
     ProtoField f;
-    while (proto_next(&message, &f)) {
-        bool on = f.number != 0;
-        switch (which * 100 + f.field) {
-        case 203: m->model_type = f.number; break;
-        case 224: m->suffix_spaces = on; break;
-        case 235: m->byte_fallback = on; break;
-        case 302: m->has_charsmap = f.bytes.at != f.bytes.end; break;
-        case 303: m->add_dummy_prefix = on; break;
-        case 304: m->remove_extra_whitespaces = on; break;
-        case 305: m->escape_whitespaces = on; break;
-        default: break;
-        }
-    }
-    return message.at == message.end ? 0 : fail(l->err, "%s: malformed model", l->file);
+    while (proto_next(&rest, &f))
+        if (f.field == 1) text = f.bytes;
+    read_numbers(l, message, numbers);
+    uint32_t bits = (uint32_t)numbers[2];
+    size_t n = (size_t)(text.end - text.at);
+    const char *start = (const char *)text.at;
+    memcpy(&m->score[id], &bits, sizeof bits);
+    m->type[id] = numbers[3];
+    if (!n || !isfinite(m->score[id]) || (m->type[id] == PIECE_NORMAL && n > 512)
+        || utf8_valid_prefix(start, n) < n || memchr(start, 0, n))
+        refuse(l, "wrong text or score", "a piece");
+    vocabulary_add(l, start, n, id);
+    if (l->failed) return;
+    l->t->vocabulary.tokens[id].outside = m->type[id] != PIECE_NORMAL && m->type[id] != PIECE_BYTE;
+    if (m->type[id] == PIECE_UNKNOWN) l->t->unk_id = (int32_t)id;
 }
 
-static int read_piece_model(Loader *l, const Buffer *file, PieceModel *m) {
-    ProtoReader whole = {(const uint8_t *)file->data, (const uint8_t *)file->data + file->size};
+// The model is a list of pieces (field 1), a TrainerSpec (2) and a NormalizerSpec (3).
+static void read_pieces(Loader *l, const Buffer *file, PieceModel *m, size_t n_added) {
+    const uint8_t *data = (const uint8_t *)file->data;
+    const ProtoReader whole = {data, data + file->size, false};
     ProtoReader r = whole;
     ProtoField f;
-    size_t n = 0;
-    *m = (PieceModel){.model_type = 1, .add_dummy_prefix = true, .remove_extra_whitespaces = true,
-                      .escape_whitespaces = true};
     while (proto_next(&r, &f)) {
         m->n += f.field == 1;
-        if ((f.field == 2 || f.field == 3) && read_piece_spec(l, f.field, f.bytes, m)) return -1;
+        if (f.field == 2) read_numbers(l, f.bytes, m->trainer);
+        if (f.field == 3) read_numbers(l, f.bytes, m->normalizer);
     }
-    if (r.at != r.end || !m->n) return fail(l->err, "%s: no sentencepiece model", l->file);
-    if (m->model_type != 2) return refuse(l, "sentencepiece model", "not byte-pair encoding");
-    if (m->has_charsmap) return refuse(l, "sentencepiece normalizer", "with a character map");
-    if (m->suffix_spaces) return refuse(l, "sentencepiece option", "treat_whitespace_as_suffix");
-    if (!m->escape_whitespaces) return refuse(l, "sentencepiece option", "no escape_whitespaces");
-    m->pieces = region_alloc(&l->scratch, m->n, sizeof *m->pieces, l->err);
-    for (r = whole; m->pieces && proto_next(&r, &f);) {
-        if (f.field != 1) continue;
-        if (read_piece(l, f.bytes, &m->pieces[n])) return -1;
-        m->bytes += m->pieces[n++].length;
-    }
-    return m->pieces ? 0 : -1;
+    if (r.bad || !m->n) refuse(l, "malformed", "sentencepiece model");
+    if (m->trainer[MODEL_TYPE] != 2) refuse(l, "unsupported sentencepiece model", "not BPE");
+    if (m->normalizer[CHARACTER_MAP] || m->trainer[SUFFIX_SPACES] || !m->normalizer[ESCAPE_SPACES])
+        refuse(l, "unsupported sentencepiece option", "character map, suffix or unescaped spaces");
+    vocabulary_open(l, m->n + n_added);
+    m->score = keep(l, m->n, sizeof *m->score);
+    m->type = keep(l, m->n, sizeof *m->type);
+    size_t id = 0;
+    for (r = whole; !l->failed && proto_next(&r, &f);)
+        if (f.field == 1) read_piece(l, f.bytes, m, id++);
 }
 
 // Sentencepiece merges any two neighbours that make a piece, the highest score first: the same as a
 // merge for every way to cut a piece in two, ranked by its score.
-static int add_piece_merges(Loader *l, const PieceModel *m) {
+static void add_piece_merges(Loader *l, const PieceModel *m) {
     Vocabulary *v = &l->t->vocabulary;
-    if (merges_open(l, m->bytes)) return -1;          // more than there can be
-    for (size_t i = 0; i < m->n; i++) {
-        const SentencePiece *p = &m->pieces[i];
+    size_t bytes = 0;
+    for (size_t i = 0; i < m->n && !l->failed; i++)
+        bytes += m->type[i] == PIECE_NORMAL ? v->tokens[i].length : 0;
+    merges_open(l, bytes);                            // more than there can be
+    for (size_t i = 0; i < m->n && !l->failed; i++) {
+        const char *text = v->tokens[i].text;
+        size_t n = v->tokens[i].length;
         uint32_t bits, code;
-        float score = p->score + 0.0f;                // -0 becomes 0
+        float score = m->score[i] + 0.0f;             // -0 becomes 0
         memcpy(&bits, &score, sizeof bits);
         // The bits of floats, ordered: below zero they grow with the amount, above they fall.
         uint32_t rank = bits >> 31 ? bits : 0x7FFFFFFF - bits;
-        size_t k = p->type == PIECE_NORMAL ? utf8_next(p->text, &code) : p->length;
-        for (; k < p->length; k += utf8_next(p->text + k, &code)) {
-            int32_t left = vocabulary_id(v, p->text, k);
-            int32_t right = vocabulary_id(v, p->text + k, p->length - k);
-            if (left >= 0 && right >= 0 && m->pieces[left].type == PIECE_NORMAL
-                && m->pieces[right].type == PIECE_NORMAL
-                && merge_add(l, p->text, k, p->text + k, p->length - k, rank)) return -1;
+        size_t k = m->type[i] == PIECE_NORMAL ? utf8_next(text, &code) : n;
+        for (; k < n; k += utf8_next(text + k, &code)) {
+            int32_t left = vocabulary_id(v, text, k), right = vocabulary_id(v, text + k, n - k);
+            if (left >= 0 && right >= 0 && m->type[left] == PIECE_NORMAL
+                && m->type[right] == PIECE_NORMAL) merge_add(l, text, k, text + k, n - k, rank);
         }
     }
-    return 0;
 }
 
-// The normalizer and the decoder as their specification in the file has them.
-static int add_piece_steps(Loader *l, const PieceModel *m) {
+// The normalizers and the decoder that its specification stands for. "legacy" false: a text that
+// follows a special token does not begin with a space.
+static void add_piece_steps(Loader *l, const PieceModel *m) {
     Tokenizer *t = l->t;
-    if (m->remove_extra_whitespaces) t->normalizers[t->n_normalizers++].kind = NORMAL_TRIM;
-    // "legacy" false: a text that follows a special token does not begin with a space.
-    if (m->add_dummy_prefix)
-        t->normalizers[t->n_normalizers++] = (NormalStep){
-            .kind = NORMAL_PREPEND, .text = space_mark,
-            .only_first = !json_get_bool(l->config, "legacy", true)};
-    NormalStep *replace = &t->normalizers[t->n_normalizers++];
-    *replace = (NormalStep){.kind = NORMAL_REPLACE, .text = space_mark};
-    t->decode = (DecodeSteps){.with = " ", .byte_fallback = true, .strip = " ",
-                              .strips = m->add_dummy_prefix};
-    return compile_literal(l, " ", &replace->regex)
-        || compile_literal(l, space_mark, &t->decode.replace) ? -1 : 0;
-}
-
-static int read_sentencepiece(Loader *l, const Buffer *file) {
-    Tokenizer *t = l->t;
-    Vocabulary *v = &t->vocabulary;
-    PieceModel m;
-    const Json *added;
-    if (read_piece_model(l, file, &m) || add_piece_steps(l, &m) || find_added_tokens(l, &added))
-        return -1;
-    size_t n_added = added ? added->count : 0;
-    if (vocabulary_open(l, m.n + n_added)) return -1;
-    for (size_t i = 0; i < m.n; i++) {
-        const SentencePiece *piece = &m.pieces[i];
-        if (vocabulary_add(l, piece->text, piece->length, i)) return -1;
-        const char *text = v->tokens[i].text;
-        if (m.remove_extra_whitespaces && piece->type == PIECE_USER_DEFINED
-            && (strchr(text, ' ') || strstr(text, space_mark)))
-            return refuse(l, "user-defined piece with a space", text);
-        v->tokens[i].outside = piece->type != PIECE_NORMAL && piece->type != PIECE_BYTE;
-        if (piece->type == PIECE_UNKNOWN) t->unk_id = (int32_t)i;
-    }
-    t->byte_fallback = m.byte_fallback;
+    bool prefix = m->normalizer[DUMMY_PREFIX], legacy = json_get_bool(l->config, "legacy", true);
+    t->decode = (DecodeSteps){.with = " ", .byte_fallback = true, .strip = " ", .strips = prefix,
+                              .replace = compile_literal(l, space_mark)};
+    t->byte_fallback = m->trainer[BYTE_FALLBACK];
     t->fuse_unk = true;
-    if (add_piece_merges(l, &m) || added_open(l, m.n + n_added)) return -1;
-    finish_model(t);
-    if (read_added_tokens(l, added, NULL)) return -1;
-    for (size_t i = 0; i < m.n; i++) {
-        PieceType type = m.pieces[i].type;
+    if (m->normalizer[TRIM_SPACES]) add_step(l, (Step){.kind = STEP_TRIM}, NULL);
+    if (prefix) add_step(l, (Step){.kind = STEP_PREPEND, .text = space_mark,
+                                   .scheme = legacy ? PREPEND_ALWAYS : PREPEND_FIRST}, NULL);
+    add_step(l, (Step){.kind = STEP_REPLACE, .text = space_mark}, " ");
+    t->n_normalizers = t->n_steps;
+}
+
+static void read_sentencepiece(Loader *l, const Buffer *file) {
+    PieceModel m = {.trainer = {[MODEL_TYPE] = 1},
+                    .normalizer = {[DUMMY_PREFIX] = 1, [TRIM_SPACES] = 1, [ESCAPE_SPACES] = 1}};
+    const Json *added = find_added_tokens(l);
+    size_t n_added = added ? added->count : 0;
+    read_pieces(l, file, &m, n_added);
+    add_piece_steps(l, &m);
+    add_piece_merges(l, &m);
+    finish_model(l);
+    added_open(l, m.n + n_added);
+    read_added_tokens(l, added, NULL);
+    for (size_t i = 0; i < m.n && !l->failed; i++) {
         // Pieces that the user defined are whole, and are looked for where spaces are "▁" already.
-        bool whole = type == PIECE_USER_DEFINED;
-        if (type == PIECE_UNKNOWN || type == PIECE_CONTROL || whole)
+        const Token *token = &l->t->vocabulary.tokens[i];
+        bool whole = m.type[i] == PIECE_USER_DEFINED;
+        if (whole && m.normalizer[TRIM_SPACES]
+            && (strchr(token->text, ' ') || strstr(token->text, space_mark)))
+            refuse(l, "unsupported user-defined piece with a space", token->text);
+        if ((m.type[i] == PIECE_UNKNOWN || m.type[i] == PIECE_CONTROL || whole) && !token->added)
             add_token(l, (int32_t)i, !whole, whole);
     }
-    return added_close(l) || add_bos_and_eos(l, true, "<s>", "</s>") ? -1 : 0;
+    added_close(l);
+    add_bos_and_eos(l, true, "<s>", "</s>");
 }
 
 // ------------------------------------------------------------------------------- opening it all
 
 // Takes the first of tokenizer.json, vocab.json with merges.txt, tokenizer.model.
-static int read_tokenizer(Loader *l) {
-    const Json *root, *vocab;
-    if (read_json_file(l, "tokenizer_config.json", &l->config)
-        || read_json_file(l, "special_tokens_map.json", &l->map)
-        || read_json_file(l, "tokenizer.json", &root)) return -1;
-    if (root) return read_tokenizer_json(l, root);
-    if (read_json_file(l, "vocab.json", &vocab)) return -1;
-    if (vocab) return read_vocab_and_merges(l, vocab);
+static void read_tokenizer(Loader *l) {
     Buffer file = {.allocator = l->t->region.allocator};
-    int found = read_other_file(l, "tokenizer.model", &file);
-    int bad = found < 0 || (found && read_sentencepiece(l, &file));
+    l->config = read_json_file(l, "tokenizer_config.json");
+    l->map = read_json_file(l, "special_tokens_map.json");
+    const Json *root = read_json_file(l, "tokenizer.json");
+    const Json *vocab = root ? NULL : read_json_file(l, "vocab.json");
+    if (root) read_tokenizer_json(l, root);
+    else if (vocab) read_vocab_and_merges(l, vocab);
+    else if (read_other_file(l, "tokenizer.model", &file)) read_sentencepiece(l, &file);
+    else refuse(l, "no tokenizer.json, vocab.json or tokenizer.model in", l->directory);
     buffer_free(&file);
-    if (!found)
-        return fail(l->err, "%s: no tokenizer.json, vocab.json or tokenizer.model in it",
-                    l->directory);
-    return bad ? -1 : 0;
 }
 
 static void tokenizer_close(Tokenizer *t) {
@@ -4974,11 +4729,12 @@ static Tokenizer *tokenizer_open(const char *directory, const qlora_allocator *a
     t->unk_id = -1;
     t->unicode = unicode_open(&t->region, err);
     Loader l = {.t = t, .directory = directory, .file = directory, .scratch = {a, NULL},
-                .text = {.allocator = a}, .decoder = -1, .err = err};
-    int bad = !t->unicode || read_tokenizer(&l) || read_config(&l);
+                .text = {.allocator = a}, .decoder = -1, .failed = !t->unicode, .err = err};
+    read_tokenizer(&l);
+    read_config(&l);
     buffer_free(&l.text);
     region_free(&l.scratch);
-    if (!bad) return t;
+    if (!l.failed) return t;
     tokenizer_close(t);
     return NULL;
 }
