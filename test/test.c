@@ -123,9 +123,17 @@ static void add_sequence(TestBatch *b, const int32_t *ids, const int32_t *labels
     b->rows[b->n] = (Span){S, b->S - S, S, b->S - S, ordinal};
     b->n++;
     b->T += n;
-    Batch tokens = {b->T, b->n, b->spans, b->position, 1, 1, true};
-    Batch rows = {b->S, b->n, b->rows, NULL, 1, 1, true};
-    b->batch = (LabelledBatch){tokens, b->ids, rows, b->supervised, b->target};
+    Batch tokens = {b->T, b->n, b->T, b->T, b->spans, b->position, 1, 1, true};
+    Batch rows = {b->S, b->n, b->S, b->S, b->rows, NULL, 1, 1, true};
+    b->batch = (LabelledBatch){tokens, rows, b->ids, b->supervised, b->target};
+}
+
+// The sum of the batch's nll; gradients are added to with `gradient`.
+static double batch_loss(const Transformer *m, Workspace *w, const LabelledBatch *batch, real scale,
+                         bool gradient) {
+    double total = 0;
+    loss_and_gradients(m, w, batch, &total, scale, gradient);
+    return total;
 }
 
 static void free_batch(TestBatch *b) {
