@@ -7,7 +7,8 @@
 // test/fixtures; material in ../shared/real is used when it is there. Exit status 1 if any failed;
 // the last line is "N passed, N failed, N skipped".
 //
-// Built with -DQLORA_REAL_DOUBLE it holds the finite-difference tests instead.
+// Built with -DQLORA_REAL_DOUBLE it holds the finite-difference tests instead, with -DQLORA_CUDA the
+// comparisons of a GPU with the CPU.
 #include "../qlora.c"
 
 #include <sys/wait.h>
@@ -153,6 +154,9 @@ static void free_batch(TestBatch *b) {
 #include "test_models.c"
 #include "test_trainer.c"
 #include "test_input.c"
+#ifdef QLORA_CUDA
+#include "test_gpu.c"
+#endif
 #endif
 
 // -------------------------------------------------------------------------------------- the table
@@ -162,6 +166,8 @@ typedef struct { const char *name, *proves; void (*run)(Test *t); } TestRow;
 static const TestRow tests[] = {
 #ifdef QLORA_REAL_DOUBLE
     GRADIENT_TESTS
+#elif defined(QLORA_CUDA)
+    GPU_TESTS
 #else
     FORMAT_TESTS
     MODEL_TESTS
