@@ -1410,7 +1410,8 @@ typedef struct {
     Layer *layers;                          // (L)
     const float *final_norm;                // (D)
     Linear head;                            // (V, D)
-    float *frequency;                       // (hd / 2) rotation per position
+    float *rope_frequency;                  // (hd / 2) rotation per position, on the host
+    float *frequency;                       // the same on the device, loaded with the weights
     // Trainable parameters: A and B of every adapted linear, and like them gradients and moments.
     real *parameters, *gradients, *moment1, *moment2;
     size_t n_parameters;                    // padding between tensors included
@@ -5033,10 +5034,10 @@ static int parse_config(Transformer *m, bool has_bias[N_LINEARS], const Json *js
     for (int i = 0; i < N_LINEARS; i++)
         has_bias[i] = i >= LINEAR_GATE ? mlp_bias
                     : attention_bias || (i < LINEAR_O && c->architecture->qkv_bias);
-    m->frequency = region_alloc(region, c->hd / 2, sizeof *m->frequency, err);
+    m->rope_frequency = region_alloc(region, c->hd / 2, sizeof *m->rope_frequency, err);
     m->layers = region_alloc(region, c->L, sizeof *m->layers, err);
-    if (!m->frequency || !m->layers) return -1;
-    return read_rope(&r, c->hd, m->frequency) || read_windows(&r, c->architecture, c->L, m->layers);
+    if (!m->rope_frequency || !m->layers) return -1;
+    return read_rope(&r, c->hd, m->rope_frequency) || read_windows(&r, c->architecture, c->L, m->layers);
 }
 
 // ---------------------------------------------------------------------------------------- tensors
@@ -5408,7 +5409,8 @@ static int load_weights(Transformer *m, const SlotList *list, const char *direct
         blocks = max_size(blocks, ceil_div(list->slots[i].rows * list->slots[i].columns,
                                            QUANT_BLOCK));
     }
-    *bytes = arena.used;
+    size_t turns = m->config.hd / 2 * sizeof(float);
+    *bytes = arena.used + turns;
     if (m->config.tied) m->head.weight = m->embedding;
     bad = weights ? -1 : 0;
     if (!weights) goto done;
@@ -5422,6 +5424,8 @@ static int load_weights(Transformer *m, const SlotList *list, const char *direct
     arena = (Arena){*weights, 0};
     for (size_t i = 0; i < list->n; i++)
         if (place_slot(&l, &list->slots[i], &arena) || load_slot(&l, &list->slots[i])) goto done;
+    m->frequency = arena_alloc(&arena, turns, 1);
+    upload(dev, m->frequency, m->rope_frequency, turns);
     if (m->config.tied) m->head.weight = m->embedding;
     bad = refuse_unused(&l, m->config.tied);
 done:

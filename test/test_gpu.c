@@ -2,7 +2,8 @@
 // compiled by nvcc (make test-gpu) and once with qlora.cu running on the CPU (make test).
 //
 // float32 results differ by the order of sums and the last bits of exp; bf16 results by roundings
-// that fall the other way. The bounds say how much of that is allowed.
+// that fall the other way: each device is up to 2e-2 from float32 on these models (test_models.c,
+// bf16_bounds), so two may be twice that apart.
 
 static qlora_model *open_on(Test *t, const char *device, const char *model, qlora_quant quant,
                             qlora_compute compute) {
@@ -87,7 +88,7 @@ static void test_gpu_logits(Test *t) {
             check(t, !qlora_logits(q, ids, n, logits[gpu], &err), "%s", err.text);
             qlora_close(q);
         }
-        double error = max_err(logits[1], logits[0], n * V), bound = bf16 ? 2e-2 : 1e-5;
+        double error = max_err(logits[1], logits[0], n * V), bound = bf16 ? 4e-2 : 1e-5;
         check(t, error <= bound, "%s: logits differ by %.2e of the largest, %.0e allowed", name,
               error, bound);
         printf("    %-8s %s %s  %.1e\n", name, quant == QLORA_QUANT_NF4 ? "nf4 " : "none",

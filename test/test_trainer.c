@@ -77,7 +77,7 @@ static bool same_files(const char *a_dir, const char *b_dir, const char *name) {
 }
 
 static void remove_run(const char *out) {
-    char command[400];
+    char command[500];
     snprintf(command, sizeof command, "rm -rf '%s'", out);
     if (system(command)) printf("    cannot remove %s\n", out);
 }
