@@ -110,7 +110,7 @@ check "empty dataset" 1 "empty.jsonl" $Q train $M "$W/empty.jsonl" --output "$W/
 head -n 3 "$W/data.jsonl" >"$W/bad.jsonl"
 echo '{"messages": [{"role": "user" "content": "x"}]}' >>"$W/bad.jsonl"
 check "malformed line" 1 "bad.jsonl:4:31: expected" $Q train $M "$W/bad.jsonl" --output "$W/none"
-check "--skip-bad-lines" 0 "1 malformed record" $Q train $M "$W/bad.jsonl" --output "$W/skipped" \
+check "--skip-bad-lines" 0 "1 of 4 records: malformed" $Q train $M "$W/bad.jsonl" --output "$W/skipped" \
     --skip-bad-lines --max-steps 1
 echo '{"question": "x", "answer": "y"}' >"$W/keys.jsonl"
 check "unknown columns" 1 "question" $Q train $M "$W/keys.jsonl" --output "$W/none"
