@@ -5974,17 +5974,30 @@ static int read_columns(Buffer *messages, const RecordFormat *format, const Json
                : 0;
 }
 
+// The first key with a text whose name sounds like one of the words, or the n-th with a text.
+static const char *guess_column(const Json *record, const char *const words[4], size_t n) {
+    const char *other = NULL;
+    for (const Json *m = record->first; m; m = m->next) {
+        if (m->kind != JSON_STRING) continue;
+        for (size_t i = 0; i < 4; i++)
+            if (strstr(m->key, words[i])) return m->key;
+        if (n-- == 0) other = m->key;
+    }
+    return other;
+}
+
 // Fails with the keys that were found, the formats that there are, and options to try.
 static int unknown_format(const Json *record, qlora_error *err) {
+    // Without their first letters, for it may be a capital.
+    static const char *const asking[] = {"uestion", "uery", "rompt", "nput"};
+    static const char *const answering[] = {"nswer", "esponse", "utput", "ompletion"};
+    const char *user = guess_column(record, asking, 0);
+    const char *assistant = guess_column(record, answering, 1);
     char keys[400], hint[300] = "";
-    const Json *columns[2] = {NULL, NULL};
-    size_t n = 0;
-    for (const Json *m = record->first; m && n < 2; m = m->next)
-        if (m->kind == JSON_STRING) columns[n++] = m;
     list_keys(keys, record);
-    if (n == 2)
+    if (user && assistant && strcmp(user, assistant))
         snprintf(hint, sizeof hint, "name the columns, perhaps --field-user %.80s "
-                 "--field-assistant %.80s; ", columns[0]->key, columns[1]->key);
+                 "--field-assistant %.80s; ", user, assistant);
     return fail(err, "no known format; found the keys %s; %sknown are \"messages\", "
                 "\"conversations\", \"instruction\" with \"output\" or \"response\", \"prompt\" "
                 "with \"completion\", \"input\" with \"output\", \"text\"", keys, hint);
@@ -6389,11 +6402,14 @@ static int dataset_usable(const Dataset *d, const DatasetOptions *o, qlora_error
     if (d->n) return 0;
     if (!d->records)
         return fail(err, "%s: no record was taken of the %zu that there are", d->paths[0], d->seen);
-    return fail(err, "%s: nothing to learn in %zu records: %zu are malformed%s%s, %zu have no "
-                "supervised token (no assistant's text), %zu are longer than --max-length %zu (the "
-                "longest has %zu tokens)%s", d->paths[0], d->records, bad,
-                bad ? ", the first: " : "", d->first_bad.text, d->tally[TALLY_UNSUPERVISED].n,
-                too_long, o->max_length, d->longest, too_long ? "; raise --max-length" : "");
+    if (bad == d->records)
+        return fail(err, "all %zu records are malformed or not supported, the first: %s", bad,
+                    d->first_bad.text);
+    return fail(err, "%s: nothing to learn in %zu records: %zu malformed or not supported, %zu "
+                "without a supervised token (no assistant's text), %zu longer than --max-length "
+                "%zu (the longest has %zu tokens)%s", d->paths[0], d->records, bad,
+                d->tally[TALLY_UNSUPERVISED].n, too_long, o->max_length, d->longest,
+                too_long ? "; raise --max-length" : "");
 }
 
 // ---------------------------------------------------------------------------- files of a directory
@@ -6501,8 +6517,8 @@ static int pack_samples(SampleList *list, size_t room, Region *region, qlora_err
 
 // ---------------------------------------------------------------------------------------- checking
 
-typedef enum { NOTE, WARNING, ERROR } Severity;
-static const char *const severity_names[] = {"note", "warning", "error"};
+typedef enum { WARNING, ERROR } Severity;
+static const char *const severity_names[] = {"warning", "error"};
 
 // What a person should know before training, or what forbids it.
 typedef struct { Severity severity; const char *code; size_t n; char text[700]; } Finding;
@@ -6514,7 +6530,7 @@ static const struct {
     bool of_records;
     const char *what, *cure;
 } checks[N_TALLIES] = {
-    {"malformed", 2, true, "malformed, left out", NULL},
+    {"malformed", 2, true, "malformed or not supported, left out", NULL},
     {"unsupervised", 1, true, "no supervised token, left out",
      "is there an answer, and is it short enough, with a weight that is not 0?"},
     {"too-long", 1, true, "longer than --max-length, left out",
@@ -6553,7 +6569,7 @@ static int check_counts(Buffer *findings, const Dataset *d, const DatasetOptions
     for (int i = 0; i < N_TALLIES; i++) {
         const Tally *tally = &d->tally[i];
         size_t all = checks[i].of_records ? d->records : d->n;
-        if (!tally->n) continue;
+        if (!tally->n || (i == TALLY_BAD && tally->n == d->records)) continue;
         bool error = i == TALLY_BAD ? !o->skip_bad_lines
                                     : (double)tally->n >= checks[i].error_share * (double)all;
         const char *cure = i == TALLY_BAD ? d->first_bad.text : checks[i].cure;
@@ -9621,7 +9637,7 @@ static void print_counts(const Trainer *t) {
              t->q->transformer.config.architecture->type, t->q->transformer.config.context);
     print_line(line);
     printf("template: %s, %s\n", t->q->chat.row->name, template_origin(t));
-    if (*t->q->note && !only_raw_text(d)) print_line(t->q->note);
+    if (!only_raw_text(d)) print_safely(stdout, t->q->note, strlen(t->q->note));
     for (size_t i = 0; i < t->paths.size / sizeof *paths; i++) {
         snprintf(line, sizeof line, "data: %.880s", paths[i]);
         print_line(line);
