@@ -276,7 +276,7 @@ static void *arena_alloc(Arena *arena, size_t n, size_t size) {
 // shared counter, which balances load and cannot change results (see Determinism above).
 typedef void (*TaskFunction)(void *arguments, size_t task, int thread);
 
-typedef struct Pool {
+struct Pool {
     int threads;                    // including the caller's
     pthread_t *handles;             // (threads - 1)
     pthread_mutex_t lock;
@@ -289,7 +289,7 @@ typedef struct Pool {
     size_t n_tasks;
     atomic_size_t next;
     const qlora_allocator *allocator;
-} Pool;
+};
 
 typedef struct { Pool *pool; int thread; } PoolWorker;
 
@@ -375,42 +375,6 @@ static Pool *pool_open(int threads, const qlora_allocator *allocator, qlora_erro
     return pool;
 }
 
-// -------------------------------------------------------------------------------- random numbers
-
-// Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a keyed
-// bijection of a counter. Every random number of a run is a pure function of where it is used:
-//     key     = (seed, step)                   counter = (feature / 4, position, ordinal, module)
-// so that packing, recomputation, batch shape, resuming and the device cannot change it.
-static void philox(uint32_t out[4], const uint32_t counter[4], const uint32_t key[2]) {
-    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
-    uint32_t k0 = key[0], k1 = key[1];
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
-        uint32_t n0 = (uint32_t)(b >> 32) ^ c1 ^ k0, n2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
-        c1 = (uint32_t)b;
-        c3 = (uint32_t)a;
-        c0 = n0;
-        c2 = n2;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-    }
-    out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
-}
-
-// What a number is drawn for; the value takes the place of the step in the key (no run has as many
-// steps), so that no two uses share a stream.
-enum { RANDOM_INIT = 0x7F000001, RANDOM_SHUFFLE = 0x7F000002, RANDOM_SAMPLE = 0x7F000003 };
-
-static uint32_t random_u32(uint64_t seed, uint32_t use, uint32_t stream, uint64_t index) {
-    uint32_t key[2] = {(uint32_t)seed ^ (uint32_t)(seed >> 32) * 0x9E3779B9u, use}, out[4];
-    uint64_t block = index / 4;
-    uint32_t counter[4] = {(uint32_t)block, (uint32_t)(block >> 32), 0, stream};
-    philox(out, counter, key);
-    return out[index % 4];
-}
-
-// Uniform in [0, 1): the upper 24 bits, which a float holds exactly.
-static float unit_float(uint32_t bits) { return (float)(bits >> 8) * 0x1p-24f; }
 // =================================================================================================
 //  2. Numbers: bf16, NF4, double quantisation
 //
@@ -469,10 +433,8 @@ static real as_act(DType act, real x) {
 
 // ------------------------------------------------------------------------------ NF4 and FP4 blocks
 
-enum { QUANT_BLOCK = 64, SCALE_BLOCK = 256 };
-
 // The levels (QLoRA, appendix E): quantiles of the normal distribution, scaled to [-1, 1], with an
-// exact zero. `thresholds` are their midpoints in float32, as bitsandbytes' CPU code forms them (a
+// exact zero. The thresholds are their midpoints in float32, as bitsandbytes' CPU code forms them (a
 // few of its CUDA constants differ in the last bit): x above one means the next level, x equal to
 // it the lower.
 static const float nf4_levels[16] = {
@@ -481,7 +443,7 @@ static const float nf4_levels[16] = {
     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
-static const float nf4_thresholds[15] = {
+const float qlora_nf4_thresholds[15] = {
     -0.848096371f, -0.610632896f, -0.45999527f, -0.33967942f, -0.234607399f, -0.137911737f,
     -0.0455250181f, 0.0397901498f, 0.120255247f, 0.203521252f, 0.292013764f, 0.389312536f,
     0.501663446f, 0.64278692f, 0.861478448f};
@@ -490,17 +452,17 @@ static const float nf4_thresholds[15] = {
 static const float fp4_levels[16] = {
     0.0f, 0.00520833349f, 0.666666687f, 1.0f, 0.333333343f, 0.5f, 0.166666672f, 0.25f, 0.0f,
     -0.00520833349f, -0.666666687f, -1.0f, -0.333333343f, -0.5f, -0.166666672f, -0.25f};
-static const float fp4_thresholds[7] = {
+const float qlora_fp4_thresholds[7] = {
     0.00260416674f, 0.0859375f, 0.208333343f, 0.291666687f, 0.416666687f, 0.583333373f,
     0.833333373f};
-static const uint8_t fp4_by_size[8] = {0, 1, 6, 7, 4, 5, 2, 3};         // by ascending magnitude
+const uint8_t qlora_fp4_by_size[8] = {0, 1, 6, 7, 4, 5, 2, 3};     // by ascending magnitude
 
 // The level of x in -1..1 is the number of thresholds below it. Thresholds outside, values inside: a
 // loop that compilers turn into vector code.
 static void nf4_codes(uint8_t *codes, const float *x, size_t n) {
     int32_t level[QUANT_BLOCK] = {0};
     for (int k = 0; k < 15; k++)
-        for (size_t i = 0; i < n; i++) level[i] += x[i] > nf4_thresholds[k];
+        for (size_t i = 0; i < n; i++) level[i] += x[i] > qlora_nf4_thresholds[k];
     for (size_t i = 0; i < n; i++) codes[i] = (uint8_t)level[i];
 }
 
@@ -509,8 +471,8 @@ static void fp4_codes(uint8_t *codes, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         int rank = 0;
         for (int k = 0; k < 7; k++)
-            rank += x[i] < 0 ? -x[i] >= fp4_thresholds[k] : x[i] > fp4_thresholds[k];
-        codes[i] = (uint8_t)(fp4_by_size[rank] | (x[i] < 0 ? 8 : 0));
+            rank += x[i] < 0 ? -x[i] >= qlora_fp4_thresholds[k] : x[i] > qlora_fp4_thresholds[k];
+        codes[i] = (uint8_t)(qlora_fp4_by_size[rank] | (x[i] < 0 ? 8 : 0));
     }
 }
 
@@ -572,12 +534,18 @@ static uint8_t nearest_level(const float map[256], float x) {
 }
 
 // Scales (n) to 8-bit codes (n), one float32 per 256 of them, and their common offset, the mean.
-// The mean is summed in double and rounded once; bitsandbytes sums in float32 in an order of its
-// own, so the offset's last bit may differ from its files.
-static float quantize_scales(uint8_t *codes, float *absmax2, const float *absmax, size_t n,
-                             const float map[256]) {
+// The mean is summed in double, in pieces so that a GPU can do the same, and rounded once;
+// bitsandbytes sums in float32 in an order of its own, so the offset's last bit may differ from its
+// files.
+static float quantize_scales(Device *dev, uint8_t *codes, float *absmax2, const float *absmax,
+                             size_t n, const float *map) {
     double sum = 0;
-    for (size_t i = 0; i < n; i++) sum += (double)absmax[i];
+    (void)dev;
+    for (size_t start = 0; start < n; start += SCALE_SUM) {
+        double piece = 0;
+        for (size_t i = start; i < min_size(n, start + SCALE_SUM); i++) piece += (double)absmax[i];
+        sum += piece;
+    }
     float offset = (float)(sum / (double)n);
     for (size_t start = 0; start < n; start += SCALE_BLOCK) {
         size_t end = min_size(start + SCALE_BLOCK, n);
@@ -637,17 +605,6 @@ static void weight_row(real *out, const Weight *w, size_t row, size_t k, size_t 
 //  of chapter 18 and of qlora.cu are compared with. Rows are independent of each other (a row is a
 //  token), so a task is a row or a feature and no sum is ever split between threads.
 // =================================================================================================
-
-// Where ops run. `act` is the type of activations; scratch is memory for the duration of one op.
-struct Device {
-    const Ops *ops;
-    DType act;                      // DT_REAL or DT_BF16
-    Pool *pool;
-    char *scratch;                  // (scratch_size) shared by the threads of an op
-    size_t scratch_size;
-    char *thread_scratch;           // (threads, thread_size) one piece each
-    size_t thread_size;
-};
 
 static real *thread_rows(const Device *dev, int thread) {
     return (real *)(void *)(dev->thread_scratch + (size_t)thread * dev->thread_size);
@@ -1027,6 +984,16 @@ static void rope(Device *dev, void *x, size_t heads, size_t hd, const float *fre
     parallel_for(dev->pool, batch->T, rope_task, &a);
 }
 
+// Where a cache holds the keys and values of earlier tokens, the new rows go behind them.
+static void append_keys(Device *dev, void *keys, void *values, const void *k, const void *v,
+                        size_t width, const Batch *batch) {
+    for (const Span *s = batch->spans; s < batch->spans + batch->n_spans; s++) {
+        size_t to = (s->k0 + s->nk - s->nq) * width, bytes = s->nq * width * act_size(dev->act);
+        memcpy(act_at(dev->act, keys, to), act_at(dev->act, k, s->q0 * width), bytes);
+        memcpy(act_at(dev->act, values, to), act_at(dev->act, v, s->q0 * width), bytes);
+    }
+}
+
 // ------------------------------------------------------------------------------------- attention
 //
 // Causal, grouped-query (Ainslie 2023), over sequences laid end to end: a query sees the keys of
@@ -1242,7 +1209,7 @@ typedef struct {
 static void cross_entropy_forward_task(void *arguments, size_t s, int thread) {
     CrossEntropyTask *a = arguments;
     const real *z = a->logits + s * a->C;
-    real largest = a->max[s], sum = 0;
+    real largest = a->first ? a->max[s] : -(real)INFINITY, sum = 0;
     size_t target = (size_t)a->target[s];
     (void)thread;
     for (size_t v = 0; v < a->C; v++)
@@ -1258,6 +1225,16 @@ static void cross_entropy_forward(Device *dev, real *max, real *sum, real *chose
                                   size_t S) {
     CrossEntropyTask a = {dev, NULL, logits, max, sum, chosen, target, 0, first, C};
     parallel_for(dev->pool, S, cross_entropy_forward_task, &a);
+}
+
+static void cross_entropy_end(Device *dev, real *nll, uint8_t *hit, double *total, const real *max,
+                              const real *sum, const real *chosen, size_t S) {
+    (void)dev;
+    for (size_t s = 0; s < S; s++) {
+        nll[s] = max[s] - chosen[s] + (real)log(sum[s]);
+        hit[s] = chosen[s] >= max[s];
+        if (total) *total += (double)nll[s];
+    }
 }
 
 static void cross_entropy_backward_task(void *arguments, size_t s, int thread) {
@@ -1283,44 +1260,117 @@ static void round_rows(Device *dev, void *y, const real *x, size_t n) {
     store_row(dev->act, y, 0, x, n);
 }
 
-// ------------------------------------------------------------------------------ the plain op table
+// ------------------------------------------------------------------- memory, and the plain op table
+//
+// On the CPU the device's memory is the program's own: nothing needs to be copied, nothing fails
+// later.
 
-static double sum_of_squares(Device *dev, const real *x, size_t n);      // chapter 5
-static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr,
-                  real beta1, real beta2, real eps, real decay, real clip, size_t step);
-
-static const Ops plain_ops = {
-    embed, residual_norm_forward, residual_norm_backward, linears_forward_plain,
-    linears_backward_plain, rope, attention_forward_plain, attention_backward_plain, swiglu_forward,
-    swiglu_backward, gather, scatter, head_logits_plain, head_backward_plain, cross_entropy_forward,
-    cross_entropy_backward, round_rows, sum_of_squares, adamw};
-
-// The most that ops are called with; decides how much scratch they need.
-typedef struct {
-    size_t T, S;                    // tokens and supervised rows of a micro-batch
-    size_t D, F;                    // D: the larger of hidden size and H hd
-    size_t H, G, hd;
-    size_t V_chunk;                 // columns of the head at a time
-    size_t max_span;                // keys of a sequence
-    size_t max_r;
-    size_t threads;
-} OpSizes;
-
-static void plain_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
-    size_t width = max_size(s->D, s->F), rows = max_size(s->T, s->S);
-    size_t out = max_size(s->T * width, s->S * s->V_chunk);
-    *shared = round_up((3 * rows * width + out + rows * s->max_r) * sizeof(real) + 512, 64);
-    size_t attention = 8 * s->hd + (2 * s->hd + 1) * s->max_span;
-    size_t row = max_size(3 * width, s->V_chunk) + 2 * s->max_r;
-    *per_thread = round_up((max_size(attention, row) + s->D) * sizeof(real), 64);
+static void *host_allocate(Device *dev, size_t bytes, qlora_error *err) {
+    // The arenas begin at a multiple of 256; what was moved is remembered in front.
+    char *p = mem_reserve(dev->allocator, bytes + 512, 1, err);
+    if (!p) return NULL;
+    char *aligned = p + 256 - (uintptr_t)p % 256;
+    memcpy(aligned - sizeof p, &p, sizeof p);
+    return aligned;
 }
 
-static const Ops fast_ops;          // chapter 18
-static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread);
+static void host_release(Device *dev, void *memory, size_t bytes) {
+    char *p;
+    if (!memory) return;
+    memcpy(&p, (char *)memory - sizeof p, sizeof p);
+    mem_free(dev->allocator, p, bytes + 512, 1);
+}
 
-static void op_scratch(const Ops *ops, const OpSizes *s, size_t *shared, size_t *per_thread) {
-    if (ops == &plain_ops) plain_scratch(s, shared, per_thread);
-    else fast_scratch(s, shared, per_thread);
+// Bytes of memory nobody uses now.
+static size_t host_available(Device *dev) {
+    size_t kib = 0;
+    FILE *file = fopen("/proc/meminfo", "re");
+    char line[128];
+    (void)dev;
+    while (file && !kib && fgets(line, sizeof line, file))
+        if (sscanf(line, "MemAvailable: %zu kB", &kib) != 1) kib = 0;
+    if (file) fclose(file);
+    if (kib) return kib * 1024;
+    return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / 2;
+}
+
+static void host_copy(Device *dev, void *to, const void *from, size_t bytes) {
+    (void)dev;
+    if (bytes) memcpy(to, from, bytes);
+}
+
+static void host_zero(Device *dev, void *memory, size_t bytes) {
+    (void)dev;
+    memset(memory, 0, bytes);
+}
+
+static int host_check(Device *dev, qlora_error *err) { (void)dev; (void)err; return 0; }
+
+static void no_prefetch(Device *dev, const Weight *weight) { (void)dev; (void)weight; }
+
+static void call_step(Device *dev, void **record, void (*step)(void *user), void *user) {
+    (void)dev;
+    (void)record;
+    step(user);
+}
+
+static void no_record(Device *dev, void *record) { (void)dev; (void)record; }
+
+// Chapters 5, 10, 13 and 15 hold the ops that belong there.
+static void clip_gradient(Device *dev, StepRecord *record, const StepRecord *before, const real *g,
+                          size_t n, real most);
+static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr,
+                  real beta1, real beta2, real eps, real decay, const StepRecord *record,
+                  size_t step);
+static void quantize_values(Device *dev, uint8_t *packed, float *absmax, const void *raw,
+                            DType from, DType to, size_t n);
+static void low_rank(Device *dev, real *delta, const real *B, const real *A, real s, size_t rows,
+                     size_t K, size_t r);
+static void next_token(Device *dev, real *logits, const Sequence *s, size_t V);
+
+static void plain_scratch(Device *dev, const OpSizes *s) {
+    size_t width = max_size(s->D, s->F), rows = max_size(s->T, s->S);
+    size_t out = max_size(s->T * width, s->S * s->V_chunk);
+    dev->scratch_size = round_up((3 * rows * width + out + rows * s->max_r) * sizeof(real) + 512,
+                                 64);
+    size_t attention = 8 * s->hd + (2 * s->hd + 1) * s->max_span;
+    size_t row = max_size(3 * width, s->V_chunk) + 2 * s->max_r;
+    dev->thread_size = round_up((max_size(attention, row) + s->D) * sizeof(real), 64);
+}
+
+// What every CPU op table has in common; the fast one of chapter 18 replaces the rest.
+#define HOST_OPS                                                                                   \
+    .host = true, .allocate = host_allocate, .release = host_release,                              \
+    .available = host_available, .upload = host_copy, .download = host_copy, .zero = host_zero,    \
+    .check = host_check, .quantize = quantize_values, .quantize_scales = quantize_scales,          \
+    .low_rank = low_rank, .prefetch = no_prefetch, .append_keys = append_keys,             \
+    .gather = gather, .scatter = scatter, .cross_entropy_end = cross_entropy_end,                  \
+    .clip_gradient = clip_gradient, .adamw = adamw, .next_token = next_token,                      \
+    .replay = call_step, .forget = no_record
+
+// Used by the tests, which compare the others with it.
+__attribute__((unused)) static const Ops plain_ops = {
+    HOST_OPS, .scratch = plain_scratch, .embed = embed,
+    .residual_norm_forward = residual_norm_forward,
+    .residual_norm_backward = residual_norm_backward, .linears_forward = linears_forward_plain,
+    .linears_backward = linears_backward_plain, .rope = rope,
+    .attention_forward = attention_forward_plain, .attention_backward = attention_backward_plain,
+    .swiglu_forward = swiglu_forward, .swiglu_backward = swiglu_backward,
+    .head_logits = head_logits_plain, .head_backward = head_backward_plain,
+    .cross_entropy_forward = cross_entropy_forward,
+    .cross_entropy_backward = cross_entropy_backward, .round_rows = round_rows};
+
+static const Ops fast_ops;          // chapter 18
+
+static void upload(Device *dev, const void *to, const void *host, size_t bytes) {
+    dev->ops->upload(dev, (void *)(uintptr_t)to, host, bytes);
+}
+
+// What the host sees of the device's memory: itself, or a copy in `room`.
+static const void *seen(Device *dev, void *room, const void *memory, size_t bytes) {
+    if (dev->ops->host) return memory;
+    dev->ops->download(dev, room, memory, bytes);
+    return room;
 }
 // =================================================================================================
 //  4. The transformer: one forward, one backward, for every architecture and device
@@ -1402,6 +1452,8 @@ typedef struct {
     void *dlogits;                          // (S, chunk)
     void *head_u;                           // (S, r)
     real *max, *sum, *chosen;               // (S)
+    real *nll;                              // (S) and whether the target was the most likely token
+    uint8_t *hit;                           // (S)
 } Workspace;
 
 // Bytes of logits that are held at a time; sets the chunk of the vocabulary.
@@ -1477,6 +1529,8 @@ static void workspace_carve(Workspace *w, const Transformer *m, LayerActs *layer
     w->max = arena_alloc(arena, S, sizeof(real));
     w->sum = arena_alloc(arena, S, sizeof(real));
     w->chosen = arena_alloc(arena, S, sizeof(real));
+    w->nll = arena_alloc(arena, S, sizeof(real));
+    w->hit = arena_alloc(arena, S, 1);
 }
 
 // ---------------------------------------------------------------------------------------- forward
@@ -1512,19 +1566,24 @@ static void layer_forward(const Transformer *m, size_t l, Workspace *w, const vo
     op->residual_norm_forward(dev, w->x, a->h, h, add, layer->attention_norm, T, c->D, c->eps);
     n = group_products(p, m, l, GROUP_QKV, a, a->q, a->k, a->v);
     op->linears_forward(dev, p, n, w->x, b);
+    op->prefetch(dev, &layer->linear[LINEAR_O].weight);
     op->rope(dev, a->q, c->H, c->hd, m->frequency, 1, b);
     op->rope(dev, a->k, c->G, c->hd, m->frequency, 1, b);
+    if (a->keys != a->k) op->append_keys(dev, a->keys, a->values, a->k, a->v, c->G * c->hd, b);
     op->attention_forward(dev, a->attended, a->lse, a->q, a->keys, a->values, attention_shape(m, l),
                           b);
     n = group_products(p, m, l, GROUP_O, a, w->add, NULL, NULL);
     op->linears_forward(dev, p, n, a->attended, b);
+    op->prefetch(dev, &layer->linear[LINEAR_GATE].weight);
     // feed-forward block
     op->residual_norm_forward(dev, w->x, a->mid, a->h, w->add, layer->mlp_norm, T, c->D, c->eps);
     n = group_products(p, m, l, GROUP_GATE_UP, a, a->gate, a->up, NULL);
     op->linears_forward(dev, p, n, w->x, b);
+    op->prefetch(dev, &layer->linear[LINEAR_DOWN].weight);
     op->swiglu_forward(dev, w->y, a->gate, a->up, T, c->F);
     n = group_products(p, m, l, GROUP_DOWN, a, w->add, NULL, NULL);
     op->linears_forward(dev, p, n, w->y, b);
+    if (l + 1 < c->L) op->prefetch(dev, &m->layers[l + 1].linear[LINEAR_Q].weight);
 }
 
 // From ids (T) to w->x (T, D), the final norm's output, and w->h, the stream before it.
@@ -1574,17 +1633,20 @@ static void layer_backward(const Transformer *m, size_t l, Workspace *w, const B
     n = group_products(p, m, l, GROUP_DOWN, a, w->dadd, NULL, NULL);
     op->linears_backward(dev, last == GROUP_DOWN ? NULL : w->dy, p, n, w->y, b);
     if (last == GROUP_DOWN) return;
+    op->prefetch(dev, &layer->linear[LINEAR_GATE].weight);
     op->swiglu_backward(dev, w->dgate, w->dup, w->dy, a->gate, a->up, T, c->F);
     op->residual_norm_forward(dev, w->x, a->mid, a->mid, NULL, layer->mlp_norm, T, c->D, c->eps);
     n = group_products(p, m, l, GROUP_GATE_UP, a, w->dgate, w->dup, NULL);
     op->linears_backward(dev, last == GROUP_GATE_UP ? NULL : w->dx, p, n, w->x, b);
     if (last == GROUP_GATE_UP) return;
+    op->prefetch(dev, &layer->linear[LINEAR_O].weight);
     op->residual_norm_backward(dev, w->dh, w->dadd, w->dx, a->mid, layer->mlp_norm, T, c->D,
                                c->eps);
     // attention block
     n = group_products(p, m, l, GROUP_O, a, w->dadd, NULL, NULL);
     op->linears_backward(dev, last == GROUP_O ? NULL : w->dattended, p, n, a->attended, b);
     if (last == GROUP_O) return;
+    op->prefetch(dev, &layer->linear[LINEAR_Q].weight);
     op->attention_backward(dev, w->dq, w->dk, w->dv, w->dattended, a->q, a->keys, a->values,
                            a->attended, a->lse, attention_shape(m, l), b);
     op->rope(dev, w->dq, c->H, c->hd, m->frequency, -1, b);
@@ -1593,6 +1655,8 @@ static void layer_backward(const Transformer *m, size_t l, Workspace *w, const B
     n = group_products(p, m, l, GROUP_QKV, a, w->dq, w->dk, w->dv);
     op->linears_backward(dev, last == GROUP_QKV ? NULL : w->dx, p, n, w->x, b);
     if (last == GROUP_QKV) return;
+    if (l > m->lowest_layer)
+        op->prefetch(dev, &m->layers[l - 1].linear[l > c->L - w->kept ? LINEAR_DOWN : LINEAR_Q].weight);
     op->residual_norm_backward(dev, w->dh, w->dadd, w->dx, a->h, layer->attention_norm, T, c->D,
                                c->eps);
 }
@@ -1611,16 +1675,15 @@ static Linear head_slice(const Linear *head, size_t first, size_t C) {
     return slice;
 }
 
-// Cross-entropy of the rows w->xs (S, D) with their targets: nll (S) and, with `gradient`, scale
-// times its gradient in w->dxs_sum. The vocabulary is walked twice in chunks, first for the
-// softmax's denominator, then for the gradient; the second walk computes a chunk's logits again
-// unless there is only one.
-static void head_loss(const Transformer *m, Workspace *w, real *nll, uint8_t *hit,
-                      const int32_t *target, real scale, bool gradient, const Batch *rows) {
+// Cross-entropy of the rows w->xs (S, D) with their targets: w->nll and w->hit (S), its sum added to
+// *total and, with `gradient`, scale times its gradient in w->dxs_sum. The vocabulary is walked
+// twice in chunks, first for the softmax's denominator, then for the gradient; the second walk
+// computes a chunk's logits again unless there is only one.
+static void head_loss(const Transformer *m, Workspace *w, double *total, const int32_t *target,
+                      real scale, bool gradient, const Batch *rows) {
     const Ops *op = m->dev->ops;
     Device *dev = m->dev;
     size_t V = m->config.V, S = rows->T, C;
-    for (size_t s = 0; s < S; s++) w->max[s] = -(real)INFINITY;
     for (size_t first = 0; first < V; first += C) {
         C = min_size(w->chunk, V - first);
         Linear slice = head_slice(&m->head, first, C);
@@ -1628,12 +1691,9 @@ static void head_loss(const Transformer *m, Workspace *w, real *nll, uint8_t *hi
         op->head_logits(dev, w->logits, &p, w->xs, rows);
         op->cross_entropy_forward(dev, w->max, w->sum, w->chosen, w->logits, target, first, C, S);
     }
-    for (size_t s = 0; s < S; s++) {
-        nll[s] = w->max[s] - w->chosen[s] + (real)log(w->sum[s]);
-        if (hit) hit[s] = w->chosen[s] >= w->max[s];
-    }
+    op->cross_entropy_end(dev, w->nll, w->hit, total, w->max, w->sum, w->chosen, S);
     if (!gradient) return;
-    memset(w->dxs_sum, 0, S * m->config.D * sizeof(real));
+    op->zero(dev, w->dxs_sum, S * m->config.D * sizeof(real));
     for (size_t first = 0; first < V; first += C) {
         C = min_size(w->chunk, V - first);
         Linear slice = head_slice(&m->head, first, C);
@@ -1649,15 +1709,16 @@ static void head_loss(const Transformer *m, Workspace *w, real *nll, uint8_t *hi
 // A micro-batch with its labels: row supervised[i] is to predict target[i].
 typedef struct {
     Batch batch;
-    const int32_t *ids;                     // (T)
     Batch rows;                             // the S supervised rows, as spans of their own
+    const int32_t *ids;                     // (T) this and the rest is the device's
     const int32_t *supervised, *target;     // (S)
 } LabelledBatch;
 
 // Forward and, with `gradient`, backward: adds scale * d(sum of nll) to the gradients of all
-// trainable parameters. nll (S); hit (S) may be NULL.
+// trainable parameters, and the sum of nll to *total, which is the device's and may be NULL. Leaves
+// w->nll and w->hit (S).
 static void loss_and_gradients(const Transformer *m, Workspace *w, const LabelledBatch *labelled,
-                               real *nll, uint8_t *hit, real scale, bool gradient) {
+                               double *total, real scale, bool gradient) {
     const Config *c = &m->config;
     const Ops *op = m->dev->ops;
     const Batch *b = &labelled->batch;
@@ -1665,11 +1726,11 @@ static void loss_and_gradients(const Transformer *m, Workspace *w, const Labelle
     Device *dev = m->dev;
     transformer_forward(m, w, labelled->ids, b);
     op->gather(dev, w->xs, w->x, labelled->supervised, S, c->D);
-    head_loss(m, w, nll, hit, labelled->target, scale, gradient, &labelled->rows);
+    head_loss(m, w, total, labelled->target, scale, gradient, &labelled->rows);
     if (!gradient || m->lowest_layer == c->L) return;
     op->gather(dev, w->hs, w->h, labelled->supervised, S, c->D);
     op->round_rows(dev, w->dxs, w->dxs_sum, S * c->D);
-    memset(w->dhs, 0, S * c->D * sizeof(real));
+    op->zero(dev, w->dhs, S * c->D * sizeof(real));
     op->residual_norm_backward(dev, w->dhs, NULL, w->dxs, w->hs, m->final_norm, S, c->D, c->eps);
     op->scatter(dev, w->dh, w->dhs, labelled->supervised, S, b->T, c->D);
     op->round_rows(dev, w->dadd, w->dh, b->T * c->D);
@@ -1709,6 +1770,17 @@ static double sum_of_squares(Device *dev, const real *x, size_t n) {
     return total;
 }
 
+// A gradient longer than `most` is shortened to it. One that is not finite, or belongs to a loss
+// that is not, must never reach the parameters, and no step after it may either.
+static void clip_gradient(Device *dev, StepRecord *record, const StepRecord *before, const real *g,
+                          size_t n, real most) {
+    record->squares = sum_of_squares(dev, g, n);
+    double clip = (double)most / (sqrt(record->squares) + 1e-6);
+    record->clip = (real)(clip < 1 ? clip : 1);
+    record->refused = (before && before->refused) || !isfinite(record->loss) ||
+                      !isfinite(record->squares);
+}
+
 // Loshchilov and Hutter 2017, in PyTorch's order: decay first, then
 //     m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2
 //     p -= lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
@@ -1733,11 +1805,13 @@ static void adamw_task(void *arguments, size_t task, int thread) {
 }
 
 static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr,
-                  real beta1, real beta2, real eps, real decay, real clip, size_t step) {
+                  real beta1, real beta2, real eps, real decay, const StepRecord *record,
+                  size_t step) {
+    if (record->refused) return;
     double correct1 = 1 - pow((double)beta1, (double)step);
     double correct2 = 1 - pow((double)beta2, (double)step);
     AdamwTask a = {p, m, v, g, n, 1 - lr * decay, beta1, beta2, (real)((double)lr / correct1),
-                   (real)(1 / sqrt(correct2)), eps, clip};
+                   (real)(1 / sqrt(correct2)), eps, record->clip};
     parallel_for(dev->pool, ceil_div(n, NORM_CHUNK), adamw_task, &a);
 }
 
@@ -5090,22 +5164,27 @@ static void quantize_task(void *arguments, size_t task, int thread) {
     }
 }
 
-static void quantize_values(Pool *pool, uint8_t *packed, float *absmax, const void *raw, DType from,
-                            DType to, size_t count) {
-    QuantizeTask a = {raw, from, to, count, packed, absmax};
-    parallel_for(pool, ceil_div(count, (size_t)QUANT_BLOCK * BLOCKS_PER_TASK), quantize_task, &a);
+static void quantize_values(Device *dev, uint8_t *packed, float *absmax, const void *raw,
+                            DType from, DType to, size_t n) {
+    QuantizeTask a = {raw, from, to, n, packed, absmax};
+    parallel_for(dev->pool, ceil_div(n, (size_t)QUANT_BLOCK * BLOCKS_PER_TASK), quantize_task, &a);
+}
+
+// Where the scales of a weight go first: to their place, or to `room` to be quantised themselves.
+static float *scales_of(const Weight *w, float *room) {
+    return w->absmax8 ? room : (float *)(uintptr_t)w->absmax;
 }
 
 // Finishes a 4-bit weight whose codes and scales are there: the tables, the second quantisation.
-static void finish_weight(Weight *w, const float *absmax) {
+static void finish_weight(Device *dev, Weight *w, const float *absmax) {
     size_t blocks = ceil_div(w->N * w->K, QUANT_BLOCK);
-    memcpy((float *)(uintptr_t)w->code, w->dtype == DT_NF4 ? nf4_levels : fp4_levels,
-           sizeof nf4_levels);
-    if (w->absmax8) {
-        dynamic_map((float *)(uintptr_t)w->code8);
-        w->offset = quantize_scales((uint8_t *)(uintptr_t)w->absmax8,
-                                    (float *)(uintptr_t)w->absmax2, absmax, blocks, w->code8);
-    } else memcpy((float *)(uintptr_t)w->absmax, absmax, blocks * sizeof *absmax);
+    float map[256];
+    upload(dev, w->code, w->dtype == DT_NF4 ? nf4_levels : fp4_levels, sizeof nf4_levels);
+    if (!w->absmax8) return;
+    dynamic_map(map);
+    upload(dev, w->code8, map, sizeof map);
+    w->offset = dev->ops->quantize_scales(dev, (uint8_t *)(uintptr_t)w->absmax8,
+                                          (float *)(uintptr_t)w->absmax2, absmax, blocks, w->code8);
 }
 
 // ---------------------------------------------------------------------------------------- loading
@@ -5115,9 +5194,10 @@ enum { STAGING_VALUES = 4 << 20 };          // values read at a time while quant
 typedef struct {
     const TensorFiles *files;
     const qlora_options *options;
-    Pool *pool;
-    char *staging;                          // STAGING_VALUES values of at most 4 bytes
-    float *absmax;                          // scales of the largest linear
+    Device *dev;                            // whose memory the weights go to
+    char *staging;                          // (STAGING_VALUES) values of at most 4 bytes
+    void *remote;                           // the same on a device with memory of its own
+    float *absmax;                          // scales of the largest linear; the device's
     uint8_t *used;                          // (tensors of the files)
     qlora_error *err;
 } WeightLoader;
@@ -5186,6 +5266,23 @@ static int place_slot(WeightLoader *l, Slot *slot, Arena *arena) {
     return 0;
 }
 
+// n values of a tensor from number `at` on, checked: into `to`, which is the device's memory, and in
+// `staging` too if that is apart. Returns where the host sees them, NULL with a message.
+static const char *load_values(WeightLoader *l, const TensorInfo *t, size_t at, size_t n, void *to,
+                               char *staging) {
+    DType type = safetensors_types[t->type].dtype;
+    size_t size = t->bytes / t->elements;
+    char *raw = to && l->dev->ops->host ? to : staging;
+    if (tensor_read(l->files, t, raw, at * size, n * size, l->err)) return NULL;
+    if (type != DT_OTHER && !all_finite(raw, type, n)) {
+        fail(l->err, "%s: tensor %s holds NaN or infinity: the file is damaged or the model was "
+             "trained to pieces", tensor_path(l, t), t->name);
+        return NULL;
+    }
+    if (to && raw != to) upload(l->dev, to, raw, n * size);
+    return raw;
+}
+
 // One tensor of a stored 4-bit linear, of exactly this type and size.
 static int load_part(WeightLoader *l, const Slot *slot, const char *suffix, int type, size_t n,
                      const void *out) {
@@ -5194,7 +5291,11 @@ static int load_part(WeightLoader *l, const Slot *slot, const char *suffix, int 
         return fail(l->err, "%s: tensor %s%s: %zu values of type %s expected, found %s",
                     l->files->files[t ? t->file : 0].path, slot->name, suffix, n,
                     safetensors_types[type].name, t ? "others" : "none");
-    return tensor_read(l->files, t, (void *)(uintptr_t)out, 0, t->bytes, l->err);
+    for (size_t at = 0; at < n; at += STAGING_VALUES) {
+        char *to = (char *)(uintptr_t)out + at * (t->bytes / n);
+        if (!load_values(l, t, at, min_size(STAGING_VALUES, n - at), to, l->staging)) return -1;
+    }
+    return 0;
 }
 
 // Reads what bitsandbytes wrote (FACTS 3): codes, scales and the quant_state JSON, cross-checked.
@@ -5239,13 +5340,9 @@ static int load_4bit(WeightLoader *l, const Slot *slot) {
                                   w->absmax2) ||
                         load_part(l, slot, ".nested_quant_map", ST_F32, 256, w->code8)
                       : load_part(l, slot, ".absmax", ST_F32, blocks, w->absmax));
-    const float *scales = w->absmax8 ? w->absmax2 : w->absmax;
-    size_t n_scales = w->absmax8 ? ceil_div(blocks, SCALE_BLOCK) : blocks;
-    if (!bad && (!all_finite(scales, DT_F32, n_scales) || !isfinite(w->offset) ||
-                 !all_finite(w->code, DT_F32, 16) ||
-                 (w->absmax8 && !all_finite(w->code8, DT_F32, 256))))
-        bad = fail(l->err, "%s: tensor %s: its scales or maps hold NaN or infinity",
-                   tensor_path(l, state), slot->name);
+    if (!bad && !isfinite(w->offset))
+        bad = fail(l->err, "%s: tensor %s: nested_offset is not finite", tensor_path(l, state),
+                   slot->name);
 done:
     region_free(&region);
     return bad;
@@ -5257,25 +5354,27 @@ static int load_slot(WeightLoader *l, const Slot *slot) {
         return load_4bit(l, slot);
     const TensorInfo *t = find_slot(l, slot);
     DType from = safetensors_types[t->type].dtype;
-    size_t size = dtype_size(from);
-    for (size_t at = 0; at < t->elements; at += STAGING_VALUES) {
-        size_t n = min_size(STAGING_VALUES, t->elements - at);
-        bool in_place = slot->kind != SLOT_VECTOR && !is_4bit(slot->weight->dtype);
-        char *raw = in_place ? (char *)(uintptr_t)slot->weight->data + at * size : l->staging;
-        if (tensor_read(l->files, t, raw, at * size, n * size, l->err)) return -1;
-        if (!all_finite(raw, from, n))
-            return fail(l->err, "%s: tensor %s holds NaN or infinity: the file is damaged or the "
-                        "model was trained to pieces", tensor_path(l, t), slot->name);
-        if (slot->kind == SLOT_VECTOR)
-            widen_values((float *)(uintptr_t)*slot->vector + at, raw, from, n);
-        else if (!in_place)
-            quantize_values(l->pool, (uint8_t *)(uintptr_t)slot->weight->data + at / 2,
-                            l->absmax + at / QUANT_BLOCK, raw, from, slot->weight->dtype, n);
+    bool vector = slot->kind == SLOT_VECTOR, in_place = !vector && !is_4bit(slot->weight->dtype);
+    size_t size = dtype_size(from), most = vector ? STAGING_VALUES / 2 : STAGING_VALUES;
+    for (size_t at = 0; at < t->elements; at += most) {
+        size_t n = min_size(most, t->elements - at);
+        // A vector is read into the upper half of the staging memory and widened into the lower.
+        char *staging = l->staging + (vector ? most * sizeof(float) : 0);
+        char *to = in_place ? (char *)(uintptr_t)slot->weight->data + at * size : NULL;
+        const char *raw = load_values(l, t, at, n, to ? to : vector ? NULL : l->remote, staging);
+        if (!raw) return -1;
+        if (vector) {
+            widen_values((float *)(void *)l->staging, raw, from, n);
+            upload(l->dev, *slot->vector + at, l->staging, n * sizeof(float));
+        } else if (!in_place)
+            l->dev->ops->quantize(l->dev, (uint8_t *)(uintptr_t)slot->weight->data + at / 2,
+                                  scales_of(slot->weight, l->absmax) + at / QUANT_BLOCK,
+                                  l->remote ? l->remote : raw, from, slot->weight->dtype, n);
         if (l->options->stop && l->options->stop(l->options->stop_user))
             return fail(l->err, "stopped while loading");
     }
-    if (slot->weight && is_4bit(slot->weight->dtype)) finish_weight(slot->weight, l->absmax);
-    return 0;
+    if (!in_place && !vector) finish_weight(l->dev, slot->weight, l->absmax);
+    return l->dev->ops->check(l->dev, l->err);
 }
 
 // A tensor that no slot asked for means another model than this program would compute.
@@ -5290,35 +5389,45 @@ static int refuse_unused(const WeightLoader *l, bool tied) {
     return 0;
 }
 
-// Reads all weights into one allocation, *weights of *bytes, that the caller owns.
+// Reads all weights into one allocation of the device, *weights of *bytes, that the caller owns. To
+// plan, weights is NULL: types and *bytes are found out from the files' headers.
 static int load_weights(Transformer *m, const SlotList *list, const char *directory,
-                        const qlora_options *options, Pool *pool, void **weights, size_t *bytes,
-                        const qlora_allocator *allocator, qlora_error *err) {
-    TensorFiles *files = tensors_open(directory, "model.safetensors", allocator, err);
+                        const qlora_options *options, Device *dev, void **weights, size_t *bytes,
+                        qlora_error *err) {
+    TensorFiles *files = tensors_open(directory, "model.safetensors", dev->allocator, err);
     if (!files) return -1;
-    Region region = {.allocator = allocator};
-    WeightLoader l = {.files = files, .options = options, .pool = pool, .err = err};
-    size_t largest = 0;
+    Region region = {.allocator = dev->allocator};
+    WeightLoader l = {.files = files, .options = options, .dev = dev, .err = err};
+    size_t blocks = 0, scales = 0, staging = STAGING_VALUES * sizeof(float);
     int bad = -1;
     l.used = region_alloc(&region, files->n_tensors, 1, err);
-    l.staging = mem_reserve(allocator, STAGING_VALUES, 4, err);
-    if (!l.used || !l.staging) goto done;
+    if (!l.used) goto done;
     Arena arena = {NULL, 0};
     for (size_t i = 0; i < list->n; i++) {
         if (place_slot(&l, &list->slots[i], &arena)) goto done;
-        largest = max_size(largest, list->slots[i].rows * list->slots[i].columns);
+        blocks = max_size(blocks, ceil_div(list->slots[i].rows * list->slots[i].columns,
+                                           QUANT_BLOCK));
     }
-    l.absmax = region_alloc(&region, ceil_div(largest, QUANT_BLOCK), sizeof(float), err);
-    *bytes = arena.used + 64;
-    *weights = l.absmax ? mem_reserve(allocator, *bytes, 1, err) : NULL;
+    *bytes = arena.used;
+    if (m->config.tied) m->head.weight = m->embedding;
+    bad = weights ? -1 : 0;
+    if (!weights) goto done;
+    scales = blocks * sizeof(float);
+    l.staging = mem_reserve(dev->allocator, staging, 1, err);
+    l.absmax = l.staging ? dev->ops->allocate(dev, scales, err) : NULL;
+    if (!dev->ops->host && l.absmax) l.remote = dev->ops->allocate(dev, staging, err);
+    if (!l.absmax || (!dev->ops->host && !l.remote)) goto done;
+    *weights = dev->ops->allocate(dev, *bytes, err);
     if (!*weights) goto done;
-    arena = (Arena){(char *)round_up((uintptr_t)*weights, 64), 0};
+    arena = (Arena){*weights, 0};
     for (size_t i = 0; i < list->n; i++)
         if (place_slot(&l, &list->slots[i], &arena) || load_slot(&l, &list->slots[i])) goto done;
     if (m->config.tied) m->head.weight = m->embedding;
     bad = refuse_unused(&l, m->config.tied);
 done:
-    mem_free(allocator, l.staging, STAGING_VALUES, 4);
+    dev->ops->release(dev, l.remote, staging);
+    dev->ops->release(dev, l.absmax, scales);
+    mem_free(dev->allocator, l.staging, staging, 1);
     region_free(&region);
     tensors_close(files);
     return bad;
@@ -6673,26 +6782,30 @@ static bool is_target(const char *target, size_t n, const char *module) {
            (n == length || module[length - n - 1] == '.');
 }
 
+enum { PIECE = 4096 };                      // parameters that travel between host and device at a time
+
 // Gives every adapted linear (lora.r > 0) its place in the flat buffers; training also gets
 // gradients and moments, zeroed. Replaces what was there.
-static void free_parameters(Transformer *m, const qlora_allocator *allocator) {
+static void free_parameters(Transformer *m) {
     size_t copies = m->gradients ? 4 : 1;
-    mem_free(allocator, m->parameters, m->n_parameters * copies, sizeof(real));
+    m->dev->ops->release(m->dev, m->parameters, m->n_parameters * copies * sizeof(real));
     m->parameters = m->gradients = m->moment1 = m->moment2 = NULL;
     m->n_parameters = 0;
 }
 
-static int allocate_parameters(Transformer *m, bool training, const qlora_allocator *allocator,
-                               qlora_error *err) {
-    free_parameters(m, allocator);
+static int allocate_parameters(Transformer *m, bool training, qlora_error *err) {
+    Device *dev = m->dev;
+    free_parameters(m);
     size_t n = 0;
     for (size_t i = 0; i < n_modules(m); i++) {
         const Linear *linear = module_linear(m, i);
         n += round_up(linear->lora.r * linear->weight.K, PARAMETER_ALIGNMENT);
         n += round_up(linear->lora.r * linear->weight.N, PARAMETER_ALIGNMENT);
     }
-    m->parameters = mem_alloc(allocator, n * (training ? 4 : 1), sizeof(real), err);
+    size_t bytes = n * (training ? 4 : 1) * sizeof(real);
+    m->parameters = dev->ops->allocate(dev, bytes, err);
     if (!m->parameters) return -1;
+    dev->ops->zero(dev, m->parameters, bytes);
     m->n_parameters = n;
     if (training) {
         m->gradients = m->parameters + n;
@@ -6723,18 +6836,18 @@ static size_t count_parameters(Transformer *m) {
     return n;
 }
 
-static void remove_adapter(Transformer *m, const qlora_allocator *allocator) {
+static void remove_adapter(Transformer *m) {
     for (size_t i = 0; i < n_modules(m); i++) module_linear(m, i)->lora.r = 0;
-    free_parameters(m, allocator);
+    free_parameters(m);
     find_lowest_adapter(m);
 }
 
 // A fresh adapter for training: A uniform in +-1/sqrt(K) (PEFT's kaiming_uniform with a = sqrt 5),
 // B zero, so that the adapted model starts as the base model, bit for bit.
 static int new_adapter(Transformer *m, const char *targets, size_t r, float alpha, float dropout,
-                       uint64_t seed, const qlora_allocator *allocator, qlora_error *err) {
+                       uint64_t seed, qlora_error *err) {
     char name[128];
-    remove_adapter(m, allocator);
+    remove_adapter(m);
     for (const char *at = targets; at; at = *(at += strcspn(at, ",")) ? at + 1 : NULL) {
         size_t found = 0, n = strcspn(at, ",");
         for (size_t i = 0; i < n_modules(m); i++) {
@@ -6753,17 +6866,22 @@ static int new_adapter(Transformer *m, const char *targets, size_t r, float alph
                     "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head do)",
                     (int)n, at);
     }
-    if (allocate_parameters(m, true, allocator, err)) { remove_adapter(m, allocator); return -1; }
+    if (allocate_parameters(m, true, err)) { remove_adapter(m); return -1; }
     for (size_t i = 0; i < n_modules(m); i++) {
         const Linear *linear = module_linear(m, i);
         size_t n = linear->lora.r * linear->weight.K;
         float bound = 1 / sqrtf((float)linear->weight.K);
-        for (size_t k = 0; k < n; k++) {
-            uint32_t bits = random_u32(seed, RANDOM_INIT, linear->lora.module, k);
-            linear->lora.A[k] = (real)(bound * (2 * unit_float(bits) - 1));
+        for (size_t at = 0; at < n; at += PIECE) {
+            real values[PIECE];
+            size_t count = min_size(PIECE, n - at);
+            for (size_t k = 0; k < count; k++) {
+                uint32_t bits = random_u32(seed, RANDOM_INIT, linear->lora.module, at + k);
+                values[k] = (real)(bound * (2 * unit_float(bits) - 1));
+            }
+            upload(m->dev, linear->lora.A + at, values, count * sizeof *values);
         }
     }
-    return 0;
+    return m->dev->ops->check(m->dev, err);
 }
 
 // ------------------------------------------------------------------------------ reading an adapter
@@ -6883,8 +7001,8 @@ static int read_module_shape(AdapterReader *a, size_t i) {
 }
 
 static int read_parameter(AdapterReader *a, const TensorInfo *t, real *out) {
-    enum { PIECE = 4096 };
     float values[PIECE];
+    real wide[PIECE];
     char raw[PIECE * sizeof(float)];
     DType type = safetensors_types[t->type].dtype;
     for (size_t at = 0; at < t->elements; at += PIECE) {
@@ -6894,7 +7012,8 @@ static int read_parameter(AdapterReader *a, const TensorInfo *t, real *out) {
             return fail(a->err, "%s/adapter_model.safetensors: %s holds NaN or infinity",
                         a->directory, t->name);
         widen_values(values, raw, type, n);
-        for (size_t k = 0; k < n; k++) out[at + k] = (real)values[k];
+        for (size_t k = 0; k < n; k++) wide[k] = (real)values[k];
+        upload(a->m->dev, out + at, wide, n * sizeof *wide);
     }
     return 0;
 }
@@ -6915,15 +7034,19 @@ static int check_head_copy(AdapterReader *a) {
     DType type = safetensors_types[t->type].dtype;
     size_t size = dtype_size(type);
     Buffer raw = {.allocator = a->files->region.allocator};
-    int bad = buffer_reserve(&raw, head->K * (4 + 4 + sizeof(real)), a->err);
+    size_t row_bytes = head->K * dtype_size(head->dtype);
+    int bad = buffer_reserve(&raw, head->K * (4 + 4 + 4 + sizeof(real)), a->err);
     for (size_t row = 0; row < head->N && !bad; row++) {
         float *values = (float *)(void *)raw.data;
         real *own = (real *)(void *)(raw.data + head->K * 8);
+        Weight one = *head;
+        one.data = seen(a->m->dev, own + head->K, (const char *)head->data + row * row_bytes,
+                        row_bytes);
         bad = tensor_read(a->files, t, raw.data + head->K * 4, row * head->K * size, head->K * size,
                           a->err);
         if (bad) break;
         widen_values(values, raw.data + head->K * 4, type, head->K);
-        weight_row(own, head, row, 0, head->K, DT_REAL);
+        weight_row(own, &one, 0, 0, head->K, DT_REAL);
         for (size_t k = 0; k < head->K && !bad; k++)
             if (!((real)values[k] == own[k]))
                 bad = fail(a->err, "%s/adapter_model.safetensors: %s differs from the base model's "
@@ -6934,7 +7057,7 @@ static int check_head_copy(AdapterReader *a) {
     return bad;
 }
 
-static int read_adapter_tensors(AdapterReader *a, const qlora_allocator *allocator) {
+static int read_adapter_tensors(AdapterReader *a) {
     char module[128];
     for (size_t i = 0; i < n_modules(a->m); i++)
         if (read_module_shape(a, i)) return -1;
@@ -6944,7 +7067,7 @@ static int read_adapter_tensors(AdapterReader *a, const qlora_allocator *allocat
                     "%s/adapter_model.safetensors: %zu of %zu tensors belong to linears of this "
                     "model: is it an adapter for another model?",
                     a->directory, a->used, a->files->n_tensors);
-    if (allocate_parameters(a->m, false, allocator, a->err)) return -1;
+    if (allocate_parameters(a->m, false, a->err)) return -1;
     for (size_t i = 0; i < n_modules(a->m); i++) {
         const Lora *lora = &module_linear(a->m, i)->lora;
         module_name(a->m, i, false, module);
@@ -6962,15 +7085,15 @@ static int load_adapter(Transformer *m, const char *directory, const qlora_alloc
     bool found;
     const Json *json = read_json(directory, "adapter_config.json", 1 << 24, &region, &found, err);
     int bad = -1;
-    remove_adapter(m, allocator);
+    remove_adapter(m);
     if (!found) fail(err, "%s/adapter_config.json: not found: is this a PEFT adapter?", directory);
     if (json && !check_adapter_config(json, directory, err)) {
         AdapterReader a = {m, NULL, directory, json, 0, err};
         TensorFiles *files = tensors_open(directory, "adapter_model.safetensors", allocator, err);
         a.files = files;
-        bad = files ? read_adapter_tensors(&a, allocator) : -1;
+        bad = files ? read_adapter_tensors(&a) : -1;
         tensors_close(files);
-        if (bad) remove_adapter(m, allocator);
+        if (bad) remove_adapter(m);
     }
     region_free(&region);
     return bad;
@@ -6989,11 +7112,15 @@ static int fill_adapter(void *user, const TensorInfo *tensor, Writer *w) {
             tensor->name[n + length] != '.') continue;
         bool is_a = strstr(tensor->name + n + length, "lora_A") != NULL;
         const real *values = is_a ? linear->lora.A : linear->lora.B;
-        for (size_t k = 0; k < tensor->elements; k++) {
-            float value = (float)values[k];
-            if (writer_write(w, &value, sizeof value)) return -1;
+        for (size_t at = 0; at < tensor->elements; at += PIECE) {
+            size_t count = min_size(PIECE, tensor->elements - at);
+            real room[PIECE];
+            float narrow[PIECE];
+            const real *here = seen(m->dev, room, values + at, count * sizeof *room);
+            for (size_t k = 0; k < count; k++) narrow[k] = (float)here[k];
+            if (writer_write(w, narrow, count * sizeof *narrow)) return -1;
         }
-        return 0;
+        return m->dev->ops->check(m->dev, w->err);
     }
     return fail(w->err, "%s: no module for this tensor", tensor->name);
 }
@@ -7313,7 +7440,7 @@ static void random_values_task(void *arguments, size_t task, int thread) {
 
 // Fills a slot: matrices bell-shaped with deviation 0.02, norms 1, biases 0.
 static void random_slot(const Slot *slot, uint64_t seed, uint32_t stream, float *values,
-                        float *absmax, Pool *pool) {
+                        float *absmax, Device *dev) {
     size_t n = slot->rows * slot->columns;
     if (slot->kind == SLOT_VECTOR) {
         bool bias = strcmp(strrchr(slot->name, '.'), ".bias") == 0;
@@ -7321,20 +7448,19 @@ static void random_slot(const Slot *slot, uint64_t seed, uint32_t stream, float 
         return;
     }
     RandomTask a = {seed, stream, 0.02f, values, n};
-    parallel_for(pool, ceil_div(n, RANDOM_PER_TASK), random_values_task, &a);
+    parallel_for(dev->pool, ceil_div(n, RANDOM_PER_TASK), random_values_task, &a);
     uint16_t *half = (uint16_t *)(uintptr_t)slot->weight->data;
     if (is_4bit(slot->weight->dtype)) {
         // From bf16, as if the model had been saved and then quantised.
         for (size_t i = 0; i < n; i++) values[i] = bf16_to_float(float_to_bf16(values[i]));
-        quantize_values(pool, (uint8_t *)(uintptr_t)slot->weight->data, absmax, values, DT_F32,
-                        slot->weight->dtype, n);
-        finish_weight(slot->weight, absmax);
+        quantize_values(dev, (uint8_t *)(uintptr_t)slot->weight->data,
+                        scales_of(slot->weight, absmax), values, DT_F32, slot->weight->dtype, n);
+        finish_weight(dev, slot->weight, absmax);
     } else for (size_t i = 0; i < n; i++) half[i] = float_to_bf16(values[i]);
 }
 
 static int random_weights(const SlotList *list, const qlora_options *options, uint64_t seed,
-                          Pool *pool, void **weights, size_t *bytes,
-                          const qlora_allocator *allocator, qlora_error *err) {
+                          Device *dev, void **weights, size_t *bytes, qlora_error *err) {
     DType linear_type = options->quant == QLORA_QUANT_NF4 ? DT_NF4
                       : options->quant == QLORA_QUANT_FP4 ? DT_FP4 : DT_BF16;
     Arena arena = {NULL, 0};
@@ -7349,19 +7475,19 @@ static int random_weights(const SlotList *list, const qlora_options *options, ui
                               options->double_quant != 0, &arena);
         }
         if (pass) break;
-        *bytes = arena.used + 64;
-        *weights = mem_reserve(allocator, *bytes, 1, err);
+        *bytes = arena.used;
+        *weights = dev->ops->allocate(dev, *bytes, err);
         if (!*weights) return -1;
-        arena = (Arena){(char *)round_up((uintptr_t)*weights, 64), 0};
+        arena = (Arena){*weights, 0};
     }
     size_t blocks = ceil_div(largest, QUANT_BLOCK);
-    float *values = mem_reserve(allocator, largest, sizeof *values, err);
-    float *absmax = values ? mem_reserve(allocator, blocks, sizeof *absmax, err) : NULL;
+    float *values = mem_reserve(dev->allocator, largest, sizeof *values, err);
+    float *absmax = values ? mem_reserve(dev->allocator, blocks, sizeof *absmax, err) : NULL;
     for (size_t i = 0; i < list->n && absmax; i++)
-        random_slot(&list->slots[i], seed, (uint32_t)i, values, absmax, pool);
+        random_slot(&list->slots[i], seed, (uint32_t)i, values, absmax, dev);
     int bad = absmax ? 0 : -1;
-    mem_free(allocator, values, largest, sizeof *values);
-    mem_free(allocator, absmax, blocks, sizeof *absmax);
+    mem_free(dev->allocator, values, largest, sizeof *values);
+    mem_free(dev->allocator, absmax, blocks, sizeof *absmax);
     return bad;
 }
 
@@ -7377,11 +7503,13 @@ struct qlora_model {
     Transformer transformer;
     void *weights;
     size_t weight_bytes;
-    Device device;
+    Device host, device;                    // the CPU, and where the model computes: it or a GPU
+    char device_name[128];                  // "" for the CPU
     Tokenizer *tokenizer;                   // NULL in models made by init without tokenizer files
     ChatTemplate chat;                      // valid when has_chat
     bool has_chat;
     char note[512];                         // what the user should know about the template
+    char device_why[256];                   // why `auto` did not choose a GPU
     float lora_dropout;                     // of the adapter, for its configuration file
 };
 
@@ -7404,18 +7532,6 @@ static int physical_cores(void) {
     return cores < 1 ? 1 : cores > MAX_THREADS ? MAX_THREADS : cores;
 }
 
-// Bytes of memory nobody uses now.
-static size_t available_memory(void) {
-    size_t kib = 0;
-    FILE *file = fopen("/proc/meminfo", "re");
-    char line[128];
-    while (file && !kib && fgets(line, sizeof line, file))
-        if (sscanf(line, "MemAvailable: %zu kB", &kib) != 1) kib = 0;
-    if (file) fclose(file);
-    if (kib) return kib * 1024;
-    return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE) / 2;
-}
-
 qlora_options qlora_default_options(void) {
     return (qlora_options){
         .quant = QLORA_QUANT_NF4, .double_quant = 1, .compute = QLORA_COMPUTE_AUTO};
@@ -7429,6 +7545,37 @@ static bool has_bf16_units(void) {
 #endif
 }
 
+static int cuda_open(qlora_model *q, int number, qlora_error *err) {
+#ifdef QLORA_CUDA
+    return qlora_cuda_open(&q->device, number, q->options.compute, q->device_name,
+                           sizeof q->device_name, err);
+#else
+    (void)q;
+    return fail(err, "device cuda:%d: this program was built without CUDA; install the CUDA "
+                "Toolkit and run make again", number);
+#endif
+}
+
+// "cpu"; "cuda" or "cuda:N"; "auto" (and NULL): the first GPU if there is one that works, else the
+// CPU, with the reason in q->note when there might have been one.
+static int choose_device(qlora_model *q, qlora_error *err) {
+    const char *name = q->options.device ? q->options.device : "auto";
+    int number = 0, end = 0;
+    if (strcmp(name, "cpu") == 0) return 0;
+    if (strcmp(name, "auto") == 0) {
+#ifdef QLORA_CUDA
+        qlora_error why = {{0}};
+        if (cuda_open(q, 0, &why))
+            snprintf(q->device_why, sizeof q->device_why, "%.255s", why.text);
+#endif
+        return 0;
+    }
+    if (strcmp(name, "cuda") == 0 ||
+        (sscanf(name, "cuda:%d%n", &number, &end) == 1 && !name[end] && number >= 0))
+        return cuda_open(q, number, err);
+    return fail(err, "device: expected auto, cpu, cuda or cuda:N, found %s", name);
+}
+
 static int open_device(qlora_model *q, qlora_error *err) {
     int threads = q->options.threads;
     if (threads < 0 || threads > MAX_THREADS)
@@ -7436,11 +7583,13 @@ static int open_device(qlora_model *q, qlora_error *err) {
     qlora_compute compute = q->options.compute;
     if (compute == QLORA_COMPUTE_AUTO) compute = has_bf16_units() ? QLORA_COMPUTE_BF16
                                                                   : QLORA_COMPUTE_F32;
-    q->device.ops = &fast_ops;
-    q->device.act = compute == QLORA_COMPUTE_BF16 ? DT_BF16 : DT_REAL;
-    q->device.pool = pool_open(threads ? threads : physical_cores(), &q->allocator, err);
+    q->host.ops = &fast_ops;
+    q->host.act = compute == QLORA_COMPUTE_BF16 ? DT_BF16 : DT_REAL;
+    q->host.allocator = &q->allocator;
+    q->host.pool = pool_open(threads ? threads : physical_cores(), &q->allocator, err);
+    q->device = q->host;
     q->transformer.dev = &q->device;
-    return q->device.pool ? 0 : -1;
+    return q->host.pool ? choose_device(q, err) : -1;
 }
 
 // A handle with its options, threads and parsed config.json, but no weights.
@@ -7476,10 +7625,15 @@ failed:
 void qlora_close(qlora_model *q) {
     if (!q) return;
     qlora_allocator allocator = q->allocator;
-    free_parameters(&q->transformer, &allocator);
-    mem_free(&allocator, q->weights, q->weight_bytes, 1);
+    if (q->transformer.dev) {
+        free_parameters(&q->transformer);
+        q->device.ops->release(&q->device, q->weights, q->weight_bytes);
+    }
+#ifdef QLORA_CUDA
+    if (q->device.gpu) qlora_cuda_close(&q->device);
+#endif
     tokenizer_close(q->tokenizer);
-    pool_close(q->device.pool);
+    pool_close(q->host.pool);
     region_free(&q->region);
     mem_free(&allocator, q, 1, sizeof *q);
 }
@@ -7532,6 +7686,12 @@ static const char *find_base(const char *directory, Region *region, qlora_error 
     return NULL;
 }
 
+// Weights are read when the first thing needs them.
+static int need_weights(qlora_model *q, qlora_error *err) {
+    return q->weights ? 0 : load_weights(&q->transformer, &q->slots, q->directory, &q->options,
+                                         &q->device, &q->weights, &q->weight_bytes, err);
+}
+
 qlora_model *qlora_open(const char *path, const qlora_options *options, qlora_error *err) {
     qlora_allocator allocator = {default_allocate, default_release, NULL};
     if (options && options->allocator.allocate && options->allocator.release)
@@ -7542,8 +7702,9 @@ qlora_model *qlora_open(const char *path, const qlora_options *options, qlora_er
     const char *base = !adapter ? NULL : is_adapter ? find_base(path, &region, err) : path;
     qlora_model *q = base ? open_handle(base, options, err) : NULL;
     if (q && (open_text(q, base, err) ||
-              load_weights(&q->transformer, &q->slots, base, &q->options, q->device.pool,
-                           &q->weights, &q->weight_bytes, &q->allocator, err) ||
+              load_weights(&q->transformer, &q->slots, base, &q->options, &q->device, NULL,
+                           &q->weight_bytes, err) ||
+              ((is_adapter || !q->options.defer_weights) && need_weights(q, err)) ||
               (is_adapter && load_adapter(&q->transformer, path, &q->allocator, err)))) {
         qlora_close(q);
         q = NULL;
@@ -7556,6 +7717,7 @@ const char *qlora_note(const qlora_model *q) { return q->note; }
 
 int qlora_load_adapter(qlora_model *q, const char *directory, qlora_error *err) {
     q->lora_dropout = 0;
+    if (need_weights(q, err)) return -1;
     return load_adapter(&q->transformer, directory, &q->allocator, err);
 }
 
@@ -7576,7 +7738,8 @@ qlora_model_info qlora_info(const qlora_model *q) {
                              q->weight_bytes,
                              count_parameters((Transformer *)(uintptr_t)&q->transformer),
                              q->device.act == DT_BF16 ? QLORA_COMPUTE_BF16 : QLORA_COMPUTE_F32,
-                             q->device.pool->threads};
+                             q->host.pool->threads,
+                             q->device_name};
     for (size_t i = 0; i < q->slots.n; i++)
         info.parameters += q->slots.slots[i].rows * q->slots.slots[i].columns;
     return info;
@@ -7656,6 +7819,14 @@ int qlora_detokenize(qlora_model *q, const int32_t *ids, size_t n_ids, int skip_
     return *text ? 0 : -1;
 }
 
+// What goes from file to file needs no GPU.
+static qlora_model *open_on_host(const char *directory, const qlora_options *options,
+                                 qlora_error *err) {
+    qlora_options host = options ? *options : qlora_default_options();
+    host.device = "cpu";
+    return open_handle(directory, &host, err);
+}
+
 int qlora_init(const char *config, const char *out_dir, uint64_t seed, const qlora_options *options,
                qlora_error *err) {
     char directory[PATH_MAX];
@@ -7664,11 +7835,11 @@ int qlora_init(const char *config, const char *out_dir, uint64_t seed, const qlo
     memcpy(directory, config, n + 1);
     if (n >= tail && strcmp(config + n - tail, "config.json") == 0) directory[n - tail] = 0;
     if (!directory[0]) strcpy(directory, ".");
-    qlora_model *q = open_handle(directory, options, err);
+    qlora_model *q = open_on_host(directory, options, err);
     if (!q) return -1;
     int bad = make_directory(out_dir, err) ||
-              random_weights(&q->slots, &q->options, seed, q->device.pool, &q->weights,
-                             &q->weight_bytes, &q->allocator, err) ||
+              random_weights(&q->slots, &q->options, seed, &q->device, &q->weights,
+                             &q->weight_bytes, err) ||
               write_model(out_dir, &q->transformer, &q->slots, q->config, &q->allocator, err) ||
               copy_side_files(q->directory, out_dir, &q->region, err);
     qlora_close(q);
@@ -7677,13 +7848,12 @@ int qlora_init(const char *config, const char *out_dir, uint64_t seed, const qlo
 
 int qlora_quantize(const char *model_dir, const char *out_dir, const qlora_options *options,
                    qlora_error *err) {
-    qlora_model *q = open_handle(model_dir, options, err);
+    qlora_model *q = open_on_host(model_dir, options, err);
     if (!q) return -1;
     int bad = q->options.quant == QLORA_QUANT_NONE
             ? fail(err, "quantize: expected --quant nf4 or fp4, found none")
             : make_directory(out_dir, err) ||
-              load_weights(&q->transformer, &q->slots, model_dir, &q->options, q->device.pool,
-                           &q->weights, &q->weight_bytes, &q->allocator, err) ||
+              need_weights(q, err) ||
               write_model(out_dir, &q->transformer, &q->slots, q->config, &q->allocator, err) ||
               copy_side_files(q->directory, out_dir, &q->region, err);
     qlora_close(q);
@@ -7692,8 +7862,15 @@ int qlora_quantize(const char *model_dir, const char *out_dir, const qlora_optio
 
 // ---------------------------------------------------------------------------------------- sessions
 
-// The memory of one activity on a model (training, scoring, generating): one arena, planned, then
-// allocated, then carved by the same code.
+// The arrays that describe a micro-batch: one block, filled on the host and uploaded as a whole.
+typedef struct {
+    Span *spans, *row_spans;                // (n_spans) of the tokens, of the supervised rows
+    int32_t *ids, *position;                // (T)
+    int32_t *supervised, *target;           // (S)
+} BatchArrays;
+
+// The memory of one activity on a model (training, scoring, generating): one arena of the device,
+// planned, then allocated, then carved by the same code.
 typedef struct {
     qlora_model *q;
     Workspace w;
@@ -7701,23 +7878,48 @@ typedef struct {
     real *logits;                           // (rows, V) when inferring
     void **cache;                           // (2 L) keys and values of each layer, or NULL
     size_t cache_rows, past;                // room and tokens in the cache
-    int32_t *position;                      // (T)
-    Span *spans;                            // (T)
-    void *memory;
+    BatchArrays here, there;                // on the host and on the device; on the CPU the same
+    size_t batch_bytes;
+    Sequence text;                          // what is being generated
+    void *record;                           // of the step that generates a token
+    void *memory, *host_memory;
     size_t bytes;
     Device outer;                           // scratch of the session around this one, if any
 } Session;
 
-typedef struct { size_t T, S, max_span, kept, logit_rows, cache_rows; bool training; } SessionShape;
+typedef struct {
+    size_t T, S, n_spans, max_span, kept, logit_rows, cache_rows;
+    bool training;
+} SessionShape;
 
 static OpSizes op_sizes(const Transformer *m, const SessionShape *shape, size_t chunk) {
     const Config *c = &m->config;
-    OpSizes s = {shape->T, shape->S, max_size(c->D, c->H * c->hd), c->F, c->H, c->G, c->hd, chunk,
-                 max_size(shape->max_span, shape->cache_rows), m->head.lora.r,
-                 (size_t)m->dev->pool->threads};
+    OpSizes s = {.T = shape->T, .S = shape->S, .D = max_size(c->D, c->H * c->hd), .F = c->F,
+                 .H = c->H, .G = c->G, .hd = c->hd, .V_chunk = chunk, .V = c->V,
+                 .max_span = max_size(shape->max_span, shape->cache_rows),
+                 .n_spans = shape->n_spans, .max_r = m->head.lora.r,
+                 .threads = (size_t)m->dev->pool->threads, .training = shape->training};
     for (size_t l = 0; l < c->L; l++)
         for (int i = 0; i < N_LINEARS; i++) s.max_r = max_size(s.max_r, linear_rank(m, l, i));
     return s;
+}
+
+static void carve_batch(BatchArrays *b, const SessionShape *shape, Arena *arena) {
+    b->spans = arena_alloc(arena, shape->n_spans, sizeof *b->spans);
+    b->row_spans = arena_alloc(arena, shape->n_spans, sizeof *b->row_spans);
+    b->ids = arena_alloc(arena, shape->T, sizeof *b->ids);
+    b->position = arena_alloc(arena, shape->T, sizeof *b->position);
+    b->supervised = arena_alloc(arena, shape->S, sizeof *b->supervised);
+    b->target = arena_alloc(arena, shape->S, sizeof *b->target);
+}
+
+static void carve_text(Sequence *text, size_t room, size_t V, Arena *arena) {
+    text->ids = arena_alloc(arena, room, sizeof *text->ids);
+    text->n = arena_alloc(arena, 1, sizeof *text->n);
+    text->id = arena_alloc(arena, 1, sizeof *text->id);
+    text->position = arena_alloc(arena, 1, sizeof *text->position);
+    text->span = arena_alloc(arena, 1, sizeof *text->span);
+    text->work = arena_alloc(arena, sample_bytes(V), 1);
 }
 
 static void session_carve(Session *s, const SessionShape *shape, Arena *arena) {
@@ -7728,59 +7930,79 @@ static void session_carve(Session *s, const SessionShape *shape, Arena *arena) {
                     shape->training, arena);
     size_t chunk = shape->training ? s->w.chunk : c->V;
     OpSizes sizes = op_sizes(&q->transformer, shape, chunk);
-    op_scratch(q->device.ops, &sizes, &q->device.scratch_size, &q->device.thread_size);
+    q->device.ops->scratch(&q->device, &sizes);
     q->device.scratch = arena_alloc(arena, q->device.scratch_size, 1);
     q->device.thread_scratch = arena_alloc(arena, q->device.thread_size * sizes.threads, 1);
     s->logits = arena_alloc(arena, shape->logit_rows * c->V, sizeof(real));
-    s->position = arena_alloc(arena, shape->T, sizeof *s->position);
-    s->spans = arena_alloc(arena, shape->T, sizeof *s->spans);
+    size_t before = arena->used;
+    carve_batch(&s->there, shape, arena);
+    s->batch_bytes = arena->used - before;
     s->cache_rows = shape->cache_rows;
     for (size_t i = 0; s->cache_rows && i < 2 * c->L; i++)
         s->cache[i] = arena_alloc(arena, shape->cache_rows * c->G * c->hd, size);
+    if (s->cache_rows) carve_text(&s->text, s->cache_rows, c->V, arena);
 }
 
 static void session_close(Session *s) {
     size_t L = s->q->transformer.config.L;
-    mem_free(&s->q->allocator, s->memory, s->bytes, 1);
+    Device *dev = &s->q->device;
+    if (s->record) dev->ops->forget(dev, s->record);
+    dev->ops->release(dev, s->memory, s->bytes);
+    mem_free(dev->allocator, s->host_memory, s->batch_bytes, 1);
     mem_free(&s->q->allocator, s->layers, L, sizeof *s->layers);
     mem_free(&s->q->allocator, s->cache, 2 * L, sizeof *s->cache);
     s->q->device = s->outer;
 }
 
-// Opens a session. Training keeps the activations of as many layers as the memory allows.
+// Finds out how much a session needs, keeping the activations of as many layers as there is room
+// for. Nothing has been read or allocated yet when there is too little.
+static int session_plan(Session *s, SessionShape *shape, qlora_error *err) {
+    qlora_model *q = s->q;
+    Device *dev = &q->device;
+    size_t weights = q->weight_bytes, parameters = q->transformer.n_parameters * 4 * sizeof(real);
+    size_t limit = q->options.memory, free_now = dev->ops->available(dev);
+    size_t taken = limit ? weights + parameters : q->weights ? 0 : weights;
+    size_t all = limit ? limit : free_now, room = all - min_size(taken, all);
+    size_t most = limit ? room : room / 10 * 9;             // leave a tenth to others
+    for (shape->kept = shape->training ? q->transformer.config.L : 0;; shape->kept--) {
+        Arena plan = {NULL, 0};
+        session_carve(s, shape, &plan);
+        s->bytes = plan.used;
+        if (s->bytes <= most || shape->kept == 0) break;
+    }
+    if (s->bytes <= room) return 0;
+    return fail(err,
+                "memory: %zu MB are not enough: the model takes %zu MB, its adapter %zu MB and a "
+                "batch of %zu tokens %zu MB more; lower --batch or --max-length",
+                all >> 20, weights >> 20, parameters >> 20, shape->T, s->bytes >> 20);
+}
+
 static int session_open(Session *s, qlora_model *q, SessionShape shape, qlora_error *err) {
     const Config *c = &q->transformer.config;
+    Device *dev = &q->device;
     *s = (Session){.q = q, .outer = q->device};
     s->layers = mem_alloc(&q->allocator, c->L, sizeof *s->layers, err);
     s->cache = s->layers ? mem_alloc(&q->allocator, 2 * c->L, sizeof *s->cache, err) : NULL;
-    if (!s->cache) {
-        session_close(s);
-        return -1;
-    }
-    size_t held = q->weight_bytes + q->transformer.n_parameters * 4 * sizeof(real);
-    size_t budget = q->options.memory ? q->options.memory - min_size(held, q->options.memory)
-                                      : available_memory() / 10 * 9;
-    shape.kept = shape.training ? c->L : 0;
-    for (;;) {
-        Arena plan = {NULL, 0};
-        session_carve(s, &shape, &plan);
-        s->bytes = plan.used + 64;
-        if (s->bytes <= budget || shape.kept == 0) break;
-        shape.kept--;
-    }
-    if (q->options.memory && s->bytes > budget)
-        fail(err,
-             "memory: %zu MB are not enough: the model takes %zu MB and a batch of %zu tokens %zu "
-             "MB more; lower --batch or --max-length",
-             q->options.memory >> 20, held >> 20, shape.T, s->bytes >> 20);
-    else s->memory = mem_reserve(&q->allocator, s->bytes, 1, err);
-    if (!s->memory) {
-        session_close(s);
-        return -1;
-    }
-    Arena arena = {(char *)round_up((uintptr_t)s->memory, 64), 0};
+    if (!s->cache || session_plan(s, &shape, err) || need_weights(q, err)) goto failed;
+    s->memory = dev->ops->allocate(dev, s->bytes, err);
+    if (!s->memory) goto failed;
+    Arena arena = {s->memory, 0};
     session_carve(s, &shape, &arena);
+    s->here = s->there;
+    if (dev->ops->host) return 0;
+    s->host_memory = mem_reserve(dev->allocator, s->batch_bytes, 1, err);
+    arena = (Arena){s->host_memory, 0};
+    if (!s->host_memory) goto failed;
+    carve_batch(&s->here, &shape, &arena);
     return 0;
+failed:
+    session_close(s);
+    return -1;
+}
+
+// What was written to s->here becomes what the device sees.
+static void upload_batch(Session *s) {
+    if (s->host_memory) upload(&s->q->device, s->there.spans, s->here.spans, s->batch_bytes);
 }
 
 // ----------------------------------------------------------------------------------------- merging
@@ -7815,29 +8037,46 @@ typedef struct {
     WeightLoader loader;
     float *rows;                            // (MERGE_VALUES) values on their way
     char *raw;                              // (MERGE_VALUES) the same as read and as written
+    real *delta, *remote;                   // (MERGE_VALUES) s B A, on the host and on the device
     double *sums;                           // (rows, 4): of W^2, D^2, |D| > 0, of these unchanged
     double totals[4];
     // of the tensor at work
     const Slot *slot;
     const Lora *lora;
+    const real *change;                     // the delta as the host sees it
     size_t first, n_rows;
 } Merger;
 
 enum { MERGE_VALUES = 4 << 20 };
 
+typedef struct { real *delta; const real *B, *A; real s; size_t K, r; } LowRankTask;
+
+static void low_rank_task(void *arguments, size_t row, int thread) {
+    LowRankTask *a = arguments;
+    (void)thread;
+    for (size_t k = 0; k < a->K; k++) {
+        real sum = 0;
+        for (size_t j = 0; j < a->r; j++) sum += a->B[row * a->r + j] * a->A[j * a->K + k];
+        a->delta[row * a->K + k] = a->s * sum;
+    }
+}
+
+static void low_rank(Device *dev, real *delta, const real *B, const real *A, real s, size_t rows,
+                     size_t K, size_t r) {
+    LowRankTask a = {delta, B, A, s, K, r};
+    parallel_for(dev->pool, rows, low_rank_task, &a);
+}
+
 // One row: adds the adapter's share and rounds.
 static void merge_row_task(void *arguments, size_t row, int thread) {
     Merger *a = arguments;
-    size_t K = a->slot->columns, r = a->lora->r;
+    size_t K = a->slot->columns;
     float *w = a->rows + row * K;
     double *sums = a->sums + 4 * row;
     (void)thread;
     sums[0] = sums[1] = sums[2] = sums[3] = 0;
     for (size_t k = 0; k < K; k++) {
-        float delta = 0;
-        for (size_t j = 0; j < r; j++)
-            delta += (float)a->lora->B[(a->first + row) * r + j] * (float)a->lora->A[j * K + k];
-        delta *= (float)a->lora->scale;
+        float delta = (float)a->change[row * K + k];
         float merged = narrow_value(w[k] + delta, a->slot->file_type);
         sums[0] += (double)w[k] * (double)w[k];
         sums[1] += (double)delta * (double)delta;
@@ -7845,6 +8084,21 @@ static void merge_row_task(void *arguments, size_t row, int thread) {
         sums[3] += !(fabsf(delta) <= 0) && merged == w[k];
         w[k] = merged;
     }
+}
+
+// Adds the adapter's share to the rows at work.
+static int add_adapter(Merger *a) {
+    Device *dev = &a->q->device;
+    size_t K = a->slot->columns, r = a->lora->r, n = a->n_rows * K;
+    dev->ops->low_rank(dev, a->remote, a->lora->B + a->first * r, a->lora->A, a->lora->scale,
+                       a->n_rows, K, r);
+    a->change = seen(dev, a->delta, a->remote, n * sizeof(real));
+    if (dev->ops->check(dev, a->loader.err)) return -1;
+    parallel_for(dev->pool, a->n_rows, merge_row_task, a);
+    for (size_t i = 0; i < a->n_rows; i++)
+        for (int k = 0; k < 4; k++) a->totals[k] += a->sums[4 * i + (size_t)k];
+    if (all_finite(a->rows, DT_F32, n)) return 0;
+    return fail(a->loader.err, "tensor %s: the merged values are not finite", a->slot->name);
 }
 
 // Writes a->n_rows * columns values in the slot's own type.
@@ -7895,13 +8149,7 @@ static int merge_rows(Merger *a, const TensorInfo *t, const Weight *packed, Writ
     for (a->first = 0; a->first < a->slot->rows; a->first += a->n_rows) {
         a->n_rows = min_size(at_once, a->slot->rows - a->first);
         if (read_rows(a, t, packed)) return -1;
-        if (a->lora) parallel_for(a->q->device.pool, a->n_rows, merge_row_task, a);
-        for (size_t i = 0; a->lora && i < a->n_rows; i++)
-            for (int k = 0; k < 4; k++) a->totals[k] += a->sums[4 * i + (size_t)k];
-        if (a->lora && !all_finite(a->rows, DT_F32, a->n_rows * K))
-            return fail(a->loader.err, "tensor %s: the merged values are not finite",
-                        a->slot->name);
-        if (write_narrow(a, w)) return -1;
+        if ((a->lora && add_adapter(a)) || write_narrow(a, w)) return -1;
     }
     return 0;
 }
@@ -7920,13 +8168,13 @@ static int fill_merged(void *user, const TensorInfo *tensor, Writer *w) {
     Weight saved = *a->slot->weight;
     Arena arena = {NULL, 0};
     int bad = place_slot(&a->loader, (Slot *)(uintptr_t)a->slot, &arena);
-    size_t bytes = arena.used + 64;
-    char *memory = bad ? NULL : mem_reserve(&a->q->allocator, bytes, 1, a->loader.err);
+    size_t bytes = arena.used;
+    char *memory = bad ? NULL : host_allocate(a->loader.dev, bytes, a->loader.err);
     if (memory) {
-        arena = (Arena){(char *)round_up((uintptr_t)memory, 64), 0};
+        arena = (Arena){memory, 0};
         bad = place_slot(&a->loader, (Slot *)(uintptr_t)a->slot, &arena) ||
               load_4bit(&a->loader, a->slot) || merge_rows(a, NULL, a->slot->weight, w);
-        mem_free(&a->q->allocator, memory, bytes, 1);
+        host_release(a->loader.dev, memory, bytes);
     }
     *a->slot->weight = saved;
     return memory && !bad ? 0 : -1;
@@ -8021,7 +8269,7 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
                 qlora_error *err) {
     qlora_model *q = open_handle(model_dir, options, err);
     if (!q) return -1;
-    Merger a = {.q = q, .loader = {.options = &q->options, .pool = q->device.pool, .err = err}};
+    Merger a = {.q = q, .loader = {.options = &q->options, .dev = &q->host, .err = err}};
     size_t widest = 1, tallest = 1;
     int bad = -1;
     for (size_t i = 0; i < q->slots.n; i++) {
@@ -8037,7 +8285,10 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
     a.rows = mem_reserve(&q->allocator, values, sizeof *a.rows, err);
     a.raw = mem_reserve(&q->allocator, values, sizeof(real), err);
     a.sums = mem_reserve(&q->allocator, 4 * tallest, sizeof *a.sums, err);
-    if (!a.loader.used || !a.rows || !a.raw || !a.sums) goto done;
+    a.remote = q->device.ops->allocate(&q->device, values * sizeof(real), err);
+    if (!q->device.ops->host) a.delta = mem_reserve(&q->allocator, values, sizeof(real), err);
+    if (!a.loader.used || !a.rows || !a.raw || !a.sums || !a.remote ||
+        (!a.delta && !q->device.ops->host)) goto done;
     q->options.quant = QLORA_QUANT_NONE;                    // 16-bit tensors are merged as they are
     Arena plan = {NULL, 0};
     for (size_t i = 0; i < q->slots.n; i++)
@@ -8061,6 +8312,8 @@ done:
     mem_free(&q->allocator, a.rows, values, sizeof *a.rows);
     mem_free(&q->allocator, a.raw, values, sizeof(real));
     mem_free(&q->allocator, a.sums, 4 * tallest, sizeof *a.sums);
+    mem_free(&q->allocator, a.delta, values, sizeof(real));
+    q->device.ops->release(&q->device, a.remote, values * sizeof(real));
     tensors_close(files);
     qlora_close(q);
     return bad;
@@ -8103,13 +8356,16 @@ typedef struct {
     uint32_t *shuffled;                     // (train.n_packs) this epoch's permutation of the packs
     uint32_t *order;                        // (train.n) and of their samples,
     size_t *pack;                           // (train.n_packs + 1) where each pack begins in it
-    int32_t *ids, *supervised, *target;     // (T), (S), (S) of the micro-batch
-    Span *spans, *row_spans;                // (n_spans)
-    real *nll;                              // (S)
+    size_t T, S, n_spans;                   // the most a micro-batch can have, samples too
+    // Steps whose loss and norm have not been looked at yet: on the CPU none, on a GPU those since
+    // the last line of the log, so that no step waits for it.
+    size_t window, n_pending;               // the most there can be, how many there are
+    qlora_progress *pending;                // (window)
+    StepRecord *records, *seen;             // (window) the device's, the host's
+    real *nll;                              // (S) what an evaluation looks at, on the host
     uint8_t *hit;                           // (S)
-    size_t T, S, n_spans;                   // the most a micro-batch can have
     Buffer log;                             // text of log.jsonl
-    double log_written, started;            // seconds
+    double log_written, started, window_began;  // seconds
     char settings[1024];                    // all that decides the result, as text
     Region region;
     const char *path;
@@ -8201,27 +8457,36 @@ static void order_epoch(Trainer *t, size_t epoch) {
 // Lays n samples end to end. `ordinal` numbers them within the step.
 static LabelledBatch make_batch(Trainer *t, const Dataset *data, const uint32_t *samples, size_t n,
                                 size_t ordinal, size_t step, bool training) {
-    size_t T = 0, S = 0;
+    const BatchArrays *here = &t->session.here, *there = &t->session.there;
+    size_t T = 0, S = 0, longest = 0, most_rows = 0;
     for (size_t i = 0; i < n; i++) {
         const Sample *sample = &data->samples[samples[i]];
         size_t rows = 0;
-        memcpy(t->ids + T, data->ids + sample->first, sample->length * sizeof *t->ids);
+        memcpy(here->ids + T, data->ids + sample->first, sample->length * sizeof *here->ids);
         for (size_t k = 0; k < sample->length; k++) {
-            t->session.position[T + k] = (int32_t)k;
+            here->position[T + k] = (int32_t)k;
             if (k == 0 || !data->learn[sample->first + k]) continue;
-            t->supervised[S + rows] = (int32_t)(T + k - 1);   // the token before predicts it
-            t->target[S + rows] = data->ids[sample->first + k];
+            here->supervised[S + rows] = (int32_t)(T + k - 1);   // the token before predicts it
+            here->target[S + rows] = data->ids[sample->first + k];
             rows++;
         }
         uint32_t number = (uint32_t)(ordinal + i);
-        t->spans[i] = (Span){T, sample->length, T, sample->length, number};
-        t->row_spans[i] = (Span){S, rows, S, rows, number};
+        here->spans[i] = (Span){T, sample->length, T, sample->length, number};
+        here->row_spans[i] = (Span){S, rows, S, rows, number};
         T += sample->length;
         S += rows;
+        longest = max_size(longest, sample->length);
+        most_rows = max_size(most_rows, rows);
     }
-    Batch batch = {T, n, t->spans, t->session.position, t->options->seed, (uint32_t)step, training};
-    Batch rows = {S, n, t->row_spans, NULL, t->options->seed, (uint32_t)step, training};
-    return (LabelledBatch){batch, t->ids, rows, t->supervised, t->target};
+    upload_batch(&t->session);
+    Batch batch = {.T = T, .n_spans = n, .most_queries = longest, .most_keys = longest,
+                   .spans = there->spans, .position = there->position, .seed = t->options->seed,
+                   .step = (uint32_t)step, .training = training};
+    Batch rows = batch;
+    rows.T = S;
+    rows.most_queries = rows.most_keys = most_rows;
+    rows.spans = there->row_spans;
+    return (LabelledBatch){batch, rows, there->ids, there->supervised, there->target};
 }
 
 static double now_seconds(void) {
@@ -8234,13 +8499,16 @@ static double now_seconds(void) {
 static int not_finite(Trainer *t, const char *what, size_t step, const uint32_t *samples,
                       size_t n) {
     char lines[400] = "";
+    uint32_t file = UINT32_MAX;             // named where it changes
     for (size_t i = 0; i < n && strlen(lines) < 300; i++) {
         const Sample *sample = &t->data.samples[samples[i]];
-        snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%s:%zu", i ? ", " : "",
-                 t->data.paths[sample->file], sample->line);
+        bool named = sample->file == file;
+        file = sample->file;
+        snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%s%s%zu", i ? ", " : "",
+                 named ? "" : t->data.paths[file], named ? "" : " ", sample->line);
     }
     return fail(t->err,
-                "step %zu: the %s is not a finite number and was not applied; its samples are %s; "
+                "step %zu: the %s is not a finite number and was not applied; samples of lines %s; "
                 "try a lower --learning-rate or --compute f32", step + 1, what, lines);
 }
 
@@ -8260,42 +8528,39 @@ static void tell(const qlora_train_options *o, const char *format, ...) {
 }
 
 enum { STOPPED = 1 };                       // the stop callback asked for it: no error yet
+enum { MAX_PENDING = 1024 };
 
 // One optimiser step over the n packs of this epoch that begin with pack[0]. Nothing is changed
-// when it fails or is stopped.
+// when it is stopped, or when its loss or gradient is not finite, which read_back finds out.
 static int train_step(Trainer *t, size_t step, const size_t *pack, size_t n, qlora_progress *p) {
     const uint32_t *samples = t->order + pack[0];
-    const size_t n_samples = pack[n] - pack[0];
     const qlora_train_options *o = t->options;
     Transformer *m = &t->q->transformer;
-    const Ops *op = m->dev->ops;
-    double loss = 0;
-    size_t supervised = 0, batch = o->per_device_train_batch_size;
-    p->tokens = 0;
-    for (size_t i = 0; i < n_samples; i++) {
-        supervised += t->data.samples[samples[i]].supervised;
+    Device *dev = m->dev;
+    size_t batch = o->per_device_train_batch_size;
+    StepRecord *record = &t->records[t->n_pending];
+    p->tokens = p->supervised = 0;
+    for (size_t i = 0; i < pack[n] - pack[0]; i++) {
+        p->supervised += t->data.samples[samples[i]].supervised;
         p->tokens += t->data.samples[samples[i]].length;
     }
-    memset(m->gradients, 0, m->n_parameters * sizeof(real));
+    dev->ops->zero(dev, m->gradients, m->n_parameters * sizeof(real));
+    dev->ops->zero(dev, record, sizeof *record);
     for (size_t at = 0; at < n; at += batch) {
         size_t first = pack[at] - pack[0], end = pack[min_size(at + batch, n)] - pack[0];
         LabelledBatch labelled = make_batch(t, &t->data, samples + first, end - first, first, step,
                                             true);
-        loss_and_gradients(m, &t->session.w, &labelled, t->nll, NULL, 1 / (real)supervised, true);
-        for (size_t s = 0; s < labelled.rows.T; s++) loss += (double)t->nll[s];
+        loss_and_gradients(m, &t->session.w, &labelled, &record->loss, 1 / (real)p->supervised,
+                           true);
         if (should_stop(t)) return STOPPED;
     }
-    p->supervised = supervised;
-    p->loss = loss / (double)supervised;
-    p->grad_norm = sqrt(op->sum_of_squares(m->dev, m->gradients, m->n_parameters));
-    if (!isfinite(p->loss)) return not_finite(t, "loss", step, samples, n_samples);
-    if (!isfinite(p->grad_norm)) return not_finite(t, "gradient", step, samples, n_samples);
-    double clip = fmin(1, (double)o->max_grad_norm / (p->grad_norm + 1e-6));
     p->learning_rate = (double)o->learning_rate * schedule_factor(t->schedule, step, t->steps,
                                                                   t->warmup);
-    op->adamw(m->dev, m->parameters, m->gradients, m->moment1, m->moment2, m->n_parameters,
-              (real)p->learning_rate, (real)0.9, (real)0.999, (real)1e-8, (real)o->weight_decay,
-              (real)clip, step + 1);
+    dev->ops->clip_gradient(dev, record, t->n_pending ? record - 1 : NULL, m->gradients,
+                            m->n_parameters, (real)o->max_grad_norm);
+    dev->ops->adamw(dev, m->parameters, m->gradients, m->moment1, m->moment2, m->n_parameters,
+                    (real)p->learning_rate, (real)0.9, (real)0.999, (real)1e-8,
+                    (real)o->weight_decay, record, step + 1);
     return 0;
 }
 
@@ -8305,18 +8570,24 @@ static int train_step(Trainer *t, size_t step, const size_t *pack, size_t n, qlo
 typedef struct { double nll, squares; size_t tokens, hits; } Score;
 
 static int evaluate(Trainer *t, const SampleList *list, Score *score) {
+    const Workspace *w = &t->session.w;
+    Device *dev = &t->q->device;
     size_t batch = t->options->per_device_train_batch_size;
     *score = (Score){0};
     for (size_t at = 0; at < list->n; at += batch) {
         LabelledBatch labelled = make_batch(t, list->data, list->index + at,
                                             min_size(batch, list->n - at), 0, 0, false);
-        loss_and_gradients(&t->q->transformer, &t->session.w, &labelled, t->nll, t->hit, 0, false);
-        for (size_t s = 0; s < labelled.rows.T; s++) {
-            score->nll += (double)t->nll[s];
-            score->squares += (double)t->nll[s] * (double)t->nll[s];
-            score->hits += t->hit[s];
+        loss_and_gradients(&t->q->transformer, &t->session.w, &labelled, NULL, 0, false);
+        size_t S = labelled.rows.T;
+        const real *nll = seen(dev, t->nll, w->nll, S * sizeof *nll);
+        const uint8_t *hit = seen(dev, t->hit, w->hit, S);
+        if (dev->ops->check(dev, t->err)) return -1;
+        for (size_t s = 0; s < S; s++) {
+            score->nll += (double)nll[s];
+            score->squares += (double)nll[s] * (double)nll[s];
+            score->hits += hit[s];
         }
-        score->tokens += labelled.rows.T;
+        score->tokens += S;
         if (should_stop(t)) return STOPPED;
     }
     return 0;
@@ -8551,6 +8822,19 @@ static int state_write_block(StateWriter *s, const void *data, size_t n) {
     return state_write(s, &length, sizeof length) || state_write(s, data, n) ? -1 : 0;
 }
 
+// The same for n values of the device.
+static int state_write_values(StateWriter *s, Device *dev, const real *values, size_t n) {
+    uint64_t length = n * sizeof *values;
+    real room[PIECE];
+    int bad = state_write(s, &length, sizeof length);
+    for (size_t at = 0; at < n && !bad; at += PIECE) {
+        size_t bytes = min_size(PIECE, n - at) * sizeof *room;
+        const real *here = seen(dev, room, values + at, bytes);
+        bad = dev->ops->check(dev, s->w.err) || state_write(s, here, bytes);
+    }
+    return bad ? -1 : 0;
+}
+
 static int write_state(Trainer *t, const char *path) {
     const Transformer *m = &t->q->transformer;
     StateWriter s = {.hash = 1};
@@ -8566,9 +8850,9 @@ static int write_state(Trainer *t, const char *path) {
         bad = state_write(&s, state_magic, sizeof state_magic) ||
               state_write_block(&s, header.data, header.size) ||
               state_write_block(&s, t->log.data ? t->log.data : "", t->log.size) ||
-              state_write_block(&s, m->parameters, m->n_parameters * sizeof(real)) ||
-              state_write_block(&s, m->moment1, m->n_parameters * sizeof(real)) ||
-              state_write_block(&s, m->moment2, m->n_parameters * sizeof(real)) ||
+              state_write_values(&s, m->dev, m->parameters, m->n_parameters) ||
+              state_write_values(&s, m->dev, m->moment1, m->n_parameters) ||
+              state_write_values(&s, m->dev, m->moment2, m->n_parameters) ||
               writer_write(&s.w, &s.hash, sizeof s.hash);
         bad = writer_close(&s.w, bad);
     }
@@ -8722,9 +9006,9 @@ static int apply_state(Trainer *t, const State *state, const char *path) {
     t->evaluated = json_get_bool(state->header, "evaluated", true);
     json_to_double(json_get(state->header, "best_loss"), &t->best_loss);
     if (t->best_loss < 0) t->best_loss = INFINITY;
-    memcpy(m->parameters, state->values[0], state->value_size);
-    memcpy(m->moment1, state->values[1], state->value_size);
-    memcpy(m->moment2, state->values[2], state->value_size);
+    upload(m->dev, m->parameters, state->values[0], state->value_size);
+    upload(m->dev, m->moment1, state->values[1], state->value_size);
+    upload(m->dev, m->moment2, state->values[2], state->value_size);
     t->saved_step = t->step;
     return buffer_append(&t->log, state->log, state->log_size, t->err);
 }
@@ -8764,6 +9048,35 @@ static int log_step(Trainer *t, const qlora_progress *p) {
            write_log(t, false);
 }
 
+// Looks at the steps that are pending: logs them, or says which one went wrong. All of them belong
+// to this epoch.
+static int read_back(Trainer *t) {
+    Device *dev = &t->q->device;
+    size_t n = t->n_pending, per_step = t->options->per_device_train_batch_size *
+                                        t->options->gradient_accumulation_steps;
+    if (!n) return 0;
+    t->n_pending = 0;
+    dev->ops->download(dev, t->seen, t->records, n * sizeof *t->seen);
+    if (dev->ops->check(dev, t->err)) return -1;
+    double now = now_seconds(), seconds = (now - t->window_began) / (double)n;
+    t->window_began = now;
+    for (size_t i = 0; i < n; i++) {
+        const StepRecord *record = &t->seen[i];
+        qlora_progress *p = &t->pending[i];
+        size_t step = p->step - 1, first = step % t->steps_per_epoch * per_step;
+        p->loss = record->loss / (double)p->supervised;
+        p->grad_norm = sqrt(record->squares);
+        p->seconds = seconds;
+        if (record->refused)
+            return not_finite(t, isfinite(record->loss) ? "gradient" : "loss", step,
+                              t->order + t->pack[first],
+                              t->pack[min_size(first + per_step, t->train.n_packs)] -
+                                  t->pack[first]);
+        if (log_step(t, p)) return -1;
+    }
+    return 0;
+}
+
 // Scores the held-out samples, if there are any, and remembers the best step.
 static int evaluate_and_log(Trainer *t) {
     Score score;
@@ -8785,7 +9098,7 @@ static int evaluate_and_log(Trainer *t) {
 
 // Stopping keeps the last completed step.
 static int stopped(Trainer *t) {
-    if (save_checkpoint(t)) return -1;
+    if (read_back(t) || save_checkpoint(t)) return -1;
     if (!t->options->output_dir) return fail(t->err, "stopped after step %zu", t->step);
     return fail(t->err, "stopped after step %zu of %zu; continue with --resume %s", t->step,
                 t->steps, t->options->output_dir);
@@ -8797,13 +9110,14 @@ static int after_step(Trainer *t) {
     const qlora_train_options *o = t->options;
     size_t step = t->step;
     bool epoch_ends = step % t->steps_per_epoch == 0 || step == t->steps;
+    bool evaluates = !t->evaluated && (epoch_ends || (o->eval_steps && step % o->eval_steps == 0));
+    bool saves = o->save_steps ? step % o->save_steps == 0 || step == t->steps : epoch_ends;
     int bad = 0;
-    if (!t->evaluated && (epoch_ends || (o->eval_steps && step % o->eval_steps == 0)))
-        bad = evaluate_and_log(t);
+    if ((epoch_ends || evaluates || saves || t->n_pending == t->window) && read_back(t)) return -1;
+    if (evaluates) bad = evaluate_and_log(t);
     if (bad) return bad;
     t->evaluated = true;
-    if (o->save_steps ? step % o->save_steps == 0 || step == t->steps : epoch_ends)
-        bad = save_checkpoint(t);
+    if (saves) bad = save_checkpoint(t);
     if (!bad && epoch_ends) bad = show_samples(t);
     return bad ? bad : step < t->steps && should_stop(t) ? STOPPED : 0;
 }
@@ -8814,7 +9128,6 @@ static int train_loop(Trainer *t) {
     size_t epoch = SIZE_MAX;
     int bad;
     while (!(bad = after_step(t)) && t->step < t->steps) {
-        double start = now_seconds();
         size_t first = t->step % t->steps_per_epoch * per_step;
         size_t n = min_size(per_step, t->train.n_packs - first);
         qlora_progress p = {.step = t->step + 1, .steps = t->steps,
@@ -8823,12 +9136,12 @@ static int train_loop(Trainer *t) {
             epoch = t->step / t->steps_per_epoch;
             order_epoch(t, epoch);
         }
+        if (!t->n_pending) t->window_began = now_seconds();
         bad = train_step(t, t->step, t->pack + first, n, &p);
         if (bad) break;
         t->step++;
         t->evaluated = false;
-        p.seconds = now_seconds() - start;
-        if ((bad = log_step(t, &p))) break;
+        t->pending[t->n_pending++] = p;
     }
     return bad == STOPPED ? stopped(t) : bad;
 }
@@ -8880,15 +9193,12 @@ static int prepare_training(Trainer *t) {
     t->shuffled = region_alloc(&t->region, t->train.n_packs, sizeof *t->shuffled, t->err);
     t->order = region_alloc(&t->region, t->train.n, sizeof *t->order, t->err);
     t->pack = region_alloc(&t->region, t->train.n_packs + 1, sizeof *t->pack, t->err);
-    t->ids = region_alloc(&t->region, t->T, sizeof *t->ids, t->err);
-    t->supervised = region_alloc(&t->region, t->S, sizeof *t->supervised, t->err);
-    t->target = region_alloc(&t->region, t->S, sizeof *t->target, t->err);
-    t->spans = region_alloc(&t->region, t->n_spans, sizeof *t->spans, t->err);
-    t->row_spans = region_alloc(&t->region, t->n_spans, sizeof *t->row_spans, t->err);
     t->nll = region_alloc(&t->region, t->S, sizeof *t->nll, t->err);
     t->hit = region_alloc(&t->region, t->S, 1, t->err);
-    return t->shuffled && t->order && t->pack && t->ids && t->supervised && t->target && t->spans && t->row_spans && t->nll &&
-           t->hit ? 0 : -1;
+    t->window = t->q->device.ops->host ? 1 : min_size(o->logging_steps, MAX_PENDING);
+    t->pending = region_alloc(&t->region, t->window, sizeof *t->pending, t->err);
+    t->seen = region_alloc(&t->region, t->window, sizeof *t->seen, t->err);
+    return t->shuffled && t->order && t->pack && t->nll && t->hit && t->pending && t->seen ? 0 : -1;
 }
 
 // Before anything long begins: can the output be written, and is nothing of the user's overwritten?
@@ -8984,7 +9294,7 @@ static int read_data_options(Trainer *t) {
         .fields = {.name = "--field-user", .user = o->field_user, .assistant = o->field_assistant},
         .system = o->field_system, .max_samples = o->max_samples ? o->max_samples : SIZE_MAX,
         .skip_bad_lines = o->skip_bad_lines != 0, .allocator = &t->q->allocator,
-        .pool = t->q->device.pool};
+        .pool = t->q->host.pool};
     return parse_take(o->take, &t->how, t->err);
 }
 
@@ -9046,17 +9356,22 @@ static void trainer_close(Trainer *t) {
 // The run itself, when all is checked.
 static int run_training(Trainer *t) {
     const qlora_train_options *o = t->options;
-    SessionShape shape = {.T = t->T, .S = t->S, .max_span = t->T, .training = true};
+    SessionShape shape = {.T = t->T, .S = t->S, .n_spans = t->n_spans, .max_span = t->T,
+                          .training = true};
+    Device *dev = &t->q->device;
+    size_t bytes = t->window * sizeof *t->records;
     if (session_open(&t->session, t->q, shape, t->err)) return -1;
     tell_plan(t);
     describe_settings(t);
-    int bad = check_disk(t) || (o->output_dir && write_run(t, o->output_dir)) ||
+    t->records = dev->ops->allocate(dev, bytes, t->err);
+    int bad = !t->records || check_disk(t) || (o->output_dir && write_run(t, o->output_dir)) ||
                       (o->resume && resume(t))
                   ? -1
                   : 0;
     if (!bad) bad = train_loop(t);
     if (!bad && o->output_dir)
         bad = save_outputs(t, o->output_dir) || write_log(t, true) || write_plot(t) ? -1 : 0;
+    dev->ops->release(dev, t->records, bytes);
     session_close(&t->session);
     return bad;
 }
@@ -9079,7 +9394,7 @@ int qlora_train(qlora_model *q, const char *data, const qlora_train_options *opt
     int bad = check_output(&t) || open_data(&t, data, false) || check_data(&t) ||
               refuse_errors(&t) || prepare_training(&t) ||
               new_adapter(&q->transformer, o.target_modules, o.lora_r, o.lora_alpha, o.lora_dropout,
-                          o.seed, &q->allocator, err) || run_training(&t);
+                          o.seed, err) || run_training(&t);
     trainer_close(&t);
     return bad ? -1 : 0;
 }
@@ -9117,7 +9432,8 @@ int qlora_evaluate(qlora_model *q, const char *data, const qlora_train_options *
     int bad = open_data(&t, data, true) || dataset_usable(&t.data, &t.how, err) ||
               prepare_training(&t) || supervised_bytes(&t, &bytes);
     if (!bad) {
-        SessionShape shape = {.T = t.T, .S = t.S, .max_span = t.T, .training = true};
+        SessionShape shape = {.T = t.T, .S = t.S, .n_spans = t.n_spans, .max_span = t.T,
+                              .training = true};
         bad = session_open(&t.session, q, shape, err);
         if (!bad) {
             bad = evaluate(&t, &t.train, &score);
@@ -9154,58 +9470,70 @@ static int check_ids(const qlora_model *q, const int32_t *ids, size_t n, qlora_e
 
 // Runs n tokens that follow what the cache holds; their final norm outputs are in s->w.x.
 static void session_forward(Session *s, const int32_t *ids, size_t n) {
-    const Transformer *m = &s->q->transformer;
-    size_t row = m->config.G * m->config.hd;
-    DType act = m->dev->act;
-    for (size_t l = 0; l < m->config.L; l++) {
-        LayerActs *a = &s->layers[l];
-        a->keys = s->cache[2 * l];
-        a->values = s->cache[2 * l + 1];
-        a->k = act_at(act, a->keys, s->past * row);
-        a->v = act_at(act, a->values, s->past * row);
+    for (size_t t = 0; t < n; t++) {
+        s->here.ids[t] = ids[t];
+        s->here.position[t] = (int32_t)(s->past + t);
     }
-    for (size_t t = 0; t < n; t++) s->position[t] = (int32_t)(s->past + t);
-    s->spans[0] = (Span){0, n, 0, s->past + n, 0};
-    Batch batch = {.T = n, .n_spans = 1, .spans = s->spans, .position = s->position};
-    transformer_forward(m, &s->w, ids, &batch);
+    s->here.spans[0] = (Span){0, n, 0, s->past + n, 0};
+    upload_batch(s);
+    Batch batch = {.T = n, .n_spans = 1, .most_queries = n, .most_keys = s->past + n,
+                   .spans = s->there.spans, .position = s->there.position};
+    transformer_forward(&s->q->transformer, &s->w, s->there.ids, &batch);
     s->past += n;
 }
 
-// Logits of `rows` of the last forward's tokens, from number `first` on, into s->logits.
-static void session_logits(Session *s, size_t first, size_t rows) {
+// Logits of the `rows` rows of s->w.x from `first` on, into s->logits. They are one span.
+static void head_rows(Session *s, size_t first, size_t rows, const Span *span) {
     const Transformer *m = &s->q->transformer;
-    Span span = {0, rows, 0, rows, 0};
-    Batch batch = {.T = rows, .n_spans = 1, .spans = &span};
+    Batch batch = {.T = rows, .n_spans = 1, .most_queries = rows, .most_keys = rows,
+                   .spans = span};
     Product p = {&m->head, NULL, s->w.head_u};
     m->dev->ops->head_logits(m->dev, s->logits, &p,
                              act_at(m->dev->act, s->w.x, first * m->config.D), &batch);
 }
 
+static void session_logits(Session *s, size_t first, size_t rows) {
+    s->here.row_spans[0] = (Span){0, rows, 0, rows, 0};
+    upload_batch(s);
+    head_rows(s, first, rows, s->there.row_spans);
+}
+
 static int open_inference(Session *s, qlora_model *q, size_t tokens, size_t logit_rows,
                           qlora_error *err) {
     size_t T = min_size(tokens, PREFILL_TOKENS);
-    SessionShape shape = {.T = T, .S = logit_rows, .max_span = tokens, .logit_rows = logit_rows,
-                          .cache_rows = tokens};
-    return session_open(s, q, shape, err);
+    SessionShape shape = {.T = T, .S = logit_rows, .n_spans = 1, .max_span = tokens,
+                          .logit_rows = logit_rows, .cache_rows = tokens};
+    if (session_open(s, q, shape, err)) return -1;
+    for (size_t l = 0; l < q->transformer.config.L; l++) {
+        s->layers[l].keys = s->cache[2 * l];
+        s->layers[l].values = s->cache[2 * l + 1];
+    }
+    return 0;
 }
 
 int qlora_logits(qlora_model *q, const int32_t *ids, size_t n, float *logits, qlora_error *err) {
     enum { ROWS = 32 };
     size_t V = q->transformer.config.V;
+    Device *dev = &q->device;
     Session s;
     if (check_ids(q, ids, n, err) || open_inference(&s, q, n, ROWS, err)) return -1;
-    for (size_t at = 0; at < n;) {
+    Buffer room = {.allocator = &q->allocator};
+    int bad = dev->ops->host ? 0 : buffer_reserve(&room, ROWS * V * sizeof(real), err);
+    for (size_t at = 0; at < n && !bad;) {
         size_t T = min_size(n - at, PREFILL_TOKENS);
         session_forward(&s, ids + at, T);
         for (size_t t = 0; t < T; t += ROWS) {
             size_t rows = min_size(ROWS, T - t);
             session_logits(&s, t, rows);
-            for (size_t i = 0; i < rows * V; i++) logits[(at + t) * V + i] = (float)s.logits[i];
+            const real *here = seen(dev, room.data, s.logits, rows * V * sizeof *here);
+            for (size_t i = 0; i < rows * V; i++) logits[(at + t) * V + i] = (float)here[i];
         }
         at += T;
+        bad = dev->ops->check(dev, err);
     }
+    buffer_free(&room);
     session_close(&s);
-    return 0;
+    return bad;
 }
 
 // --------------------------------------------------------------------------------------- sampling
@@ -9304,6 +9632,21 @@ static int32_t sample(const real *logits, size_t V, const qlora_sampling *how, f
     return scored[kept - 1].id;
 }
 
+// The op: see Sequence in qlora.h. Of the work memory the marks come first.
+static void next_token(Device *dev, real *logits, const Sequence *s, size_t V) {
+    uint8_t *marked = s->work;
+    Scored *scored = (Scored *)(void *)(marked + round_up(V, sizeof *scored));
+    uint32_t n = *s->n;
+    (void)dev;
+    if (s->how->repetition_penalty != 1)
+        penalise(logits, s->ids, n, s->how->repetition_penalty, marked);
+    float u = unit_float(random_u32(s->how->seed, RANDOM_SAMPLE, 0, n - s->prompt));
+    s->ids[n] = *s->id = sample(logits, V, s->how, u, scored);
+    *s->n = n + 1;
+    *s->position += 1;
+    s->span->nk += 1;
+}
+
 // All ids that end an answer: eos_token_id of both configuration files, a number or a list each,
 // the tokenizer's eos token and the end of turn of the chat template.
 static bool json_holds_id(const Json *value, int32_t id) {
@@ -9332,8 +9675,6 @@ typedef struct {
     Buffer ids;                             // prompt and answer
     Buffer piece;                           // text to hand out
     TokenStream stream;
-    Scored *scored;                  // (V)
-    uint8_t *marked;                        // (V)
     qlora_error *err;
 } Generation;
 
@@ -9347,29 +9688,52 @@ static int emit(Generation *g, int32_t id) {
     return g->piece.size && g->text(g->user, g->piece.data, g->piece.size) ? 1 : 0;
 }
 
-static int generate_tokens(Generation *g, Session *s, size_t prompt, size_t room) {
-    size_t V = g->q->transformer.config.V;
-    const int32_t *ids = (const int32_t *)(const void *)g->ids.data;
-    size_t last = 0;
+// The step that is the same for every new token: a row through the model, its logits, the next id.
+static void decode_step(void *user) {
+    Session *s = user;
+    const Transformer *m = &s->q->transformer;
+    Batch batch = {.T = 1, .n_spans = 1, .most_queries = 1, .most_keys = s->cache_rows,
+                   .spans = s->text.span, .position = s->text.position};
+    transformer_forward(m, &s->w, s->text.id, &batch);
+    head_rows(s, 0, 1, s->text.span);
+    m->dev->ops->next_token(m->dev, s->logits, &s->text, m->config.V);
+}
+
+// Runs the prompt and draws the first new token.
+static void start_text(Generation *g, Session *s, const int32_t *ids, size_t prompt) {
+    Device *dev = &g->q->device;
+    size_t last = 0, V = g->q->transformer.config.V;
+    uint32_t n = (uint32_t)prompt;
+    int32_t position = (int32_t)prompt - 1;
+    Span span = {0, 1, 0, prompt, 0};
+    s->text.prompt = prompt;
+    s->text.how = g->how;
+    upload(dev, s->text.ids, ids, prompt * sizeof *ids);
+    upload(dev, s->text.n, &n, sizeof n);
+    upload(dev, s->text.position, &position, sizeof position);
+    upload(dev, s->text.span, &span, sizeof span);
+    dev->ops->zero(dev, s->text.work, sample_bytes(V));
     for (size_t at = 0; at < prompt; at += last) {
         last = min_size(prompt - at, PREFILL_TOKENS);
         session_forward(s, ids + at, last);
     }
+    session_logits(s, last - 1, 1);
+    dev->ops->next_token(dev, s->logits, &s->text, V);
+}
+
+static int generate_tokens(Generation *g, Session *s, size_t prompt, size_t room) {
+    Device *dev = &g->q->device;
+    start_text(g, s, (const int32_t *)(const void *)g->ids.data, prompt);
     for (size_t i = 0; i < room; i++) {
-        size_t n = prompt + i;
-        session_logits(s, last - 1, 1);
-        ids = (const int32_t *)(const void *)g->ids.data;
-        if (g->how->repetition_penalty != 1)
-            penalise(s->logits, ids, n, g->how->repetition_penalty, g->marked);
-        float u = unit_float(random_u32(g->how->seed, RANDOM_SAMPLE, 0, i));
-        int32_t id = sample(s->logits, V, g->how, u, g->scored);
-        if (buffer_append(&g->ids, &id, sizeof id, g->err)) return -1;
+        int32_t id = 0;
+        dev->ops->download(dev, &id, s->text.id, sizeof id);
+        if (dev->ops->check(dev, g->err) || buffer_append(&g->ids, &id, sizeof id, g->err))
+            return -1;
         if (!g->how->ignore_eos && is_end(g->q, id)) break;
         int enough = emit(g, id);
         if (enough < 0) return -1;
         if (enough || (g->q->options.stop && g->q->options.stop(g->q->options.stop_user))) break;
-        if (i + 1 < room) session_forward(s, &id, 1);
-        last = 1;
+        if (i + 1 < room) dev->ops->replay(dev, &s->record, decode_step, s);
     }
     g->piece.size = 0;
     if (!g->text || !g->q->tokenizer) return 0;
@@ -9381,7 +9745,7 @@ static int generate_tokens(Generation *g, Session *s, size_t prompt, size_t room
 int qlora_generate(qlora_model *q, const int32_t *ids, size_t n, const qlora_sampling *how,
                    qlora_text_callback text, void *user, int32_t **ids_out, size_t *n_out,
                    qlora_error *err) {
-    size_t V = q->transformer.config.V, context = q->transformer.config.context;
+    size_t context = q->transformer.config.context;
     qlora_sampling defaults = qlora_default_sampling(q);
     Generation g = {.q = q, .how = how ? how : &defaults, .text = text, .user = user, .err = err,
                     .ids.allocator = &q->allocator, .piece.allocator = &q->allocator};
@@ -9392,10 +9756,8 @@ int qlora_generate(qlora_model *q, const int32_t *ids, size_t n, const qlora_sam
     if (n >= context) return fail(err, "the prompt has %zu tokens, the model's context is %zu", n,
                                   context);
     size_t room = min_size(g.how->max_new_tokens, context - n);
-    if (open_inference(&s, q, n + room, 1, err)) return -1;
-    g.scored = mem_reserve(&q->allocator, V, sizeof *g.scored, err);
-    g.marked = g.scored ? mem_alloc(&q->allocator, V, 1, err) : NULL;
-    int bad = !g.marked || buffer_append(&g.ids, ids, n * sizeof *ids, err) ||
+    if (open_inference(&s, q, n + max_size(room, 1), 1, err)) return -1;
+    int bad = buffer_append(&g.ids, ids, n * sizeof *ids, err) ||
               generate_tokens(&g, &s, n, room);
     if (!bad && ids_out) {
         *ids_out = give(q, g.ids.data + n * sizeof *ids, g.ids.size - n * sizeof *ids, err);
@@ -9403,8 +9765,6 @@ int qlora_generate(qlora_model *q, const int32_t *ids, size_t n, const qlora_sam
         if (n_out) *n_out = g.ids.size / sizeof *ids - n;
     }
     token_stream_free(&g.stream);
-    mem_free(&q->allocator, g.scored, V, sizeof *g.scored);
-    mem_free(&q->allocator, g.marked, V, 1);
     buffer_free(&g.ids);
     buffer_free(&g.piece);
     session_close(&s);
@@ -9511,11 +9871,13 @@ static void print_banner(const qlora_model *q) {
     qlora_model_info info = qlora_info(q);
     const Weight *w = &q->transformer.layers[0].linear[0].weight;
     const char *type = w->dtype == DT_NF4 ? "NF4" : w->dtype == DT_FP4 ? "FP4" : "unquantised";
-    printf("model: %s, %zu layers, %.1f M parameters, %s%s, %zu MB; compute %s, %d thread%s\n",
+    printf("model: %s, %zu layers, %.1f M parameters, %s%s, %zu MB; compute %s, ",
            info.architecture, info.layers, (double)info.parameters * 1e-6, type,
            w->absmax8 ? " with double quantisation" : "", info.weight_bytes >> 20,
-           info.compute == QLORA_COMPUTE_BF16 ? "bf16" : "f32", info.threads,
-           info.threads == 1 ? "" : "s");
+           info.compute == QLORA_COMPUTE_BF16 ? "bf16" : "f32");
+    if (info.device[0]) printf("%s\n", info.device);
+    else printf("%d thread%s%s%s\n", info.threads, info.threads == 1 ? "" : "s",
+                q->device_why[0] ? "; no GPU: " : "", q->device_why);
     fflush(stdout);
 }
 
@@ -9935,7 +10297,10 @@ static const Option option_table[] = {
     {"double-quant", NULL, OPT_SWITCH, AT(double_quant), CMD_COMPUTE,
      "true or false: quantise the scales too"},
     {"compute", NULL, OPT_TEXT, AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
-    {"threads", NULL, OPT_INT, AT(options.threads), CMD_COMPUTE | CMD_INSPECT, "0: one for each physical core"},
+    {"device", NULL, OPT_TEXT, AT(options.device), CMD_TRAIN | CMD_RUN | CMD_MERGE,
+     "auto, cpu, cuda or cuda:N: where to compute"},
+    {"threads", NULL, OPT_INT, AT(options.threads), CMD_COMPUTE | CMD_INSPECT,
+     "0: one for each physical core"},
     {"memory", NULL, OPT_BYTES, AT(options.memory), CMD_TRAIN | CMD_RUN,
      "most bytes to take, e.g. 8G; less memory only means more time"},
     {"output", "output-dir", OPT_TEXT, AT(output), CMD_TRAIN | CMD_LOGITS,
@@ -10201,6 +10566,7 @@ static qlora_model *open_model(Arguments *a, qlora_error *err) {
 }
 
 static int run_train(Arguments *a, qlora_error *err) {
+    a->options.defer_weights = 1;           // data, disk and memory are checked first
     qlora_model *q = open_model(a, err);
     if (!q) return -1;
     ProgressView view = {.terminal = isatty(STDOUT_FILENO)};
@@ -10421,6 +10787,7 @@ static int run_init(Arguments *a, qlora_error *err) {
 
 // Fails as train would, after it has shown why.
 static int run_inspect(Arguments *a, qlora_error *err) {
+    a->options.device = "cpu";
     qlora_model *q = open_handle(a->path, &a->options, err);
     if (!q) return -1;
     Trainer t = new_trainer(q, &a->train, err);
@@ -11673,7 +12040,7 @@ static void attention_backward_fast(Device *dev, void *dq, void *dk, void *dv, c
 // ----------------------------------------------------------------------- scratch and the op table
 
 // Bytes for the largest call. Words are counted as float32, though bf16 takes half of them.
-static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
+static void fast_scratch(Device *dev, const OpSizes *s) {
     size_t width = max_size(s->D, s->F), tokens = max_size(s->T, s->S);
     size_t rows = min_size(CHUNK_ROWS, tokens), rank = 3 * left_words(rows, s->max_r);
     // Forward: x, masked x and u.
@@ -11683,29 +12050,32 @@ static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
                          max_size(2 * left_words(rows, width), 3 * left_words(rows, s->D)));
     size_t backward = 3 * tokens * s->max_r + 48 +
                       max_size(dy + rank, 2 * left_words(s->max_r, tokens));
-    *shared = max_size(forward, backward) * sizeof(Word) + 64 * 32;
+    dev->scratch_size = max_size(forward, backward) * sizeof(Word) + 64 * 32;
 
     Arena matmuls = {NULL, 0}, attention = {NULL, 0};
     AttentionMemory memory;
     arena_alloc(&matmuls, (BLOCK_STEPS + 16 + 2 * TASK_ROWS) * LINE, sizeof(Word));
     carve_attention(&memory, s->hd, s->max_span, &attention);
     size_t plain = max_size(max_size(3 * width, s->V_chunk), s->D + 2 * s->hd) * sizeof(real);
-    *per_thread = max_size(max_size(matmuls.used, attention.used), round_up(plain, 64));
+    dev->thread_size = max_size(max_size(matmuls.used, attention.used), round_up(plain, 64));
 }
 
 #define FAST(op) op##_fast
 #else
 #define FAST(op) op##_plain
-static void fast_scratch(const OpSizes *s, size_t *shared, size_t *per_thread) {
-    plain_scratch(s, shared, per_thread);
-}
+#define fast_scratch plain_scratch
 #endif // !REAL_IS_DOUBLE
 
 static const Ops fast_ops = {
-    embed, residual_norm_forward, residual_norm_backward, FAST(linears_forward),
-    FAST(linears_backward), rope, FAST(attention_forward), FAST(attention_backward), swiglu_forward,
-    swiglu_backward, gather, scatter, FAST(head_logits), FAST(head_backward), cross_entropy_forward,
-    cross_entropy_backward, round_rows, sum_of_squares, adamw};
+    HOST_OPS, .scratch = fast_scratch, .embed = embed,
+    .residual_norm_forward = residual_norm_forward,
+    .residual_norm_backward = residual_norm_backward, .linears_forward = FAST(linears_forward),
+    .linears_backward = FAST(linears_backward), .rope = rope,
+    .attention_forward = FAST(attention_forward), .attention_backward = FAST(attention_backward),
+    .swiglu_forward = swiglu_forward, .swiglu_backward = swiglu_backward,
+    .head_logits = FAST(head_logits), .head_backward = FAST(head_backward),
+    .cross_entropy_forward = cross_entropy_forward,
+    .cross_entropy_backward = cross_entropy_backward, .round_rows = round_rows};
 // =================================================================================================
 //  Generated tables: Unicode 16.0.0
 //

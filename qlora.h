@@ -87,7 +87,11 @@ typedef struct {
     qlora_quant quant;
     int double_quant;               // 1: the block scales are quantised too (4.13 bits per weight)
     qlora_compute compute;
+    const char *device;             // "auto" (or NULL): a GPU if one works, else the CPU; "cpu";
+                                    // "cuda" or "cuda:N"
     int threads;                    // 0: one for each physical core
+    int defer_weights;              // 1: they are read when something needs them first, so that
+                                    // qlora_train checks data and memory before
     size_t memory;                  // bytes this model may take in all; 0: what the machine has.
                                     // Less memory means more recomputation, never other results
     qlora_allocator allocator;      // {NULL, NULL, NULL}: malloc and free
@@ -128,6 +132,7 @@ typedef struct {
     size_t adapter_parameters;      // trainable, 0 without an adapter
     qlora_compute compute;          // the one in force, never AUTO
     int threads;                    // the number in force
+    const char *device;             // the GPU's name, "" when the CPU computes
 } qlora_model_info;
 qlora_model_info qlora_info(const qlora_model *model);
 
@@ -288,10 +293,6 @@ int qlora_quantize(const char *model_dir, const char *out_dir, const qlora_optio
 int qlora_init(const char *config, const char *out_dir, uint64_t seed, const qlora_options *options,
                qlora_error *err);
 
-#ifdef __cplusplus
-}
-#endif
-
 // =================================================================================================
 //  For qlora.c and qlora.cu only: the op table
 //
@@ -299,8 +300,23 @@ int qlora_init(const char *config, const char *out_dir, uint64_t seed, const qlo
 //  plain CPU versions, which are the specification; chapter 18 the fast ones; qlora.cu those on a
 //  GPU. Letters and contracts are in chapter 1. Activations ("act") are float32 or bf16, as the
 //  device was opened; arithmetic inside an op is float32 and every output is rounded once.
+//
+//  Every pointer in an op's arguments that is not said to be the host's is memory of the device:
+//  what `allocate` gave, filled by `upload` and seen through `download`. Structures themselves
+//  (Weight, Batch, Product) are the host's. Ops of a GPU are asked for and run later, in order;
+//  what goes wrong in them sticks, makes the ops after it do nothing, and is told by `check`.
 // =================================================================================================
 #ifdef QLORA_INTERNAL
+
+#ifndef __cplusplus
+#include <stdbool.h>
+#endif
+
+#ifdef __CUDACC__
+#define QLORA_BOTH __host__ __device__
+#else
+#define QLORA_BOTH
+#endif
 
 #ifdef QLORA_REAL_DOUBLE            // the tests' float64 build, see chapter 1
 typedef double real;
@@ -309,6 +325,13 @@ typedef float real;
 #endif
 
 typedef enum { DT_REAL, DT_BF16, DT_F16, DT_F32, DT_NF4, DT_FP4, DT_OTHER } DType;
+
+enum { QUANT_BLOCK = 64, SCALE_BLOCK = 256 };
+enum { SCALE_SUM = 4096 };          // scales that are summed in a row when their mean is formed
+
+// Chapter 2: midpoints between the levels of the two 4-bit types; FP4's codes by magnitude.
+extern const float qlora_nf4_thresholds[15], qlora_fp4_thresholds[7];
+extern const uint8_t qlora_fp4_by_size[8];
 
 // A frozen matrix (N, K), row-major. 4-bit: element i = row * K + column lies in byte i / 2, the
 // even one in the high nibble; its value is code[nibble] * scale of block i / 64.
@@ -347,8 +370,9 @@ typedef struct { size_t q0, nq, k0, nk; uint32_t ordinal; } Span;
 // A micro-batch: T rows laid end to end, and what the random numbers are keyed with.
 typedef struct {
     size_t T, n_spans;
-    const Span *spans;              // (n_spans) cover 0..T-1 in order
-    const int32_t *position;        // (T) place of each row in its sequence
+    size_t most_queries, most_keys; // of any one span, at most
+    const Span *spans;              // (n_spans) cover 0..T-1 in order; device
+    const int32_t *position;        // (T) place of each row in its sequence; device
     uint64_t seed;
     uint32_t step;
     bool training;                  // dropout happens
@@ -363,9 +387,86 @@ typedef struct {
 
 typedef struct { size_t H, G, hd, window; real scale; } AttentionShape;   // window 0: all keys
 
-typedef struct Device Device;
-
+// What one optimiser step leaves behind, in the memory of the device.
 typedef struct {
+    double loss;                    // sum of the nll of its supervised tokens
+    double squares;                 // of its gradient
+    real clip;                      // what the gradient is multiplied with
+    int32_t refused;                // 1: loss or gradient, here or in a step before, is not finite
+} StepRecord;
+
+// A text that is being generated. Pointers are the device's, the numbers and `how` the host's.
+typedef struct {
+    int32_t *ids;                   // prompt and answer
+    uint32_t *n;                    // (1) how many there are
+    int32_t *id, *position;         // (1) (1) the batch of one row that comes next
+    Span *span;                     // (1)
+    void *work;                     // sample_bytes(V) of scratch; zero between calls
+    size_t prompt;                  // ids that were given, not drawn
+    const qlora_sampling *how;
+} Sequence;
+
+typedef struct Ops Ops;
+typedef struct Pool Pool;
+
+// Where ops run.
+typedef struct Device {
+    const Ops *ops;
+    DType act;                      // of activations: DT_REAL or DT_BF16
+    const qlora_allocator *allocator;
+    Pool *pool;                     // threads of the host
+    char *scratch;                  // (scratch_size) device memory for the duration of one op
+    size_t scratch_size;
+    char *thread_scratch;           // (threads, thread_size) CPU: one piece for each thread
+    size_t thread_size;
+    void *gpu;                      // state of qlora.cu
+} Device;
+
+// The most that ops are called with; decides how much scratch they need.
+typedef struct {
+    size_t T, S;                    // tokens and supervised rows of a micro-batch
+    size_t D, F;                    // D: the larger of hidden size and H hd
+    size_t H, G, hd;
+    size_t V_chunk;                 // columns of the head at a time
+    size_t V;
+    size_t max_span;                // keys of a sequence
+    size_t n_spans;
+    size_t max_r;
+    size_t threads;
+    bool training;
+} OpSizes;
+
+struct Ops {
+    bool host;                      // the device's memory is the program's own
+
+    // Memory. allocate: 256-aligned, NULL with a message when there is not as much. upload copies
+    // from and download to the host; upload may return before the copy is done, but after it has
+    // read `host`. download waits for everything asked for before; so does check, which returns -1
+    // with a message when anything since the device was opened has failed. scratch sets
+    // scratch_size and thread_size of the device.
+    void *(*allocate)(Device *dev, size_t bytes, qlora_error *err);
+    void (*release)(Device *dev, void *memory, size_t bytes);
+    size_t (*available)(Device *dev);               // bytes that could be allocated now
+    void (*upload)(Device *dev, void *to, const void *host, size_t bytes);
+    void (*download)(Device *dev, void *host, const void *from, size_t bytes);
+    void (*zero)(Device *dev, void *memory, size_t bytes);
+    int (*check)(Device *dev, qlora_error *err);
+    void (*scratch)(Device *dev, const OpSizes *sizes);
+
+    // n values raw (n) of type from, beginning at a block's start, to 4-bit codes and scales
+    void (*quantize)(Device *dev, uint8_t *packed, float *absmax, const void *raw, DType from,
+                     DType to, size_t n);
+    // n scales to codes (n) and absmax2 (n / 256) with the levels map (256); returns their offset
+    float (*quantize_scales)(Device *dev, uint8_t *codes, float *absmax2, const float *absmax,
+                             size_t n, const float *map);
+    // delta (rows, K) = s (B A), what merging adds to rows of a matrix: B (rows, r), A (r, K); each
+    // product and each sum, in order of r, is rounded on its own
+    void (*low_rank)(Device *dev, real *delta, const real *B, const real *A, real s, size_t rows,
+                     size_t K, size_t r);
+
+    // A GPU may get this matrix ready for the linears_forward or linears_backward that comes next
+    void (*prefetch)(Device *dev, const Weight *weight);
+
     // h (T, D) = rows of the embedding
     void (*embed)(Device *dev, void *h, const Weight *table, const int32_t *ids, size_t T);
 
@@ -387,6 +488,9 @@ typedef struct {
     void (*rope)(Device *dev, void *x, size_t heads, size_t hd, const float *frequency, int sign,
                  const Batch *batch);
 
+    // the rows k, v (T, width) to where attention reads them: the last nq of each span's keys
+    void (*append_keys)(Device *dev, void *keys, void *values, const void *k, const void *v,
+                        size_t width, const Batch *batch);
     // out (T, H * hd), lse (T, H) = attention of q (T, H * hd) on keys and values (.., G * hd)
     void (*attention_forward)(Device *dev, void *out, real *lse, const void *q, const void *k,
                               const void *v, AttentionShape shape, const Batch *batch);
@@ -412,11 +516,15 @@ typedef struct {
     // dx (S, D) real += dlogits W + du A for slice->y = dlogits (S, C) act; dA, dB +=
     void (*head_backward)(Device *dev, real *dx, const Product *slice, const void *x,
                           const Batch *rows);
-    // One slice of the softmax over columns first .. first+C-1: updates max, sum and chosen (S),
-    // the logit of the target; they start as -inf, 0 and 0
+    // One slice of the softmax over columns first .. first+C-1: max, sum and chosen (S), the logit
+    // of the target, are begun by the slice with first = 0 and updated by the others
     void (*cross_entropy_forward)(Device *dev, real *max, real *sum, real *chosen,
                                   const real *logits, const int32_t *target, size_t first, size_t C,
                                   size_t S);
+    // nll (S) from the final max, sum, chosen; hit (S) = the target was the most likely; *total,
+    // unless it is NULL, += the sum of nll
+    void (*cross_entropy_end)(Device *dev, real *nll, uint8_t *hit, double *total, const real *max,
+                              const real *sum, const real *chosen, size_t S);
     // dlogits (S, C) act = scale * (softmax - onehot), from the final max and sum
     void (*cross_entropy_backward)(Device *dev, void *dlogits, const real *logits, const real *max,
                                    const real *sum, const int32_t *target, real scale, size_t first,
@@ -425,12 +533,77 @@ typedef struct {
     // y (n) act = x rounded
     void (*round_rows)(Device *dev, void *y, const real *x, size_t n);
 
-    // Of x (n), in double, in a fixed order
-    double (*sum_of_squares)(Device *dev, const real *x, size_t n);
-    // p, m, v (n): one AdamW step with gradient g * clip; step counts from 1
+    // record's squares of g (n), in double, in a fixed order; clip = min(1, most / norm); refused
+    // when loss or squares are not finite or the step before was (NULL: none)
+    void (*clip_gradient)(Device *dev, StepRecord *record, const StepRecord *before, const real *g,
+                          size_t n, real most);
+    // p, m, v (n): one AdamW step with gradient g * clip, unless refused; step counts from 1
     void (*adamw)(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr,
-                  real beta1, real beta2, real eps, real decay, real clip, size_t step);
-} Ops;
+                  real beta1, real beta2, real eps, real decay, const StepRecord *record,
+                  size_t step);
+
+    // Draws the token that follows s->ids from logits (V), which it may change, writes it to
+    // ids[n] and id, and moves n, position and span on by one
+    void (*next_token)(Device *dev, real *logits, const Sequence *s, size_t V);
+    // Calls step(user), which asks for the same ops with the same arguments at every call: a GPU
+    // records them once and replays the record. *record is NULL at first; forget releases it
+    void (*replay)(Device *dev, void **record, void (*step)(void *user), void *user);
+    void (*forget)(Device *dev, void *record);
+};
+
+// Bytes of Sequence.work: for each token of the vocabulary a mark and a score with its id.
+static inline size_t sample_bytes(size_t V) { return V * (8 + 2 * sizeof(real)); }
+
+// -------------------------------------------------------------------------------- random numbers
+
+// Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a keyed
+// bijection of a counter. Every random number of a run is a pure function of where it is used:
+//     key     = (seed, step)                   counter = (feature / 4, position, ordinal, module)
+// so that packing, recomputation, batch shape, resuming and the device cannot change it.
+QLORA_BOTH static inline void philox(uint32_t out[4], const uint32_t counter[4],
+                                     const uint32_t key[2]) {
+    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+    uint32_t k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)0xD2511F53u * c0, b = (uint64_t)0xCD9E8D57u * c2;
+        uint32_t n0 = (uint32_t)(b >> 32) ^ c1 ^ k0, n2 = (uint32_t)(a >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)b;
+        c3 = (uint32_t)a;
+        c0 = n0;
+        c2 = n2;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
+}
+
+// What a number is drawn for; the value takes the place of the step in the key (no run has as many
+// steps), so that no two uses share a stream.
+enum { RANDOM_INIT = 0x7F000001, RANDOM_SHUFFLE = 0x7F000002, RANDOM_SAMPLE = 0x7F000003 };
+
+QLORA_BOTH static inline uint32_t random_u32(uint64_t seed, uint32_t use, uint32_t stream,
+                                             uint64_t index) {
+    uint32_t key[2] = {(uint32_t)seed ^ (uint32_t)(seed >> 32) * 0x9E3779B9u, use}, out[4];
+    uint64_t block = index / 4;
+    uint32_t counter[4] = {(uint32_t)block, (uint32_t)(block >> 32), 0, stream};
+    philox(out, counter, key);
+    return out[index % 4];
+}
+
+// Uniform in [0, 1): the upper 24 bits, which a float holds exactly.
+QLORA_BOTH static inline float unit_float(uint32_t bits) { return (float)(bits >> 8) * 0x1p-24f; }
+
+// ------------------------------------------------------------------------------------- qlora.cu
+
+// Opens GPU `number` for the compute type asked for: fills ops, act and gpu of the device. name
+// (size) gets what a person would call it. Fails, leaving the device as it was, when there is none.
+int qlora_cuda_open(Device *dev, int number, qlora_compute compute, char *name, size_t size,
+                    qlora_error *err);
+void qlora_cuda_close(Device *dev);
 
 #endif // QLORA_INTERNAL
+
+#ifdef __cplusplus
+}
+#endif
 #endif // QLORA_H

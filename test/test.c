@@ -7,7 +7,8 @@
 // test/fixtures; material in ../shared/real is used when it is there. Exit status 1 if any failed;
 // the last line is "N passed, N failed, N skipped".
 //
-// Built with -DQLORA_REAL_DOUBLE it holds the finite-difference tests instead.
+// Built with -DQLORA_REAL_DOUBLE it holds the finite-difference tests instead, with -DQLORA_CUDA the
+// comparisons of a GPU with the CPU.
 #include "../qlora.c"
 
 #include <sys/wait.h>
@@ -123,9 +124,17 @@ static void add_sequence(TestBatch *b, const int32_t *ids, const int32_t *labels
     b->rows[b->n] = (Span){S, b->S - S, S, b->S - S, ordinal};
     b->n++;
     b->T += n;
-    Batch tokens = {b->T, b->n, b->spans, b->position, 1, 1, true};
-    Batch rows = {b->S, b->n, b->rows, NULL, 1, 1, true};
-    b->batch = (LabelledBatch){tokens, b->ids, rows, b->supervised, b->target};
+    Batch tokens = {b->T, b->n, b->T, b->T, b->spans, b->position, 1, 1, true};
+    Batch rows = {b->S, b->n, b->S, b->S, b->rows, NULL, 1, 1, true};
+    b->batch = (LabelledBatch){tokens, rows, b->ids, b->supervised, b->target};
+}
+
+// The sum of the batch's nll; gradients are added to with `gradient`.
+static double batch_loss(const Transformer *m, Workspace *w, const LabelledBatch *batch, real scale,
+                         bool gradient) {
+    double total = 0;
+    loss_and_gradients(m, w, batch, &total, scale, gradient);
+    return total;
 }
 
 static void free_batch(TestBatch *b) {
@@ -146,6 +155,9 @@ static void free_batch(TestBatch *b) {
 #include "test_trainer.c"
 #include "test_input.c"
 #include "test_data.c"
+#ifdef QLORA_CUDA
+#include "test_gpu.c"
+#endif
 #endif
 
 // -------------------------------------------------------------------------------------- the table
@@ -155,6 +167,8 @@ typedef struct { const char *name, *proves; void (*run)(Test *t); } TestRow;
 static const TestRow tests[] = {
 #ifdef QLORA_REAL_DOUBLE
     GRADIENT_TESTS
+#elif defined(QLORA_CUDA)
+    GPU_TESTS
 #else
     FORMAT_TESTS
     MODEL_TESTS

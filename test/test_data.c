@@ -489,6 +489,7 @@ static void test_pack_gradient(Test *t) {
     if (!q) return;
     snprintf(data, sizeof data, "build/pack-%d.jsonl", (int)getpid());
     write_short_data(t, data, 24);
+    double loss = 0;
     o.packing = "bfd";
     o.max_length = 100;
     o.val_split = 0;
@@ -496,7 +497,7 @@ static void test_pack_gradient(Test *t) {
     Trainer x = new_trainer(q, &o, &err);
     bool ok = check(t, !need_chat(q, &err) && !read_data_options(&x) && !open_data(&x, data, false) &&
                     !prepare_training(&x), "%s", err.text);
-    SessionShape shape = {.T = x.T, .S = x.S, .max_span = x.T, .training = true};
+    SessionShape shape = {.T = x.T, .S = x.S, .n_spans = x.n_spans, .max_span = x.T, .training = true};
     ok = ok && check(t, !session_open(&x.session, q, shape, &err), "%s", err.text);
     check(t, !ok || (x.train.n_packs < 15 && x.n_spans > 2 && x.T <= 100), "%zu packs, at most "
           "%zu tokens", x.train.n_packs, x.T);
@@ -505,12 +506,12 @@ static void test_pack_gradient(Test *t) {
         size_t bytes = q->transformer.n_parameters * sizeof(real);
         LabelledBatch batch = make_batch(&x, &x.data, x.train.index + first, n, 0, 3, true);
         clear_gradients(q);
-        loss_and_gradients(&q->transformer, &x.session.w, &batch, x.nll, NULL, (real)0.01, true);
+        loss_and_gradients(&q->transformer, &x.session.w, &batch, &loss, (real)0.01, true);
         real *packed = copy_gradients(q);
         clear_gradients(q);
         for (size_t i = 0; i < n; i++) {
             batch = make_batch(&x, &x.data, x.train.index + first + i, 1, i, 3, true);
-            loss_and_gradients(&q->transformer, &x.session.w, &batch, x.nll, NULL, (real)0.01,
+            loss_and_gradients(&q->transformer, &x.session.w, &batch, &loss, (real)0.01,
                                true);
         }
         check(t, memcmp(packed, q->transformer.gradients, bytes) == 0,

@@ -42,7 +42,7 @@ static real *reference_values(Test *t, Reference *r, const char *name, size_t *n
 // ------------------------------------------------------------------------------------------- NF4
 
 // Quantises one recorded tensor and compares every byte with bitsandbytes'.
-static void check_quantised(Test *t, Reference *r, Pool *pool, const char *name, DType type,
+static void check_quantised(Test *t, Reference *r, Device *dev, const char *name, DType type,
                             bool nested) {
     char key[128];
     const TensorInfo *source, *info;
@@ -58,9 +58,9 @@ static void check_quantised(Test *t, Reference *r, Pool *pool, const char *name,
     place_weight(&w, type, nested, &arena);
     float *absmax = region_alloc(&r->region, blocks, sizeof *absmax, NULL);
     real *values = region_alloc(&r->region, n, sizeof *values, NULL);
-    quantize_values(pool, (uint8_t *)(uintptr_t)w.data, absmax, raw,
+    quantize_values(dev, (uint8_t *)(uintptr_t)w.data, scales_of(&w, absmax), raw,
                     safetensors_types[source->type].dtype, type, n);
-    finish_weight(&w, absmax);
+    finish_weight(dev, &w, absmax);
     weight_row(values, &w, 0, 0, n, DT_REAL);
 
     // FP4 has two zeros; ours are CUDA's.
@@ -72,7 +72,7 @@ static void check_quantised(Test *t, Reference *r, Pool *pool, const char *name,
     snprintf(key, sizeof key, "%s.%s.absmax", name, kind);
     const void *scales = reference_bytes(t, r, key, &info);
     if (!nested) {
-        check(t, scales && memcmp(scales, absmax, blocks * sizeof *absmax) == 0, "%s differs", key);
+        check(t, scales && memcmp(scales, w.absmax, blocks * sizeof *absmax) == 0, "%s differs", key);
     } else {
         // Codes are equal. The offset is the mean, which torch sums in float32 in vector order and
         // we in double: it may differ in the last bit, and so may the scales' scale.
@@ -107,7 +107,7 @@ static void test_bitsandbytes(Test *t) {
     qlora_error err = {{0}};
     bool found;
     const Json *json = read_json("test/fixtures", "nf4.json", 1 << 24, &region, &found, &err);
-    Pool *pool = pool_open(2, &heap, &err);
+    Device dev = {.ops = &plain_ops, .allocator = &heap, .pool = pool_open(2, &heap, &err)};
     if (!check(t, json != NULL, "%s", err.text) ||
         !open_reference(t, &r, "test/fixtures", "nf4.safetensors")) return;
     const TensorInfo *info;
@@ -123,12 +123,12 @@ static void test_bitsandbytes(Test *t) {
     for (const Json *e = json_get(json, "tensors")->first; e; e = e->next, tensors++)
         for (int k = 0; k < 4; k++)
             if (k < 2 || json_get_bool(e, "fp4", false))
-                check_quantised(t, &r, pool, json_get_text(e, "name"), k < 2 ? DT_NF4 : DT_FP4,
+                check_quantised(t, &r, &dev, json_get_text(e, "name"), k < 2 ? DT_NF4 : DT_FP4,
                                 k % 2);
     check(t, tensors >= 8, "only %zu tensors", tensors);
     close_reference(&r);
     region_free(&region);
-    pool_close(pool);
+    pool_close(dev.pool);
 }
 
 // Every float16, and for every upper half of a float32 the lower halves around a tie, against the

@@ -41,7 +41,7 @@ static void open_bench(Bench *b, const Ops *ops, OpSizes sizes, uint64_t seed) {
     *b = (Bench){.dev = {.ops = ops, .act = DT_REAL, .pool = pool_open(1, &heap, &err)},
                  .region.allocator = &heap, .random = {seed, 0}};
     sizes.threads = 1;
-    plain_scratch(&sizes, &b->dev.scratch_size, &b->dev.thread_size);
+    plain_scratch(&b->dev, &sizes);
     b->dev.scratch = grab(b->dev.scratch_size, 1);
     b->dev.thread_scratch = grab(b->dev.thread_size, 1);
 }
@@ -114,7 +114,7 @@ static void compare(Bench *b, Loss loss, void *user, real *x, const real *gradie
 enum { BATCH_T = 12 };
 static const Span batch_spans[] = {{0, 5, 0, 5, 7}, {5, 1, 5, 1, 0}, {6, 6, 6, 6, 2}};
 static const int32_t batch_position[BATCH_T] = {0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 99};
-static const Batch training_batch = {BATCH_T, 3, batch_spans, batch_position, 0x123456789ABCu, 3,
+static const Batch training_batch = {BATCH_T, 3, 6, 6, batch_spans, batch_position, 0x123456789ABCu, 3,
                                      true};
 
 // ----------------------------------------------------------------------------------- residual norm
@@ -168,8 +168,9 @@ static Weight random_weight(Bench *b, DType type, bool nested, size_t N, size_t 
     uint16_t *half = (uint16_t *)(uintptr_t)w.data;
     if (is_4bit(type)) {
         float *absmax = bench_alloc(b, ceil_div(n, QUANT_BLOCK), sizeof *absmax);
-        quantize_values(b->dev.pool, (uint8_t *)(uintptr_t)w.data, absmax, values, DT_F32, type, n);
-        finish_weight(&w, absmax);
+        quantize_values(&b->dev, (uint8_t *)(uintptr_t)w.data, scales_of(&w, absmax), values, DT_F32,
+                        type, n);
+        finish_weight(&b->dev, &w, absmax);
     } else if (type == DT_F32) memcpy((float *)(uintptr_t)w.data, values, n * sizeof *values);
     // A random fraction with an exponent around 1 is a good enough float16.
     else for (size_t i = 0; i < n; i++)
@@ -322,7 +323,7 @@ static double attention_error(const Ops *ops) {
         {4, 2, 4, 0}, {4, 2, 6, 3}, {4, 1, 10, 0}, {4, 1, 4, 3}, {3, 3, 6, 0}, {3, 3, 10, 3},
         {1, 1, 4, 1}};
     static const Span behind[] = {{0, 3, 0, 7, 0}, {3, 2, 7, 2, 1}};
-    Batch cached = {.T = 5, .n_spans = 2, .spans = behind};
+    Batch cached = {.T = 5, .n_spans = 2, .most_queries = 3, .most_keys = 7, .spans = behind};
     double worst = 0;
     for (size_t i = 0; i < 14; i++) {
         size_t H = shapes[i / 2].H, G = shapes[i / 2].G, hd = shapes[i / 2].hd;
@@ -405,15 +406,13 @@ typedef struct {
     Workspace *w;
     const Batch *rows;
     const int32_t *target;
-    real *nll;
 } HeadRun;
 
 static const double head_scale = 0.37;
 
 static double head_run(HeadRun *r, bool gradient) {
     double loss = 0;
-    head_loss(r->m, r->w, r->nll, NULL, r->target, head_scale, gradient, r->rows);
-    for (size_t s = 0; s < r->rows->T; s++) loss += r->nll[s];
+    head_loss(r->m, r->w, &loss, r->target, head_scale, gradient, r->rows);
     return head_scale * loss;
 }
 
@@ -428,7 +427,7 @@ static double head_error(const Ops *ops) {
         {8, 2, DT_BF16, 0}, {22, 2, DT_F32, 0.5f}};
     static const int32_t target[S] = {0, 22, 7, 8, 16, 15, 22};
     static const Span spans[] = {{0, 3, 0, 3, 1}, {3, 0, 3, 0, 2}, {3, 4, 3, 4, 0}};
-    const Batch rows = {S, 3, spans, NULL, 99, 5, true};
+    const Batch rows = {S, 3, 4, 4, spans, NULL, 99, 5, true};
     double worst = 0, whole = 0;
     for (size_t i = 0; i < 6; i++) {
         size_t r = cases[i].r;
@@ -440,11 +439,12 @@ static double head_error(const Ops *ops) {
         Workspace w = {.chunk = cases[i].chunk, .xs = normals(&b, S * D),
                        .dxs_sum = unwritten(&b, S * D), .logits = unwritten(&b, S * cases[i].chunk),
                        .dlogits = unwritten(&b, S * cases[i].chunk), .head_u = unwritten(&b, S * r),
-                       .max = unwritten(&b, S), .sum = bench_alloc(&b, S, sizeof(real)),
-                       .chosen = bench_alloc(&b, S, sizeof(real))};
+                       .max = unwritten(&b, S), .sum = unwritten(&b, S),
+                       .chosen = unwritten(&b, S), .nll = unwritten(&b, S),
+                       .hit = bench_alloc(&b, S, 1)};
         real *startA = r ? copied(&b, lora.dA, r * D) : NULL;
         real *startB = r ? copied(&b, lora.dB, V * r) : NULL;
-        HeadRun run = {&m, &w, &rows, target, unwritten(&b, S)};
+        HeadRun run = {&m, &w, &rows, target};
         double loss = head_run(&run, true);
         real *dx = copied(&b, w.dxs_sum, S * D), *dA = r ? copied(&b, lora.dA, r * D) : NULL;
         real *dB = r ? copied(&b, lora.dB, V * r) : NULL;
@@ -488,7 +488,6 @@ typedef struct {
     qlora_model *q;
     Session session;
     TestBatch batch;
-    real *nll;
 } ModelRun;
 
 static void set_gradients(qlora_model *q, real value) {
@@ -496,12 +495,9 @@ static void set_gradients(qlora_model *q, real value) {
 }
 
 static double run_model(ModelRun *r, bool gradient) {
-    size_t S = r->batch.S;
-    double loss = 0;
-    loss_and_gradients(&r->q->transformer, &r->session.w, &r->batch.batch, r->nll, NULL,
-                       1 / (real)max_size(S, 1), gradient);
-    for (size_t i = 0; i < S; i++) loss += r->nll[i];
-    return loss / (double)max_size(S, 1);
+    size_t S = max_size(r->batch.S, 1);
+    return batch_loss(&r->q->transformer, &r->session.w, &r->batch.batch, 1 / (real)S, gradient) /
+           (double)S;
 }
 
 static double model_loss(void *user) { return run_model(user, false); }
@@ -532,7 +528,7 @@ static bool open_run(Test *t, ModelRun *r, const char *name, const char *targets
     Transformer *m = &r->q->transformer;
     r->q->device.ops = &plain_ops;
     if (targets) {
-        if (!check(t, !new_adapter(m, targets, 3, 6, dropout, 42, &heap, &err), "%s", err.text))
+        if (!check(t, !new_adapter(m, targets, 3, 6, dropout, 42, &err), "%s", err.text))
             return false;
         for (size_t i = 0; i < n_modules(m); i++) {
             const Linear *linear = module_linear(m, i);
@@ -544,7 +540,7 @@ static bool open_run(Test *t, ModelRun *r, const char *name, const char *targets
         size_t n = m->n_parameters;
         real *values = grab(n, sizeof *values);
         memcpy(values, m->parameters, n * sizeof *values);
-        check(t, !allocate_parameters(m, true, &heap, &err), "%s", err.text);
+        check(t, !allocate_parameters(m, true, &err), "%s", err.text);
         memcpy(m->parameters, values, n * sizeof *values);
         free(values);
         for (size_t i = 0; i < n_modules(m); i++) module_linear(m, i)->lora.dropout = dropout;
@@ -555,21 +551,20 @@ static bool open_run(Test *t, ModelRun *r, const char *name, const char *targets
 // Room for the batch. `chunk`: columns of the vocabulary at a time.
 static bool start_run(Test *t, ModelRun *r, size_t chunk) {
     qlora_error err = {{0}};
-    SessionShape shape = {.T = r->batch.T, .S = r->batch.S, .max_span = 64, .training = true};
+    SessionShape shape = {.T = r->batch.T, .S = r->batch.S, .n_spans = r->batch.n, .max_span = 64,
+                          .training = true};
     if (!check(t, !session_open(&r->session, r->q, shape, &err), "%s", err.text)) return false;
     r->session.w.chunk = min_size(r->session.w.chunk, chunk);
-    r->nll = grab(r->batch.S, sizeof *r->nll);
     return true;
 }
 
 static void end_run(ModelRun *r) {
     session_close(&r->session);
-    free(r->nll);
-    r->nll = NULL;
+    r->session.q = NULL;
 }
 
 static void close_run(ModelRun *r) {
-    if (r->nll) end_run(r);
+    if (r->session.q) end_run(r);
     free_batch(&r->batch);
     qlora_close(r->q);
 }
@@ -645,7 +640,7 @@ static void test_masked_tokens(Test *t) {
             expected = grab(1, bytes);
             expected_loss = loss;
             memcpy(expected, r.q->transformer.gradients, bytes);
-            check(t, plain_ops.sum_of_squares(&r.q->device, expected, bytes / sizeof(real)) > 0,
+            check(t, sum_of_squares(&r.q->device, expected, bytes / sizeof(real)) > 0,
                   "the expected gradients are zero");
         }
         // Compared as numbers, since 0 + -0 is 0: no difference at all is allowed.
@@ -658,7 +653,7 @@ static void test_masked_tokens(Test *t) {
     if (!start_run(t, &r, 200)) return;
     set_gradients(r.q, 0);
     check(t, run_model(&r, true) == 0, "a batch without labels has a loss");
-    check(t, plain_ops.sum_of_squares(&r.q->device, r.q->transformer.gradients,
+    check(t, sum_of_squares(&r.q->device, r.q->transformer.gradients,
                                       bytes / sizeof(real)) == 0, "a batch without labels teaches");
     close_run(&r);
     free(expected);

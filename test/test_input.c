@@ -970,11 +970,11 @@ static void test_bad_adapter(Test *t) {
     q = open_test_model(t, LLAMA, QLORA_QUANT_NF4, 1, QLORA_COMPUTE_F32, 1);
     for (size_t i = 0; q && i < 8; i++) {
         qlora_error err = {{0}};
-        check(t, new_adapter(&q->transformer, targets[i], 4, 8, 0, 1, &heap, &err) == -1,
+        check(t, new_adapter(&q->transformer, targets[i], 4, 8, 0, 1, &err) == -1,
               "target_modules \"%s\" is accepted", targets[i]);
         if (err.text[0]) check_message(t, err.text, (const char *const[]){"target_modules"}, 1,
                                        targets[i]);
-        remove_adapter(&q->transformer, &heap);
+        remove_adapter(&q->transformer);
     }
     qlora_close(q);
 }

@@ -68,7 +68,7 @@ static void make_trainable(qlora_model *q) {
     size_t n = q->transformer.n_parameters;
     real *copy = grab(n, sizeof *copy);
     memcpy(copy, q->transformer.parameters, n * sizeof *copy);
-    allocate_parameters(&q->transformer, true, &heap, &err);
+    allocate_parameters(&q->transformer, true, &err);
     memcpy(q->transformer.parameters, copy, n * sizeof *copy);
     free(copy);
 }
@@ -79,17 +79,14 @@ static double run_batch(Test *t, qlora_model *q, const TestBatch *b, size_t tota
     Session s;
     size_t longest = 0;
     for (size_t i = 0; i < b->n; i++) longest = max_size(longest, b->spans[i].nk);
-    SessionShape shape = {.T = b->T, .S = b->S, .max_span = longest, .training = true};
+    SessionShape shape = {.T = b->T, .S = b->S, .n_spans = b->n, .max_span = longest,
+                          .training = true};
     size_t before = q->options.memory;
     q->options.memory = memory;
     bool ok = check(t, !session_open(&s, q, shape, &err), "%s", err.text);
     q->options.memory = before;
     if (!ok) return NAN;
-    real *nll = grab(b->S, sizeof *nll);
-    double loss = 0;
-    loss_and_gradients(&q->transformer, &s.w, &b->batch, nll, NULL, 1 / (real)total, true);
-    for (size_t i = 0; i < b->S; i++) loss += (double)nll[i];
-    free(nll);
+    double loss = batch_loss(&q->transformer, &s.w, &b->batch, 1 / (real)total, true);
     session_close(&s);
     return loss / (double)total;
 }
@@ -194,7 +191,7 @@ static void check_against_reference(Test *t, const char *model, const QuantCase 
            quant->name, base, adapted, loss_error, gradient);
     // A wrong gradient must not pass: one element of one tensor, off by 1 % of its tensor's norm.
     q->transformer.gradients[0] += (real)0.01 * (real)sqrt(
-        plain_ops.sum_of_squares(&q->device, module_linear(&q->transformer, 0)->lora.dA,
+        sum_of_squares(&q->device, module_linear(&q->transformer, 0)->lora.dA,
                                  module_linear(&q->transformer, 0)->lora.r *
                                  module_linear(&q->transformer, 0)->weight.K));
     double planted = compare_adapter(t, q, &r, "grad.", true);
@@ -286,13 +283,14 @@ static void test_adamw_steps(Test *t) {
             }
             clear_gradients(q);
             for (size_t k = 0; k < 2; k++) loss += run_batch(t, q, &b[k], total, 0);
-            double norm = sqrt(fast_ops.sum_of_squares(m->dev, m->gradients, m->n_parameters));
-            double clip = fmin(1, 0.5 / (norm + 1e-6));
-            clipped += clip < 1;
+            StepRecord record = {.loss = loss};
+            clip_gradient(m->dev, &record, NULL, m->gradients, m->n_parameters, (real)0.5);
+            double norm = sqrt(record.squares);
+            clipped += record.clip < 1;
             fast_ops.adamw(m->dev, m->parameters, m->gradients, m->moment1, m->moment2,
                            m->n_parameters,
                            (real)(1e-2 * schedule_factor(SCHEDULE_COSINE, step, 10, 3)), (real)0.9,
-                           (real)0.999, (real)1e-8, (real)0.01, (real)clip, step + 1);
+                           (real)0.999, (real)1e-8, (real)0.01, &record, step + 1);
             json_to_double(json_get(expected, "loss"), &value);
             json_to_double(json_get(expected, "grad_norm"), &norm_value);
             worst_loss = fmax(worst_loss, fabs(loss - value) / value);
@@ -468,7 +466,8 @@ static void test_batch_shape(Test *t) {
         // The least memory that works: everything is recomputed.
         qlora_error err = {{0}};
         Session tight;
-        SessionShape shape = {.T = together.T, .S = together.S, .max_span = 64, .training = true};
+        SessionShape shape = {.T = together.T, .S = together.S, .n_spans = together.n,
+                              .max_span = 64, .training = true};
         size_t held = q->weight_bytes + q->transformer.n_parameters * 4 * sizeof(real), most = 0;
         for (size_t budget = held + 65536; !most && budget < held + ((size_t)1 << 30);
              budget += budget / 512) {
@@ -551,8 +550,8 @@ static void test_zero_adapter(Test *t) {
         float *base = grab(n * V, sizeof *base), *adapted = grab(n * V, sizeof *adapted);
         check(t, !qlora_logits(q, s.ids[1], n, base, &err), "%s", err.text);
         check(t,
-              !new_adapter(&q->transformer, "all-linear,lm_head", 8, 16, 0, 42, &heap, &err) ||
-                  !new_adapter(&q->transformer, "all-linear", 8, 16, 0, 42, &heap, &err),
+              !new_adapter(&q->transformer, "all-linear,lm_head", 8, 16, 0, 42, &err) ||
+                  !new_adapter(&q->transformer, "all-linear", 8, 16, 0, 42, &err),
               "%s", err.text);
         check(t, !qlora_logits(q, s.ids[1], n, adapted, &err), "%s", err.text);
         check(t, memcmp(base, adapted, n * V * sizeof *base) == 0,

@@ -167,34 +167,34 @@ static void bench_training(Bench *b, size_t T, size_t sequences, float dropout, 
     qlora_error err = {{0}};
     Session s;
     size_t n = T * sequences, S = n - sequences;
-    int32_t *ids = random_ids(b, n), *supervised = calloc(n, 4), *target = calloc(n, 4);
-    Span *spans = calloc(sequences, sizeof *spans), *rows = calloc(sequences, sizeof *rows);
-    real *nll = calloc(n, sizeof *nll);
+    int32_t *ids = random_ids(b, n);
     Transformer *m = &b->q->transformer;
-    if (!supervised || !target || !spans || !rows || !nll) exit(1);
-    check_result(new_adapter(m, "all-linear", 16, 32, dropout, 42, &b->q->allocator, &err), &err);
-    SessionShape shape = {.T = n, .S = S, .max_span = T, .training = true};
+    check_result(new_adapter(m, "all-linear", 16, 32, dropout, 42, &err), &err);
+    SessionShape shape = {.T = n, .S = S, .n_spans = sequences, .max_span = T, .training = true};
     check_result(session_open(&s, b->q, shape, &err), &err);
     for (size_t i = 0, k = 0; i < sequences; i++) {
-        spans[i] = (Span){i * T, T, i * T, T, (uint32_t)i};
-        rows[i] = (Span){i * (T - 1), T - 1, i * (T - 1), T - 1, (uint32_t)i};
+        s.here.spans[i] = (Span){i * T, T, i * T, T, (uint32_t)i};
+        s.here.row_spans[i] = (Span){i * (T - 1), T - 1, i * (T - 1), T - 1, (uint32_t)i};
         for (size_t t = 0; t < T; t++) {
-            s.position[i * T + t] = (int32_t)t;
+            s.here.ids[i * T + t] = ids[i * T + t];
+            s.here.position[i * T + t] = (int32_t)t;
             if (t == 0) continue;
-            supervised[k] = (int32_t)(i * T + t - 1);
-            target[k++] = ids[i * T + t];
+            s.here.supervised[k] = (int32_t)(i * T + t - 1);
+            s.here.target[k++] = ids[i * T + t];
         }
     }
-    LabelledBatch batch = {{n, sequences, spans, s.position, 1, 1, true}, ids,
-                           {S, sequences, rows, NULL, 1, 1, true}, supervised, target};
+    LabelledBatch batch = {{n, sequences, T, T, s.there.spans, s.there.position, 1, 1, true},
+                           {S, sequences, T, T, s.there.row_spans, NULL, 1, 1, true},
+                           s.there.ids, s.there.supervised, s.there.target};
+    StepRecord record = {.clip = 1};
     double best = 1e9;
     for (int i = 0; i < repeats; i++) {
         refresh_limits(b);
         double start = now_seconds();
-        loss_and_gradients(m, &s.w, &batch, nll, NULL, 1 / (real)S, true);
+        loss_and_gradients(m, &s.w, &batch, NULL, 1 / (real)S, true);
         m->dev->ops->adamw(m->dev, m->parameters, m->gradients, m->moment1, m->moment2,
-                           m->n_parameters, (real)1e-4, (real)0.9, (real)0.999, (real)1e-8, 0, 1,
-                           1);
+                           m->n_parameters, (real)1e-4, (real)0.9, (real)0.999, (real)1e-8, 0,
+                           &record, 1);
         best = fmin(best, now_seconds() - start);
     }
     double flops = 4 * (b->linear_parameters + b->head_parameters) * (double)n;
@@ -202,12 +202,7 @@ static void bench_training(Bench *b, size_t T, size_t sequences, float dropout, 
              "forward+backward, %zu tokens, dropout %.2f", n, (double)dropout);
     session_close(&s);
     free(ids);
-    free(supervised);
-    free(target);
-    free(spans);
-    free(rows);
-    free(nll);
-    remove_adapter(m, &b->q->allocator);
+    remove_adapter(m);
 }
 
 static void bench_decode(Bench *b, size_t tokens, int repeats) {
