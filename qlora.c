@@ -3360,6 +3360,7 @@ typedef struct {
     bool added;                     // is looked for in the text itself
     bool special;
     bool outside;                   // not one of the model's own tokens, only an added one
+    bool fresh;                     // added by --add-tokens, and not in the files yet
 } Token;
 
 typedef struct { int32_t left, right, merged; uint32_t rank; } Merge;      // left -1: empty slot
@@ -5437,8 +5438,8 @@ done:
 //
 //  A template is one object: it makes the training mask, the chat prompt and, when a model is
 //  saved, the chat template beside it, so that they cannot drift apart. Hugging Face models carry
-//  theirs as a Jinja program; here it is a row of strings, and the program is read only to find the
-//  row and the default system text. The ids are those of transformers' apply_chat_template.
+//  theirs as a Jinja program; here it is a row of strings, and the program is only compared with
+//  those known to write what a row writes. The ids are those of transformers' apply_chat_template.
 // =================================================================================================
 
 typedef struct {
@@ -5446,15 +5447,15 @@ typedef struct {
     const char *content;            // UTF-8, not necessarily NUL-terminated
     size_t length;
     bool skip;                      // not learnt, whatever the mask says
-} Message;
+    size_t input;                   // where a second text begins (Alpaca's input) behind the first
+} Message;                          // and a newline; 0: there is none
 
 // Which tokens the loss looks at. The end token belongs to the content: learning to stop is part of
 // learning to answer.
 typedef enum {
     MASK_CONTENT,                   // the assistant's text and its end token
     MASK_TURN,                      // the assistant's whole turn, header and trailing newline too
-    MASK_ALL,                       // every token but the first, which nothing predicts
-    MASK_NONE                       // nothing: a message that is only context
+    MASK_ALL                        // every token but the first, which nothing predicts
 } MaskKind;
 
 enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, N_ROLES };
@@ -5462,22 +5463,107 @@ static const char *const role_names[N_ROLES] = {"system", "user", "assistant"};
 
 typedef struct { const char *before, *end, *after; } TurnForm;   // before CONTENT end after
 
+// In the strings of a row: the tokenizer's BOS and EOS token, whatever their texts are.
+#define BOS "\1"
+#define EOS "\2"
+
+enum {
+    TRIM_SYSTEM = 1 << ROLE_SYSTEM, TRIM_USER = 1 << ROLE_USER, TRIM_ANSWER = 1 << ROLE_ASSISTANT,
+    TRIM_ALL = TRIM_SYSTEM | TRIM_USER | TRIM_ANSWER,
+    NO_SYSTEM = 8,                  // a system message is refused
+    SYSTEM_IN_FIRST = 16,           // its text goes into the first user turn,
+    SYSTEM_IN_LAST = 32,            // or into the last,
+    SYSTEM_IF_LAST = 64,            // or into the last if no answer follows; else it is left out
+    SKIP_EMPTY_SYSTEM = 128,        // an empty system message is left out
+    ALTERNATES = 256,               // user, assistant, user, ... or refused
+    MERGES = 512,                   // neighbours of one role are one turn
+    THINKS = 1024,                  // Qwen3: see write_answer
+    ASKS_ALWAYS = 2048,             // the header of an answer is there even if none is asked for
+    BOS_INSIDE = 4096               // the program writes the first BOS together with other text
+};
+
 enum { MAX_CONTROLS = 4 };
 
 typedef struct {
     const char *name;
-    const char *has, *lacks;        // recognised by what the model's chat_template has and lacks
-    const char *controls[MAX_CONTROLS];        // strings meant to be one token each
-    const char *end;                // of these, the one that ends the assistant's turn
+    const char *controls[MAX_CONTROLS];        // strings that must be one added token each
+    const char *stop;               // ends an answer: one of these, or EOS
     TurnForm turns[N_ROLES];
+    int flags;
+    const char *begin;              // before all
+    const char *ask;                // what asks for an answer; NULL: what an answer begins with
+    const char *tail;               // behind all if no answer is asked for
+    const char *system;             // stands in for a missing system message
+    const char *opening;            // before the text of the first system message
+    const char *input, *input_system;          // before a second text; `system` where there is one
 } TemplateRow;
 
+#define CHATML_TURN(role, newline) {"<|im_start|>" role "\n", "<|im_end|>", newline}
+#define CHATML(newline) {CHATML_TURN("system", newline), CHATML_TURN("user", newline),           \
+                         CHATML_TURN("assistant", newline)}
+#define CHATML_TOKENS {"<|im_start|>", "<|im_end|>"}, "<|im_end|>"
+#define LLAMA3_TURN(role) {"<|start_header_id|>" role "<|end_header_id|>\n\n", "<|eot_id|>", ""}
+#define LLAMA3 {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}, "<|eot_id|>",         \
+    {LLAMA3_TURN("system"), LLAMA3_TURN("user"), LLAMA3_TURN("assistant")}, .flags = TRIM_ALL
+#define INST_TOKENS {"[INST]", "[/INST]"}
+#define NO_TURN {"", "", ""}
+#define IN_USER {"", "", "\n\n"}               // a system text inside a user's
+
 static const TemplateRow template_rows[] = {
-    // Qwen, and most models without a format of their own; <|im_sep|> tells Phi-4 apart.
-    {"chatml", "<|im_start|>", "<|im_sep|>", {"<|im_start|>", "<|im_end|>"}, "<|im_end|>",
-     {{"<|im_start|>system\n", "<|im_end|>", "\n"},
-      {"<|im_start|>user\n", "<|im_end|>", "\n"},
-      {"<|im_start|>assistant\n", "<|im_end|>", "\n"}}},
+    {"chatml", CHATML_TOKENS, CHATML("\n"), .begin = ""},
+    // as tutorial 000 writes it
+    {"chatml-compact", CHATML_TOKENS, CHATML(""), .begin = ""},
+    {"qwen2.5", CHATML_TOKENS, CHATML("\n"),
+     .system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."},
+    {"qwen3", CHATML_TOKENS, CHATML("\n"), .flags = THINKS},
+    {"llama2", {NULL}, EOS,
+     {{"<<SYS>>\n", "", "\n<</SYS>>\n\n"}, {BOS "[INST] ", "", " [/INST]"}, {" ", " " EOS, ""}},
+     .flags = SYSTEM_IN_FIRST | ALTERNATES | TRIM_USER | TRIM_ANSWER, .ask = ""},
+    {"llama3", LLAMA3, .begin = BOS},
+    {"llama3.1", LLAMA3, .begin = BOS, .system = "",
+     .opening = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"},
+    // Mistral: "-common" are those of the mistral-common library, the others those of the models.
+    {"mistral-v0.1", {NULL}, EOS, {NO_TURN, {"[INST] ", "", " [/INST]"}, {"", EOS, " "}},
+     .flags = NO_SYSTEM | ALTERNATES, .begin = BOS, .ask = ""},
+    {"mistral-v0.2", {NULL}, EOS, {NO_TURN, {"[INST] ", "", " [/INST]"}, {"", EOS, ""}},
+     .flags = NO_SYSTEM | ALTERNATES, .begin = BOS, .ask = ""},
+    {"mistral-v1", {NULL}, EOS, {IN_USER, {" [INST] ", "", " [/INST]"}, {" ", EOS, ""}},
+     .flags = SYSTEM_IN_FIRST | ALTERNATES, .begin = BOS, .ask = ""},
+    {"mistral-v3", INST_TOKENS, EOS, {IN_USER, {"[INST] ", "", "[/INST]"}, {" ", EOS, ""}},
+     .flags = SYSTEM_IF_LAST | ALTERNATES | TRIM_ANSWER, .begin = BOS, .ask = ""},
+    {"mistral-v3-tekken", INST_TOKENS, EOS, {IN_USER, {"[INST]", "", "[/INST]"}, {"", EOS, ""}},
+     .flags = SYSTEM_IF_LAST | ALTERNATES, .begin = BOS, .ask = ""},
+    {"mistral-v7", {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"}, EOS,
+     {{"[SYSTEM_PROMPT] ", "", "[/SYSTEM_PROMPT]"}, {"[INST] ", "", "[/INST]"}, {" ", EOS, ""}},
+     .begin = BOS, .ask = ""},
+    {"mistral-common-v1", {NULL}, EOS, {IN_USER, {"[INST] ", "", " [/INST]"}, {"", EOS, ""}},
+     .flags = SYSTEM_IN_FIRST | MERGES, .begin = BOS, .ask = ""},
+    {"mistral-common-v3", INST_TOKENS, EOS, {IN_USER, {"[INST]", "", "[/INST]"}, {"", EOS, ""}},
+     .flags = SYSTEM_IN_LAST | MERGES, .begin = BOS, .ask = ""},
+    {"phi3", {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"}, "<|end|>",
+     {{"<|system|>\n", "<|end|>", "\n"}, {"<|user|>\n", "<|end|>", "\n"},
+      {"<|assistant|>\n", "<|end|>", "\n"}}, .tail = EOS},
+    // the first of them: no system message, and every question asks for an answer
+    {"phi3-first", {"<|user|>", "<|assistant|>", "<|end|>"}, "<|end|>",
+     {NO_TURN, {"<|user|>\n", "<|end|>", "\n<|assistant|>\n"}, {"", "<|end|>", "\n"}},
+     .flags = NO_SYSTEM},
+    {"zephyr", {NULL}, EOS, {{"<|system|>\n", EOS, "\n"}, {"<|user|>\n", EOS, "\n"},
+                             {"<|assistant|>\n", EOS, "\n"}}, .begin = ""},
+    {"alpaca", {NULL}, EOS, {IN_USER, {"### Instruction:\n", "", "\n\n### Response:\n"},
+                             {"", EOS, ""}},
+     .system = "Below is an instruction that describes a task. Write a response that appropriately "
+               "completes the request.",
+     .input = "\n\n### Input:\n",
+     .input_system = "Below is an instruction that describes a task, paired with an input that "
+                     "provides further context. Write a response that appropriately completes the "
+                     "request."},
+    // tutorial 003: from an answer to the instruction that asked for it
+    {"dolly", {NULL}, EOS,
+     {NO_TURN, {"### Instruction:\nUse the Input below to create an instruction, which could have "
+                "been used to generate the input using an LLM.\n\n### Input:\n", "",
+                "\n\n### Response:\n"}, {"", "\n" EOS, ""}}, .flags = NO_SYSTEM},
+    {"tutorial-004", {NULL}, EOS, {NO_TURN, {BOS "[INST] ", "", " [/INST]"}, {" \n ", " " EOS, ""}},
+     .flags = NO_SYSTEM, .input = " here are the inputs "},
 };
 enum { N_TEMPLATE_ROWS = sizeof template_rows / sizeof *template_rows };
 
@@ -5485,59 +5571,383 @@ enum { N_TEMPLATE_ROWS = sizeof template_rows / sizeof *template_rows };
 typedef struct ChatTemplate {
     const TemplateRow *row;
     TurnForm turns[N_ROLES];
-    const char *begin;              // stands before the first turn: the BOS token's text, or ""
-    const char *system;             // inserted when the first message is no system message, or NULL
-    size_t system_length;
+    int flags;                      // the row's and those of the program that was recognised
+    const char *begin, *ask, *tail, *bos, *eos;               // "" where there is none
+    const char *system;             // stands in for a missing system message, or NULL
     const char *end;                // the token that ends the assistant's turn
     int32_t end_id;
+    bool own;                       // the model's own chat template says the same
     const char *cuts[MAX_CONTROLS + 2];        // tokens before which the text may be cut in two
     size_t n_cuts;
+    const char *prompt;             // --prompt-template: the text with holes, else NULL
+    const char **holes, **between;  // (n_holes) names of fields; what follows each. The last one is
+    size_t n_holes;                 // the answer
 } ChatTemplate;
+
+// ----------------------------------------------------------------- Jinja programs in one spelling
+//
+// What a chat_template does is told from its program, brought to one spelling: white space, comments
+// and quotes as Jinja treats them under transformers (trim_blocks, lstrip_blocks), x['role'] as
+// x.role, neighbouring texts as one, branches for tools, which no message here has, left out. Two
+// programs that spell alike do the same. One that is known is thus recognised however it is laid
+// out and whatever it says of tools; one that is not is refused, never guessed at.
+
+enum { MAX_JINJA_BLOCKS = 64 };
+
+typedef struct {
+    const char *at, *end;
+    Buffer *out, *e;                // the program so far; the expression just read
+    bool strip, trim;               // the tag before takes the white space behind it, or a newline
+    bool line_start;
+    bool bos, wrote;                // begins with {{ bos_token }}, which is not spelled; any output
+    bool joins;                     // the last thing written is an output that may be continued
+    bool complex;                   // the expression is more than a sum
+    char blocks[MAX_JINJA_BLOCKS];  // open: 'i' an if that is not written yet, 'I' one that is, 'o'
+    size_t depth;
+    size_t dead;                    // blocks open in a branch that is left out, and this one itself
+    qlora_error *err;
+} JinjaReader;
+
+static bool is_blank(char c) { return c && strchr(" \t\r\n", c); }
+static bool is_word(char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+}
+
+// Appends a character of a string in the one spelling of strings, '...'.
+static int spell(JinjaReader *r, char c) {
+    return ((c == '\'' || c == '\\') && buffer_append(r->e, "\\", 1, r->err)) ||
+           buffer_append(r->e, &c, 1, r->err);
+}
+
+// Reads a string at its quote. NULL: unsupported, or out of memory.
+static const char *read_jinja_string(JinjaReader *r, const char *p) {
+    static const char from[] = "ntr\\'\"", to[] = "\n\t\r\\'\"";
+    char quote = *p++;
+    if (r->e->size >= 2 && memcmp(r->e->data + r->e->size - 2, "'+", 2) == 0) r->e->size -= 2;
+    else if (buffer_append(r->e, "'", 1, r->err)) return NULL;
+    for (; p < r->end && *p != quote; p++) {
+        const char *escape = *p == '\\' && p + 1 < r->end && p[1] ? strchr(from, p[1]) : NULL;
+        if (*p == '\\' && !escape) return NULL;
+        if (*p == '\r' && p + 1 < r->end && p[1] == '\n') continue;
+        if (spell(r, escape ? to[escape - from] : *p)) return NULL;
+        if (escape) p++;
+    }
+    return p < r->end && !buffer_append(r->e, "'", 1, r->err) ? p + 1 : NULL;
+}
+
+// The end of a subscript ['name'] at p, whose name it appends as .name, or NULL if it is none.
+static const char *read_subscript(JinjaReader *r, const char *p) {
+    char last = r->e->size ? r->e->data[r->e->size - 1] : 0;
+    if (!is_word(last) && last != ')' && last != ']') return NULL;
+    for (p++; p < r->end && is_blank(*p);) p++;
+    char quote = *p++;
+    if (quote != '\'' && quote != '"') return NULL;
+    const char *name = p;
+    while (p < r->end && is_word(*p)) p++;
+    size_t n = (size_t)(p - name);
+    if (!n || *p++ != quote) return NULL;
+    while (p < r->end && is_blank(*p)) p++;
+    if (p >= r->end || *p != ']') return NULL;
+    return buffer_append(r->e, ".", 1, r->err) || buffer_append(r->e, name, n, r->err) ? NULL
+                                                                                       : p + 1;
+}
+
+// Reads what stands in a tag that ends with `close` and }. Returns 1, 0 if unsupported, or -1.
+static int read_tag(JinjaReader *r, char close) {
+    const char *p = r->at + 2 + (r->at[2] == '-' || r->at[2] == '+');
+    size_t braces = 0;
+    bool gap = false;
+    r->e->size = 0;
+    r->complex = false;
+    while (p < r->end) {
+        const char *q = p + (*p == '-' || (*p == '+' && close == '%'));
+        if (!braces && *q == close && q[1] == '}') {
+            r->strip = *p == '-';
+            r->trim = close == '%' && *p != '+';
+            r->at = q + 2;
+            return buffer_append(r->e, "", 1, r->err) ? -1 : 1;
+        }
+        char c = *p, last = r->e->size ? r->e->data[r->e->size - 1] : 0;
+        const char *next = c == '[' ? read_subscript(r, p) : NULL;
+        if (c == '\'' || c == '"') {
+            next = read_jinja_string(r, p);
+            if (!next) return 0;
+        } else if (!next && !is_blank(c)) {
+            bool apart = gap && is_word(c) && is_word(last);
+            if (apart || c == '~') r->complex = true;
+            braces += c == '{';
+            braces -= c == '}' && braces;
+            if ((apart && buffer_append(r->e, " ", 1, r->err)) || buffer_append(r->e, &c, 1, r->err))
+                return -1;
+        }
+        gap = !next && is_blank(c);
+        p = next ? next : p + 1;
+    }
+    return 0;
+}
+
+// Writes the output that `e` holds, a text or an expression.
+static int write_output(JinjaReader *r) {
+    Buffer *e = r->e, *out = r->out;
+    const char *text = e->data;
+    size_t n = e->size - 1;
+    bool failure = starts_with(text, n, "raise_exception("), simple = !r->complex && !failure;
+    if (r->dead || !n || strcmp(text, "''") == 0) return 0;
+    if (strcmp(text, "bos_token") == 0 && !r->depth && !r->wrote) {
+        r->bos = r->wrote = true;
+        return 0;
+    }
+    r->wrote = r->wrote || !failure;
+    if (failure) { text = "raise"; n = 5; }
+    if (r->joins && simple) {
+        out->size -= 2;                               // the ';' and its NUL
+        bool both = *text == '\'' && out->data[out->size - 1] == '\'';
+        if (both) { out->size--; text++; n--; }
+        else if (buffer_append(out, "+", 1, r->err)) return -1;
+    } else {
+        out->size--;
+        if (buffer_append(out, "O:", 2, r->err)) return -1;
+    }
+    r->joins = simple;
+    return buffer_append(out, text, n, r->err) || buffer_append(out, ";", 2, r->err) ? -1 : 0;
+}
+
+// Writes the text before a tag, or the last one.
+static int write_text(JinjaReader *r, const char *p, const char *end, bool strip, bool block) {
+    if (r->strip) while (p < end && is_blank(*p)) p++;
+    if (r->trim && p < end && *p == '\r') p++;
+    bool line_start = r->line_start;
+    if (r->trim && p < end && *p == '\n') { p++; line_start = true; }
+    if (strip) while (end > p && is_blank(end[-1])) end--;
+    const char *line = end;
+    while (block && line > p && (line[-1] == ' ' || line[-1] == '\t')) line--;
+    if (block && (line > p ? line[-1] == '\n' : line_start)) end = line;
+    r->line_start = false;
+    r->e->size = 0;
+    r->complex = false;
+    if (p == end) return 0;
+    if (buffer_append(r->e, "'", 1, r->err)) return -1;
+    for (; p < end; p++)
+        if (!(*p == '\r' && p + 1 < end && p[1] == '\n') && spell(r, *p)) return -1;
+    return buffer_append(r->e, "'", 2, r->err) || write_output(r);
+}
+
+// Is the condition of a branch never true here: for one, because it is about tools?
+static bool is_never(const char *condition) {
+    static const char *const never[] = {"tools", "tools is not none", "builtin_tools is defined",
+        "builtin_tools is defined or tools is not none", "custom_tools is defined",
+        "message.tool_calls", "message.role=='tool'", "'tool_calls'in message",
+        "tools is not none and not tools_in_user_message",
+        "tools_in_user_message and not tools is none",
+        "tools is not none and(message==user_messages[-1])",
+        "message.role=='tool'or message.role=='ipython'",
+        "message.role=='tool_results'or message.role=='tool'",
+        "message.tool_calls is defined and message.tool_calls is not none",
+        "(message.tool_calls is defined and message.tool_calls is not none)"};
+    for (size_t i = 0; i < sizeof never / sizeof *never; i++)
+        if (strcmp(condition, never[i]) == 0) return true;
+    return starts_with(condition, strlen(condition), "false==true") && !strstr(condition, "or");
+}
+
+static int write_statement(JinjaReader *r, const char *word, const char *rest) {
+    r->out->size--;
+    r->joins = false;
+    return buffer_printf(r->out, r->err, "%%%s%s;", word, rest) ||
+           buffer_append(r->out, "", 1, r->err) ? -1 : 0;
+}
+
+// Takes in the statement that `e` holds. A branch about tools leaves no trace: an if without a
+// branch that is written is left out, and its else is what stands there. Returns as read_tag.
+static int read_statement(JinjaReader *r) {
+    static const char *const words[] = {"if", "elif", "else", "for", "macro", "set", "generation",
+                                        "endgeneration", "endif", "endfor", "endmacro", "endset"};
+    enum { IF, ELIF, ELSE, FOR, MACRO, SET, GENERATION, ENDGENERATION, ENDS, N = 12 };
+    const char *e = r->e->data;
+    size_t n = 0, kind = 0;
+    while (is_word(e[n])) n++;
+    while (kind < N && (strncmp(e, words[kind], n) || words[kind][n])) kind++;
+    if (kind == N || r->depth == MAX_JINJA_BLOCKS) return 0;
+    if (kind == GENERATION || kind == ENDGENERATION) return 1;
+    bool opens = kind == IF || kind == FOR || kind == MACRO || (kind == SET && !strchr(e, '='));
+    bool ends = kind >= ENDS, goes_on = kind == ELIF || kind == ELSE || ends;
+    if (r->dead && (opens || (ends && r->dead > 1))) {
+        r->dead = opens ? r->dead + 1 : r->dead - 1;
+        return 1;
+    }
+    if (r->dead > 1 || (r->dead && !goes_on)) return 1;
+    if (goes_on && !r->depth) return 0;
+    if (opens) r->blocks[r->depth++] = kind == IF ? 'i' : 'o';
+    char *block = &r->blocks[r->depth ? r->depth - 1 : 0];
+    if (goes_on) r->dead = 0;
+    if (ends) r->depth--;
+    if (kind == IF || kind == ELIF) {
+        const char *condition = e + n + (e[n] == ' ');
+        r->dead = is_never(condition);
+        if (r->dead) return 1;
+        bool first = *block == 'i';
+        *block = 'I';
+        return write_statement(r, first ? "if " : "elif ", condition) ? -1 : 1;
+    }
+    if (goes_on && *block == 'i') return 1;
+    return write_statement(r, e, "") ? -1 : 1;
+}
+
+// Passes over a comment. Returns as read_tag.
+static int read_comment(JinjaReader *r) {
+    const char *close = strstr(r->at + 2, "#}");
+    if (!close || close >= r->end) return 0;
+    r->strip = close[-1] == '-';
+    r->trim = true;
+    r->at = close + 2;
+    return 1;
+}
+
+// Spells a program. Returns 1, 0 if it uses what this reader does not know, -1 if memory is short.
+static int spell_jinja(Buffer *out, bool *bos, const char *text, qlora_error *err) {
+    Buffer e = {.allocator = out->allocator};
+    size_t n = strlen(text);
+    n -= n && text[n - 1] == '\n';                    // as Jinja does
+    JinjaReader r = {.at = text, .end = text + n, .out = out, .e = &e, .line_start = true,
+                     .err = err};
+    int good = buffer_append(out, "", 1, err) ? -1 : 1;
+    while (good == 1 && r.at < r.end) {
+        const char *tag = r.at;
+        while (tag < r.end && !(tag[0] == '{' && tag[1] && strchr("{%#", tag[1]))) tag++;
+        char kind = tag < r.end ? tag[1] : 0;
+        bool strip = kind && tag[2] == '-', block = kind && kind != '{' && tag[2] != '+';
+        if (write_text(&r, r.at, tag, strip, block)) good = -1;
+        r.at = tag;
+        if (good < 0 || !kind) break;
+        good = kind == '#' ? read_comment(&r) : read_tag(&r, kind == '{' ? '}' : '%');
+        if (good == 1 && kind == '{') good = write_output(&r) ? -1 : 1;
+        if (good == 1 && kind == '%') good = read_statement(&r);
+    }
+    *bos = r.bos;
+    buffer_free(&e);
+    return good == 1 && r.depth ? 0 : good;
+}
 
 // ------------------------------------------------------------------------------ finding a template
 
-// The place after `literal` at p, where a newline may also be written \n as in a Jinja string.
-static const char *skip_literal(const char *p, const char *literal) {
-    for (; *literal; literal++) {
-        if (*p == *literal) p++;
-        else if (*literal == '\n' && p[0] == '\\' && p[1] == 'n') p += 2;
-        else return NULL;
-    }
-    return p;
+// Programs that are known to write what a row writes: hashes (hash_bytes) of their spelling.
+static const struct { uint64_t hash; const char *row; int flags; } known_programs[] = {
+    {0x23ad0d237208e059, "chatml", 0},                      // most models
+    {0xe8f549312d6fd146, "chatml", 0},                      // Dolphin
+    {0xdf9998273af3a80b, "chatml-compact", 0},
+    {0x7ec888fb075ff151, "qwen2.5", 0},                     // Qwen2.5, MiMo
+    {0x167ae6b8b2f388e2, "qwen2.5", 0},                     // the same without tools
+    {0xcc9a35c2941adc15, "qwen2.5", 0},                     // Qwen2, SmolLM2
+    {0xc24ffeed8166d3ef, "qwen3", 0},
+    {0x8f0b55cdaaef5068, "qwen3", 0},                       // of trl
+    {0x15dfd397e432003d, "llama2", 0},
+    {0x2d015da9f0cf5793, "llama2", 0},                      // of older tokenizers
+    {0xe9fea88d7657f74a, "llama3", BOS_INSIDE},
+    {0x9f6cdee22f16423e, "llama3", BOS_INSIDE | ASKS_ALWAYS},            // the first weeks'
+    {0x5b2d441c8214f9fb, "llama3.1", 0},                    // 3.1, 3.3
+    {0xd15c46be7693d6d9, "mistral-v0.1", 0},
+    {0xf98c60a51e9a76fb, "mistral-v0.2", 0},                // and Mixtral 8x7B
+    {0x9b4a96ec560a8d1e, "mistral-v1", 0},
+    {0x507068e0fe504a46, "mistral-v3", 0},
+    {0xa1a7714cfa25b9ee, "mistral-v3-tekken", 0},
+    {0x7d2cd4b927810a82, "mistral-v7", 0},
+    {0xfd43f80688ee586c, "mistral-common-v1", 0},
+    {0x90ae8001feed3e92, "mistral-common-v3", 0},
+    {0x7db3aaad91c75b4e, "phi3", 0},
+    {0x0a0799b44f73d6c6, "phi3", SKIP_EMPTY_SYSTEM},        // Phi-3.5
+    {0xa8c7919dcb9ba6d8, "phi3", 0},                        // Phi-3-small
+    {0x00f707825d08e7d2, "phi3-first", 0},
+    {0xffb28f4d1953c92d, "zephyr", 0},                      // and TinyLlama
+};
+enum { N_KNOWN_PROGRAMS = sizeof known_programs / sizeof *known_programs };
+
+static const TemplateRow *find_row(const char *name) {
+    for (size_t i = 0; i < N_TEMPLATE_ROWS; i++)
+        if (strcmp(template_rows[i].name, name) == 0) return &template_rows[i];
+    return NULL;
 }
 
-// Copies a Jinja literal up to `end`. In a string (quote not 0) escapes are resolved. False when
-// the text is no literal: the string ends first, or an expression or statement begins.
-static bool copy_literal(char *out, size_t *length, const char *p, const char *end, char quote) {
-    static const char from[] = "ntr\\'\"", to[] = "\n\t\r\\'\"";
-    size_t n = 0;
-    for (; p < end; p++) {
-        const char *escape = quote && *p == '\\' ? strchr(from, p[1]) : NULL;
-        if (quote ? *p == quote : *p == '{' && (p[1] == '{' || p[1] == '%')) return false;
-        if (escape) p++;
-        out[n++] = escape ? to[escape - from] : *p;
-    }
-    *length = n;
-    return true;
+// Makes `c` the row, not yet fitted to a tokenizer. plain: without its controls, with EOS as stop.
+static void set_row(ChatTemplate *c, const TemplateRow *row, bool plain) {
+    c->row = row;
+    c->flags = row->flags;
+    c->begin = row->begin ? row->begin : "";
+    c->tail = row->tail ? row->tail : "";
+    c->system = row->system;
+    c->end = plain ? EOS : row->stop;
+    memcpy(c->turns, row->turns, sizeof c->turns);
+    for (int role = 0; role < N_ROLES && plain; role++)
+        if (strcmp(c->turns[role].end, row->stop) == 0) c->turns[role].end = EOS;
+    c->ask = row->ask ? row->ask : c->turns[ROLE_ASSISTANT].before;
 }
 
-// Finds the system text that the model's own template writes when it is given none, as Qwen2.5's
-// '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n': the one place where the header
-// and the end of a system turn enclose a literal.
-static int find_default_system(ChatTemplate *c, const char *text, Region *region,
+// Takes the system text that the spelled program writes when it is given none, as Qwen2.5's
+// '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n', out of it: models differ in it.
+static int take_default_system(Buffer *spelled, const char **system, Region *region,
                                qlora_error *err) {
-    const TurnForm *turn = &c->row->turns[ROLE_SYSTEM];
-    char *copy = region_alloc(region, strlen(text) + 1, 1, err);
-    if (!copy) return -1;
-    const char *end = text;                           // the first end of turn at or after p
-    for (const char *p = text; *p && end && !c->system; p++) {
-        const char *start = skip_literal(p, turn->before);
-        char quote = p > text && (p[-1] == '\'' || p[-1] == '"') ? p[-1] : 0;
-        if (!start) continue;
-        if (end < start) end = strstr(start, turn->end);
-        if (end && copy_literal(copy, &c->system_length, start, end, quote)) c->system = copy;
+    static const char before[] = "'<|im_start|>system\n", after[] = "<|im_end|>\n";
+    char *text = spelled->data, *end = text;
+    for (bool found = false; !found;) {
+        text = strstr(text, before);
+        if (!text) return 0;
+        text = end = text + strlen(before);
+        while (*end && *end != '\'' && !starts_with(end, strlen(end), after))
+            end += *end == '\\' ? 2 : 1;
+        found = end > text && starts_with(end, strlen(end), after);
     }
+    size_t n = (size_t)(end - text), length = 0;
+    char *copy = region_text(region, text, n, err), *plain = region_alloc(region, n + 1, 1, err);
+    if (!copy || !plain) return -1;
+    for (size_t i = 0; i < n; i++) plain[length++] = copy[i += copy[i] == '\\'];
+    *system = plain;
+    for (char *p = spelled->data; (p = strstr(p, copy)) != NULL;) {
+        memmove(p + 1, p + n, strlen(p + n) + 1);
+        *p++ = '\5';
+    }
+    spelled->size = strlen(spelled->data) + 1;
     return 0;
+}
+
+static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err);
+
+// Is the spelled program what we would save for this row?
+static int is_our_program(const ChatTemplate *c, const Buffer *spelled, Region *region, bool *same,
+                          qlora_error *err) {
+    Buffer text = {.allocator = region->allocator}, ours = text;
+    const char *system;
+    bool bos;
+    int bad = template_jinja(c, &text, err) || buffer_append(&text, "", 1, err) ||
+              spell_jinja(&ours, &bos, text.data, err) < 0 ||
+              take_default_system(&ours, &system, region, err);
+    *same = !bad && strcmp(ours.data, spelled->data) == 0;
+    buffer_free(&text);
+    buffer_free(&ours);
+    return bad ? -1 : 0;
+}
+
+// Sets the row that the model's own program stands for; c->row stays NULL if none does.
+static int recognise(ChatTemplate *c, const char *text, uint64_t *hash, Region *region,
+                     qlora_error *err) {
+    Buffer spelled = {.allocator = region->allocator};
+    const char *system = NULL;
+    bool bos, same = false;
+    int good = spell_jinja(&spelled, &bos, text, err);
+    int bad = good < 0 || (good && take_default_system(&spelled, &system, region, err)) ? -1 : 0;
+    *hash = good == 1 ? hash_bytes(spelled.data, strlen(spelled.data)) : 0;
+    for (size_t i = 0; i < N_KNOWN_PROGRAMS && good == 1 && !bad && !c->row; i++) {
+        if (known_programs[i].hash != *hash) continue;
+        set_row(c, find_row(known_programs[i].row), false);
+        c->flags |= known_programs[i].flags;
+    }
+    for (size_t i = 0; i < 2 * N_TEMPLATE_ROWS && good == 1 && !bad && !c->row; i++) {
+        set_row(c, &template_rows[i / 2], i % 2);
+        bad = is_our_program(c, &spelled, region, &same, err);
+        if (!same) c->row = NULL;
+    }
+    if (c->row && c->system && system) c->system = system;
+    if (c->row) c->begin = bos || c->flags & BOS_INSIDE ? BOS : "";
+    if (c->row && c->flags & ASKS_ALWAYS) c->tail = c->ask;
+    buffer_free(&spelled);
+    return bad;
 }
 
 // The id of a text that is one added token, which the tokenizer finds inside any text, or -1. Notes
@@ -5556,79 +5966,171 @@ static int32_t add_control(ChatTemplate *c, const Tokenizer *t, const char *text
     return -1;
 }
 
-// Looks the row's control strings up in the vocabulary. A model whose vocabulary lacks them (a raw
-// Llama-2) still learns ChatML: the headers of the turns become ordinary text, and the end string
-// becomes the model's own end-of-text token. So an answer ends with the one token on which every
-// program stops generating, and none shows "<|im_end|>" as text.
-static int fit_controls(ChatTemplate *c, const Tokenizer *t, bool strict, Buffer *note,
-                        qlora_error *err) {
+// Looks the row's controls, BOS and EOS up in the vocabulary.
+static int fit_tokens(ChatTemplate *c, const Tokenizer *t, qlora_error *err) {
     const TemplateRow *row = c->row;
-    const char *missing = NULL;
-    c->end = row->end;
+    bool plain = *c->end == *EOS;
+    c->bos = t->bos_token ? t->bos_token : "";
+    c->eos = t->eos_token ? t->eos_token : "";
     c->end_id = -1;
-    for (size_t i = 0; i < MAX_CONTROLS && row->controls[i]; i++) {
+    for (size_t i = 0; i < MAX_CONTROLS && row->controls[i] && (!plain || *row->stop == *EOS); i++) {
         int32_t id = add_control(c, t, row->controls[i]);
-        if (id < 0 && !missing) missing = row->controls[i];
-        if (strcmp(row->controls[i], row->end) == 0) c->end_id = id;
+        if (id < 0)
+            return fail(err, "template %s: %s must be one added token of the vocabulary and is not; "
+                        "--add-tokens '%s' makes it one, or choose the template that the model was "
+                        "made with, or one made of text (zephyr, alpaca)", row->name,
+                        row->controls[i], row->controls[i]);
+        if (strcmp(row->controls[i], c->end) == 0) c->end_id = id;
     }
-    if (!missing) return 0;
-    if (strict)
-        return fail(err, "template %s: %s is not one token of this model's vocabulary: choose the "
-                    "template that the model was made with", row->name, missing);
-    if (c->end_id < 0) {
-        c->end = t->eos_token;
-        c->end_id = c->end ? add_control(c, t, c->end) : -1;
-        if (c->end_id < 0)
-            return fail(err, "template %s: the vocabulary has neither %s nor an end-of-text token: "
-                        "the model could never learn to stop", row->name, row->end);
-        for (int role = 0; role < N_ROLES; role++)
-            if (strcmp(c->turns[role].end, row->end) == 0) c->turns[role].end = c->end;
-    }
-    return buffer_printf(note, err, "template %s: %s is no token of this vocabulary; turns are "
-                         "written as plain text and end with %s\n", row->name, missing, c->end);
+    int32_t eos = *c->eos ? add_control(c, t, c->eos) : -1;
+    if (*c->bos) add_control(c, t, c->bos);
+    if (plain) { c->end = c->eos; c->end_id = eos; }
+    if (c->end_id < 0 || (strchr(c->tail, *EOS) && !*c->eos))
+        return fail(err, "template %s: the vocabulary has no end-of-text token (eos_token in "
+                    "tokenizer_config.json): the model could never learn to stop", row->name);
+    if (strchr(c->turns[ROLE_USER].before, *BOS) && !*c->bos)
+        return fail(err, "template %s: every question begins with a BOS token, and the tokenizer "
+                    "has none (bos_token in tokenizer_config.json)", row->name);
+    return 0;
 }
 
-// Fits a template to the tokenizer. Named, it is that row as it stands. Otherwise it is the row
-// that the model's own chat_template shows, with the default system text written there; ChatML if
-// the model has none. strict: control strings that are not tokens are an error. Lines that a person
-// should see are appended to `note`. What `out` points to lives in the region and the tokenizer.
-static int template_find(ChatTemplate *out, const char *name, const Tokenizer *t, bool strict,
-                         Region *region, Buffer *note, qlora_error *err) {
-    const char *text = name ? NULL : t->chat_template, *bos = t->bos_token;
-    char known[256] = "";
-    *out = (ChatTemplate){.begin = ""};
-    for (size_t i = 0; i < N_TEMPLATE_ROWS && !out->row; i++) {
-        const TemplateRow *row = &template_rows[i];
-        size_t n = strlen(known);
-        snprintf(known + n, sizeof known - n, "%s%s", i ? ", " : "", row->name);
-        if (name ? strcmp(name, row->name) == 0
-                 : !text || (strstr(text, row->has) && !strstr(text, row->lacks)))
-            out->row = row;
-    }
-    if (!out->row && name)
-        return fail(err, "template \"%s\" is not known; known are: %s", name, known);
-    if (!out->row)
-        return fail(err, "the model's own chat template, which begins \"%.60s\", is none of those "
-                    "known (%s); pass --template %s to train and chat with that one instead", text,
-                    known, template_rows[0].name);
-    memcpy(out->turns, out->row->turns, sizeof out->turns);
-    if (!text && !name &&
-        buffer_printf(note, err, "template %s: the model has no chat template of its own\n",
-                      out->row->name))
-        return -1;
-    if (fit_controls(out, t, strict, note, err)) return -1;
+static int unknown_template(const char *name, const char *text, uint64_t hash, Region *region,
+                            qlora_error *err) {
+    Buffer known = {.allocator = region->allocator};
+    int bad = 0;
+    for (size_t i = 0; i < N_TEMPLATE_ROWS && !bad; i++)
+        bad = buffer_printf(&known, err, "%s%s", i ? ", " : "", template_rows[i].name);
+    if (bad) {}
+    else if (name) fail(err, "template \"%s\" is not known; known are: %s", name, known.data);
+    else if (strstr(text, "strftime_now"))
+        fail(err, "the model's own chat template writes the date of the day, which training cannot "
+             "follow; pass --template NAME to train and chat with another, as llama3.1, whose date "
+             "is fixed; known are: %s", known.data);
+    else
+        fail(err, "the model's own chat template, which begins \"%.60s\" (program %016llx), does "
+             "not do what one of those known does; pass --template NAME to train and chat with that "
+             "one instead, or --prompt-template TEXT; known are: %s", text,
+             (unsigned long long)hash, known.data);
+    buffer_free(&known);
+    return -1;
+}
 
-    // BOS: where the model's template writes it, or, without one, where its tokenizer would.
+static int prompt_template(ChatTemplate *c, const char *text, size_t n, const Tokenizer *t,
+                           Region *region, qlora_error *err);
+static int find_saved_prompt(ChatTemplate *c, const char *text, const Tokenizer *t, Region *region,
+                             qlora_error *err);
+
+// Fits a template to the tokenizer. Named, it is that row; with a prompt, text with holes; otherwise
+// what the model's own chat_template stands for, or, without one, ChatML. If the vocabulary lacks
+// ChatML's tokens then (a raw Llama-2), its headers are ordinary text and the model's own
+// end-of-text token ends a turn: every program stops there. Lines that a person should see are
+// appended to `note`. What `out` points to lives in the region and the tokenizer.
+static int template_find(ChatTemplate *out, const char *name, const char *prompt,
+                         const Tokenizer *t, Region *region, Buffer *note, qlora_error *err) {
+    const char *text = name || prompt ? NULL : t->chat_template;
     bool adds_bos = t->n_prefix && t->prefix[0] == t->bos_id;
-    if (bos && (text ? strstr(text, "bos_token") != NULL : adds_bos)) {
-        out->begin = bos;
-        add_control(out, t, bos);
+    const TemplateRow *chatml = &template_rows[0];
+    uint64_t hash = 0;
+    *out = (ChatTemplate){.own = text != NULL, .prompt = prompt};
+    if (prompt && prompt_template(out, prompt, strlen(prompt), t, region, err)) return -1;
+    if (name && find_row(name)) set_row(out, find_row(name), false);
+    if (text && (recognise(out, text, &hash, region, err) ||
+                 (!out->row && find_saved_prompt(out, text, t, region, err))))
+        return -1;
+    if (!out->row && (name || text)) return unknown_template(name, text, hash, region, err);
+    if (!out->row) {
+        ChatTemplate none = {0};
+        bool plain = false;
+        for (size_t i = 0; i < 2; i++) plain |= add_control(&none, t, chatml->controls[i]) < 0;
+        set_row(out, chatml, plain);
+        if (buffer_printf(note, err, "template chatml: the model has no chat template of its own%s\n",
+                          plain ? ", nor ChatML's tokens: its headers are written as plain text "
+                                  "and turns end with the end-of-text token" : ""))
+            return -1;
     }
-    if (text && find_default_system(out, text, region, err)) return -1;
-    if (text && strstr(text, "<think>"))
-        return buffer_printf(note, err, "template %s: the model's own chat template also writes "
-                             "<think> blocks; turns are written without them\n", out->row->name);
+    // Where the model's program does not decide on a BOS, its tokenizer does, unless questions bring it.
+    if (!text && adds_bos && !strchr(out->turns[ROLE_USER].before, *BOS)) out->begin = BOS;
+    return fit_tokens(out, t, err);
+}
+
+// ---------------------------------------------------------------------------- text with {holes}
+//
+// A prompt template is text with the names of a record's fields in braces; {{ and }} are braces.
+// The last hole is the answer, which the loss looks at together with what follows and EOS. What
+// stands before the first hole and before the answer begins and ends a user's turn, so that a
+// template with one hole for the question can be chatted with.
+
+// Makes `c` a template of that text.
+static int prompt_template(ChatTemplate *c, const char *text, size_t n, const Tokenizer *t,
+                           Region *region, qlora_error *err) {
+    TemplateRow *row = region_alloc(region, 1, sizeof *row, err);
+    char *copy = region_alloc(region, 2 * n + 4, 1, err), *out = copy;
+    const char *prompt = region_text(region, text, n, err);
+    c->holes = region_alloc(region, n + 1, sizeof *c->holes, err);
+    c->between = region_alloc(region, n + 1, sizeof *c->between, err);
+    if (!row || !copy || !prompt || !c->holes || !c->between) return -1;
+    const char *first = out;
+    for (size_t i = 0; i < n; i++) {
+        bool brace = text[i] == '{' || text[i] == '}', twice = i + 1 < n && text[i + 1] == text[i];
+        if (text[i] == *BOS || text[i] == *EOS)
+            return fail(err, "prompt template: a control character at byte %zu", i + 1);
+        if (!brace || twice) { *out++ = text[i]; i += brace; continue; }
+        size_t length = strcspn(text + i + 1, "{}");
+        if (text[i] == '}' || !length || text[i + 1 + length] != '}')
+            return fail(err, "prompt template, byte %zu: expected {field}, found \"%.20s\"; a brace "
+                        "itself is written {{ or }}", i + 1, text + i);
+        *out++ = 0;
+        c->holes[c->n_holes] = region_text(region, text + i + 1, length, err);
+        if (!c->holes[c->n_holes]) return -1;
+        c->between[c->n_holes++] = out;
+        i += length + 1;
+    }
+    // A text that ends with the end token itself, or begins with BOS, must not get a second one.
+    const char *eos = t->eos_token ? t->eos_token : EOS, *tail = c->n_holes ? c->between[c->n_holes - 1] : "";
+    size_t n_tail = (size_t)(out - tail), n_eos = strlen(eos);
+    if (c->n_holes && n_tail >= n_eos && memcmp(out - n_eos, eos, n_eos) == 0) out -= n_eos;
+    memcpy(out, EOS, 2);
+    if (t->bos_token && *t->bos_token && starts_with(first, strlen(first), t->bos_token)) {
+        first += strlen(t->bos_token) - 1;
+        copy[first - copy] = *BOS;
+    }
+    if (!c->n_holes)
+        return fail(err, "prompt template \"%.60s\": expected {field} for the answer, found none",
+                    text);
+    *row = (TemplateRow){.name = "prompt", .stop = EOS, .flags = NO_SYSTEM, .begin = "",
+        .turns = {NO_TURN, {first, "", c->n_holes > 1 ? c->between[c->n_holes - 2] : ""},
+                  {c->n_holes > 1 ? "" : first, c->between[c->n_holes - 1], ""}}};
+    set_row(c, row, false);
+    c->prompt = prompt;
     return 0;
+}
+
+// Appends the messages that a record's fields make in a prompt template.
+static int prompt_fill(const ChatTemplate *c, Buffer *messages, const Json *record, Region *region,
+                       qlora_error *err) {
+    Buffer text = {.allocator = region->allocator};
+    int bad = 0;
+    for (size_t i = 0; i < c->n_holes && !bad; i++) {
+        const Json *value = json_get(record, c->holes[i]);
+        bool answer = i + 1 == c->n_holes;
+        if (!json_is(value, JSON_STRING) && !json_is(value, JSON_NUMBER)) {
+            bad = fail(err, "\"%s\", a field of the prompt template: expected a string, found %s",
+                       c->holes[i], value ? json_kind_name(value->kind) : "none");
+        } else if (answer) {
+            Message user = {"user", region_text(region, text.data ? text.data : "", text.size, err),
+                            text.size, false, 0};
+            Message assistant = {"assistant", value->text, value->length, false, 0};
+            bad = !user.content ||
+                  (i && buffer_append(messages, &user, sizeof user, err)) ||
+                  buffer_append(messages, &assistant, sizeof assistant, err);
+        } else {
+            bad = buffer_append(&text, value->text, value->length, err) ||
+                  (i + 2 < c->n_holes &&
+                   buffer_append(&text, c->between[i], strlen(c->between[i]), err));
+        }
+    }
+    buffer_free(&text);
+    return bad ? -1 : 0;
 }
 
 // ---------------------------------------------------------------------------- applying a template
@@ -5646,7 +6148,13 @@ typedef struct { size_t offset; bool learn; } MaskBorder;        // from this by
 typedef struct {
     const ChatTemplate *c;
     const Tokenizer *tokenizer;
+    const Message *messages;
+    size_t n;
+    MaskKind mask;
+    size_t host;                    // the user message that takes in the system text; n: none
+    size_t query;                   // the last of the user's messages
     Buffer text, borders, prefix;   // the chunk, its MaskBorders, ids of what precedes a border
+    Buffer body;                    // the content of a turn
     Buffer *ids, *learn;
     qlora_error *err;
 } TemplateWriter;
@@ -5696,35 +6204,196 @@ static int write_part(TemplateWriter *w, const char *text, size_t n, bool learn)
     return buffer_append(&w->text, text, n, w->err);
 }
 
-// The loss looks at an answer's text and its end, and at what the mask adds to that.
-static int write_turn(TemplateWriter *w, int role, const char *content, size_t n, MaskKind mask) {
-    const TurnForm *form = &w->c->turns[role];
-    bool turn = mask == MASK_ALL || (mask == MASK_TURN && role == ROLE_ASSISTANT);
-    bool text = turn || (role == ROLE_ASSISTANT && mask != MASK_NONE);
-    return write_part(w, form->before, strlen(form->before), turn) ||
-           write_part(w, content, n, text) ||
-           write_part(w, form->end, strlen(form->end), text) ||
-           write_part(w, form->after, strlen(form->after), turn);
+// Adds a string of the row.
+static int write_string(TemplateWriter *w, const char *text, bool learn) {
+    for (size_t n; *text; text += n) {
+        const char *token = *text == *BOS ? w->c->bos : *text == *EOS ? w->c->eos : NULL;
+        n = token ? 1 : strcspn(text, BOS EOS);
+        if (write_part(w, token ? token : text, token ? strlen(token) : n, learn)) return -1;
+    }
+    return 0;
 }
 
-static int write_messages(TemplateWriter *w, const Message *m, size_t n, MaskKind mask, bool ask) {
-    const ChatTemplate *c = w->c;
-    const char *header = c->turns[ROLE_ASSISTANT].before;
-    if (!n) return fail(w->err, "expected at least one message, found none");
-    if (write_part(w, c->begin, strlen(c->begin), mask == MASK_ALL)) return -1;
-    for (size_t i = 0; i < n; i++) {
-        int role = 0;
-        while (role < N_ROLES && strcmp(m[i].role, role_names[role])) role++;
-        if (role == N_ROLES)
-            return fail(w->err, "message %zu: role \"%s\" is not supported; expected system, user "
-                        "or assistant", i + 1, m[i].role);
-        if (i == 0 && role != ROLE_SYSTEM && c->system &&
-            write_turn(w, ROLE_SYSTEM, c->system, c->system_length, mask))
-            return -1;
-        if (write_turn(w, role, m[i].content, m[i].length, m[i].skip ? MASK_NONE : mask)) return -1;
+static int role_of(const Message *m) {
+    for (int role = 0; role < N_ROLES; role++)
+        if (strcmp(m->role, role_names[role]) == 0) return role;
+    return -1;
+}
+
+static int add_body(TemplateWriter *w, const char *text, size_t n) {
+    return buffer_append(&w->body, text, n, w->err);
+}
+
+// Python's str.strip(): white space and the four separators of ASCII.
+static bool is_stripped(uint32_t c) { return unicode_is_space(c) || (c >= 0x1C && c <= 0x1F); }
+
+static void trim(const char **text, size_t *n) {
+    uint32_t code;
+    for (size_t step; *n && (step = utf8_next(*text, &code), is_stripped(code)); *n -= step)
+        *text += step;
+    while (*n) {
+        size_t last = utf8_before(*text, *n);
+        utf8_next(*text + last, &code);
+        if (!is_stripped(code)) break;
+        *n = last;
     }
-    if (ask && write_part(w, header, strlen(header), false)) return -1;
-    return end_chunk(w);
+}
+
+static void trim_newlines(const char **text, size_t *n, bool left, bool right) {
+    for (; left && *n && **text == '\n'; --*n) ++*text;
+    while (right && *n && (*text)[*n - 1] == '\n') --*n;
+}
+
+// Where `mark` stands in the text for the first time, or for the last; NULL: nowhere.
+static const char *find_mark(const char *text, size_t n, const char *mark, bool last) {
+    const char *found = NULL;
+    for (size_t i = 0; i < n && (last || !found); i++)
+        if (starts_with(text + i, n - i, mark)) found = text + i;
+    return found;
+}
+
+// Qwen3: what is thought is taken out of answers to earlier questions. To the last question, the
+// answer that ends the dialogue has a think block, be it empty; so have others that thought.
+static int write_answer(TemplateWriter *w, size_t i, const char *text, size_t n) {
+    static const char close[] = "</think>", open[] = "<think>";
+    const char *end = find_mark(text, n, close, false), *thought = text;
+    size_t length = 0;
+    if (end) {
+        length = (size_t)(end - text);
+        trim_newlines(&thought, &length, false, true);
+        const char *start = find_mark(thought, length, open, true);
+        if (start) { length -= (size_t)(start - thought) + strlen(open); thought = start + strlen(open); }
+        trim_newlines(&thought, &length, true, false);
+        const char *rest = find_mark(text, n, close, true) + strlen(close);
+        n -= (size_t)(rest - text);
+        text = rest;
+        trim_newlines(&text, &n, true, false);
+    }
+    if (i <= w->query || (i + 1 < w->n && !length)) return add_body(w, text, n);
+    trim_newlines(&thought, &length, true, true);
+    trim_newlines(&text, &n, true, false);
+    return add_body(w, "<think>\n", 8) || add_body(w, thought, length) ||
+           add_body(w, "\n</think>\n\n", 11) || add_body(w, text, n);
+}
+
+// The system text inside a user's turn.
+static int add_system(TemplateWriter *w) {
+    const TurnForm *form = &w->c->turns[ROLE_SYSTEM];
+    size_t last = w->c->flags & MERGES ? w->n : 1, start = w->body.size, n = strlen(form->before);
+    if (add_body(w, form->before, n)) return -1;
+    size_t empty = w->body.size;
+    for (size_t i = 0, parts = 0; i < last; i++) {
+        const Message *m = &w->messages[i];
+        if (role_of(m) != ROLE_SYSTEM) continue;
+        if ((parts++ && add_body(w, "\n\n", 2)) || add_body(w, m->content, m->length)) return -1;
+    }
+    if (w->c->flags & MERGES && w->body.size == empty) { w->body.size = start; return 0; }
+    return add_body(w, form->after, strlen(form->after));
+}
+
+// Appends a message's text to the body; a second text stands behind the row's string for it.
+static int add_content(TemplateWriter *w, size_t i, int role) {
+    const Message *m = &w->messages[i];
+    const char *input = w->c->row->input;
+    if (role == ROLE_ASSISTANT && w->c->flags & THINKS)
+        return write_answer(w, i, m->content, m->length);
+    if (!input || !m->input) return add_body(w, m->content, m->length);
+    return add_body(w, m->content, m->input - 1) || add_body(w, input, strlen(input)) ||
+           add_body(w, m->content + m->input, m->length - m->input);
+}
+
+// Writes a turn: the loss looks at an answer's text and its end, and at what the mask adds to that.
+static int write_turn(TemplateWriter *w, int role, const char *opening, bool skip) {
+    const TurnForm *form = &w->c->turns[role];
+    const char *text = w->body.data;
+    size_t n = w->body.size;
+    bool answer = !skip && role == ROLE_ASSISTANT;
+    bool turn = (!skip && w->mask == MASK_ALL) || (answer && w->mask == MASK_TURN);
+    bool body = turn || answer;
+    if (w->c->flags >> role & 1) trim(&text, &n);
+    return write_string(w, form->before, turn) || write_string(w, opening, turn) ||
+           write_part(w, text, n, body) || write_string(w, form->end, body) ||
+           write_string(w, form->after, turn);
+}
+
+// The system message that stands in for none, or the opening of the one there is.
+static int write_default_system(TemplateWriter *w, const char *opening) {
+    const ChatTemplate *c = w->c;
+    const char *system = c->system;
+    bool input = w->n && w->messages[0].input && c->row->input_system;
+    if (input) system = c->row->input_system;
+    w->body.size = 0;
+    return add_body(w, system, strlen(system)) || write_turn(w, ROLE_SYSTEM, opening, false);
+}
+
+// Refuses what the template cannot express, and finds the messages that matter to others.
+static int survey(TemplateWriter *w) {
+    int flags = w->c->flags;
+    const char *name = w->c->row->name;
+    size_t n = w->n, first_user = n, last_user = n, turn = 0;
+    if (!n) return fail(w->err, "expected at least one message, found none");
+    w->query = n - 1;
+    for (size_t i = 0; i < n; i++) {
+        const Message *m = &w->messages[i];
+        int role = role_of(m);
+        bool apart = flags & (SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
+        if (role < 0)
+            return fail(w->err, "message %zu: role \"%s\" is not supported; expected system, user "
+                        "or assistant", i + 1, m->role);
+        if (role == ROLE_SYSTEM && (flags & NO_SYSTEM || (apart && i && !(flags & MERGES))))
+            return fail(w->err, "message %zu: the template %s has no place for a system message "
+                        "here; put its text into the user's first message", i + 1, name);
+        if (role == ROLE_SYSTEM) continue;
+        if ((flags & ALTERNATES && role != (turn % 2 ? ROLE_ASSISTANT : ROLE_USER)) ||
+            (flags & MERGES && !turn && role != ROLE_USER))
+            return fail(w->err, "message %zu: the template %s expects user and assistant by turns, "
+                        "the user first; found %s", i + 1, name, m->role);
+        turn++;
+        if (role == ROLE_ASSISTANT) continue;
+        if (first_user == n) first_user = i;
+        last_user = i;
+        if (!(starts_with(m->content, m->length, "<tool_response>") && m->length >= 16 &&
+              memcmp(m->content + m->length - 16, "</tool_response>", 16) == 0))
+            w->query = i;
+    }
+    bool system = role_of(&w->messages[0]) == ROLE_SYSTEM || flags & MERGES;
+    w->host = !system ? n : flags & SYSTEM_IN_FIRST ? first_user : flags & SYSTEM_IN_LAST ? last_user
+            : flags & SYSTEM_IF_LAST && last_user == n - 1 ? last_user : n;
+    return 0;
+}
+
+static int write_messages(TemplateWriter *w, bool ask) {
+    const ChatTemplate *c = w->c;
+    const Message *m = w->messages;
+    bool all = w->mask == MASK_ALL, merges = c->flags & MERGES;
+    const char *opening = c->row->opening ? c->row->opening : "";
+    if (survey(w) || write_string(w, c->begin, all)) return -1;
+    if (c->system && role_of(&m[0]) != ROLE_SYSTEM && write_default_system(w, opening)) return -1;
+    for (size_t i = 0, next; i < w->n; i = next) {
+        int role = role_of(&m[i]);
+        bool skip = m[i].skip, inside = c->flags & (SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
+        next = i + 1;
+        if (role == ROLE_SYSTEM && (inside || (c->flags & SKIP_EMPTY_SYSTEM && !m[i].length)))
+            continue;
+        w->body.size = 0;
+        bool host = i == w->host;
+        size_t last = i;
+        for (; merges && next < w->n && (role_of(&m[next]) == role || role_of(&m[next]) == ROLE_SYSTEM);
+             next++)
+            if (role_of(&m[next]) == role) { last = next; host |= next == w->host; }
+        if (host && add_system(w)) return -1;
+        for (size_t k = i; k <= last; k++) {
+            if (role_of(&m[k]) != role) continue;
+            if ((k > i && add_body(w, "\n\n", 2)) || add_content(w, k, role)) return -1;
+            skip = skip || m[k].skip;
+        }
+        if (merges && role == ROLE_ASSISTANT && !w->body.size)
+            return fail(w->err, "message %zu: the template %s has no empty answers", i + 1,
+                        c->row->name);
+        if (write_turn(w, role, role == ROLE_SYSTEM && !i ? opening : "", skip))
+            return -1;
+    }
+    return write_string(w, ask ? c->ask : c->tail, !ask && all) || end_chunk(w) ? -1 : 0;
 }
 
 // Renders the messages and appends their ids (int32_t) and, parallel to them, one byte each that is
@@ -5733,24 +6402,27 @@ static int write_messages(TemplateWriter *w, const Message *m, size_t n, MaskKin
 static int template_apply(const ChatTemplate *c, const Tokenizer *t, const Message *m, size_t n,
                           MaskKind mask, bool ask, Buffer *ids, Buffer *learn, qlora_error *err) {
     const qlora_allocator *a = ids->allocator;
-    TemplateWriter w = {.c = c, .tokenizer = t, .ids = ids, .learn = learn, .err = err};
+    TemplateWriter w = {.c = c, .tokenizer = t, .messages = m, .n = n, .mask = mask, .ids = ids,
+                        .learn = learn, .err = err};
     size_t first = learn->size;
-    w.text.allocator = w.borders.allocator = w.prefix.allocator = a;
-    int bad = write_messages(&w, m, n, mask, ask);
+    w.text.allocator = w.borders.allocator = w.prefix.allocator = w.body.allocator = a;
+    int bad = write_messages(&w, ask);
     if (!bad && learn->size > first) learn->data[first] = 0;  // nothing predicts the first token
     buffer_free(&w.text);
     buffer_free(&w.borders);
     buffer_free(&w.prefix);
+    buffer_free(&w.body);
     return bad ? -1 : 0;
 }
 
 // ----------------------------------------------------------------------------- saving a template
 
-// Appends text as a Jinja string literal.
-static int jinja_literal(Buffer *b, const char *text, qlora_error *err) {
+// Appends n bytes as a Jinja string literal.
+static int jinja_literal(Buffer *b, const char *text, size_t n, qlora_error *err) {
     if (buffer_append(b, "'", 1, err)) return -1;
-    for (; *text; text++) {
+    for (; n; text++, n--) {
         const char *escaped = *text == '\n'   ? "\\n"
+                              : *text == '\r' ? "\\r"
                               : *text == '\'' ? "\\'"
                               : *text == '\\' ? "\\\\"
                                               : NULL;
@@ -5759,37 +6431,321 @@ static int jinja_literal(Buffer *b, const char *text, qlora_error *err) {
     return buffer_append(b, "'", 1, err);
 }
 
-// The template as the Jinja program that other tools read: what was trained with is what is served.
-static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err) {
-    if (*c->begin && buffer_printf(b, err, "{{ bos_token }}")) return -1;
-    if (buffer_printf(b, err, "{%% for message in messages %%}")) return -1;
-    for (int role = 0; role < N_ROLES; role++) {
-        const TurnForm *form = &c->turns[role];
-        if (buffer_printf(b, err, "{%% %s message['role'] == '%s' %%}{{ ", role ? "elif" : "if",
-                          role_names[role]) ||
-            jinja_literal(b, form->before, err) ||
-            buffer_printf(b, err, " + message['content'] + ") || jinja_literal(b, form->end, err) ||
-            buffer_printf(b, err, " + ") || jinja_literal(b, form->after, err) ||
-            buffer_printf(b, err, " }}"))
-            return -1;
-    }
-    return buffer_printf(b, err,
-                         "{%% endif %%}{%% endfor %%}{%% if add_generation_prompt %%}{{ ") ||
-                   jinja_literal(b, c->turns[ROLE_ASSISTANT].before, err) ||
-                   buffer_printf(b, err, " }}{%% endif %%}")
-               ? -1
-               : 0;
+// Appends a string of the row: literals and the names of tokens.
+static int jinja_string(Buffer *b, const char *text, qlora_error *err) {
+    size_t n;
+    do {
+        const char *token = *text == *BOS ? "bos_token" : *text == *EOS ? "eos_token" : NULL;
+        n = token ? 1 : strcspn(text, BOS EOS);
+        if (token ? buffer_printf(b, err, "%s", token) : jinja_literal(b, text, n, err)) return -1;
+        text += n;
+        if (*text && buffer_append(b, " + ", 3, err)) return -1;
+    } while (*text);
+    return 0;
 }
 
-// Writes chat_template.jinja beside a model that has no template of its own; one that has keeps it.
-static int write_chat_template(const ChatTemplate *c, const Tokenizer *t, const char *directory,
-                               Region *region, qlora_error *err) {
+// Appends a format in which each %s is a string of the row; at most four.
+static int jinja(Buffer *b, qlora_error *err, const char *format, const char *const *strings) {
+    for (const char *hole; (hole = strstr(format, "%s")) != NULL; format = hole + 2)
+        if (buffer_append(b, format, (size_t)(hole - format), err) ||
+            jinja_string(b, *strings++, err))
+            return -1;
+    return buffer_append(b, format, strlen(format), err);
+}
+
+#define FROM_USER "message['role'] == 'user'"
+#define SET_SYSTEM "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}" \
+    "{% set turns = messages[1:] if messages[0]['role'] == 'system' else messages %}"
+
+// What is worked out before the loop over the messages.
+static int jinja_prelude(const ChatTemplate *c, Buffer *b, qlora_error *err) {
+    const TurnForm *form = &c->turns[ROLE_SYSTEM];
+    const char *opening = c->row->opening;
+    const char *const strings[] = {form->before, opening ? opening : c->system, form->end, form->after};
+    const char *text = c->flags & MERGES ?
+            "{% set system = messages | selectattr('role', 'equalto', 'system') | "
+            "map(attribute='content') | join('\\n\\n') %}"
+            "{% set turns = messages | rejectattr('role', 'equalto', 'system') | list %}"
+            "{% set ns = namespace(last=0) %}{% for message in turns %}{% if " FROM_USER
+            " and (loop.first or turns[loop.index0 - 1]['role'] != 'user') %}"
+            "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        : c->flags & (SYSTEM_IN_FIRST | SYSTEM_IF_LAST) ? SET_SYSTEM
+        : c->flags & THINKS ?
+            "{% set ns = namespace(query=messages | length - 1) %}{% for message in messages %}"
+            "{% if " FROM_USER " and not (message['content'].startswith('<tool_response>') and "
+            "message['content'].endswith('</tool_response>')) %}{% set ns.query = loop.index0 %}"
+            "{% endif %}{% endfor %}"
+        : opening ? SET_SYSTEM "{{ %s + %s + system | trim + %s + %s }}"
+        : c->system ? "{% if messages[0]['role'] != 'system' %}{{ %s + %s + %s + %s }}{% endif %}" : "";
+    return jinja(b, err, text, strings);
+}
+
+// What is worked out for each message: whether it may stand there, and `content`.
+static int jinja_content(const ChatTemplate *c, Buffer *b, qlora_error *err) {
+    const TurnForm *form = &c->turns[ROLE_SYSTEM];
+    const char *const strings[] = {form->before, form->after};
+    static const char alternate[] = "{% if (" FROM_USER ") != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate: user, assistant, user, ...') }}{% endif %}";
+    const char *place = c->flags & MERGES && c->flags & SYSTEM_IN_LAST ? "loop.index0 == ns.last and system"
+        : c->flags & MERGES ? "loop.first and system"
+        : c->flags & SYSTEM_IN_FIRST ? "loop.first and messages[0]['role'] == 'system'"
+        : c->flags & SYSTEM_IF_LAST
+            ? "loop.last and " FROM_USER " and messages[0]['role'] == 'system'" : NULL;
+    if (c->flags & ALTERNATES && buffer_append(b, alternate, strlen(alternate), err)) return -1;
+    if (!(c->flags & THINKS) && !place) return 0;
+    if (buffer_printf(b, err, "{%% set content = message['content'] %%}")) return -1;
+    if (place)
+        return buffer_printf(b, err, "{%% if %s %%}", place) ||
+               jinja(b, err, "{% set content = %s + system + %s + content %}{% endif %}", strings);
+    return jinja(b, err,
+        "{% if message['role'] == 'assistant' %}{% set thought = '' %}{% if '</think>' in content %}"
+        "{% set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]"
+        ".lstrip('\\n') %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+        "{% if loop.index0 > ns.query and (loop.last or thought) %}{% set content = '<think>\\n' + "
+        "thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') %}{% endif %}{% endif %}",
+        NULL);
+}
+
+// The turns of one role.
+static int jinja_turn(const ChatTemplate *c, int role, Buffer *b, qlora_error *err) {
+    const TurnForm *form = &c->turns[role];
+    const char *const strings[] = {form->before, form->end, form->after};
+    bool own = c->flags & (THINKS | SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
+    bool some = role == ROLE_SYSTEM && c->flags & SKIP_EMPTY_SYSTEM;
+    const char *content = own ? "content" : "message['content']";
+    const char *trimmed = c->flags >> role & 1 ? " | trim" : "";
+    if (buffer_printf(b, err, "{%% %s message['role'] == '%s'%s %%}", role ? "elif" : "if",
+                      role_names[role], some ? " and message['content']" : ""))
+        return -1;
+    if (role == ROLE_SYSTEM && c->flags & NO_SYSTEM)
+        return buffer_printf(b, err, "{{ raise_exception('no system messages') }}");
+    if (c->flags & MERGES)
+        return jinja(b, err, "{{ %s if loop.first or turns[loop.index0 - 1]['role'] != message['role'] "
+                     "else '\\n\\n' }}{{ content }}{% if loop.last or turns[loop.index0 + 1]['role'] "
+                     "!= message['role'] %}{{ %s + %s }}{% endif %}", strings);
+    return jinja(b, err, "{{ %s + ", strings) || buffer_printf(b, err, "%s%s", content, trimmed) ||
+           jinja(b, err, " + %s + %s }}", strings + 1);
+}
+
+// The template as the Jinja program that other tools read: what was trained with is what is served.
+static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err) {
+    const char *const strings[] = {c->ask, c->tail};
+    bool turns = c->row->opening || c->flags & (SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
+    if (c->prompt && (buffer_printf(b, err, "{%%- set qlora_prompt = ") ||
+                      jinja_literal(b, c->prompt, strlen(c->prompt), err) ||
+                      buffer_printf(b, err, " -%%}")))
+        return -1;
+    if ((*c->begin && buffer_printf(b, err, "{{ bos_token }}")) || jinja_prelude(c, b, err) ||
+        buffer_printf(b, err, "{%% for message in %s %%}", turns ? "turns" : "messages") ||
+        jinja_content(c, b, err))
+        return -1;
+    for (int role = 0; role < N_ROLES; role++)
+        if (jinja_turn(c, role, b, err)) return -1;
+    const char *end = c->flags & ASKS_ALWAYS ? "{{ %s }}"
+        : *c->tail ? "{% if add_generation_prompt %}{{ %s }}{% else %}{{ %s }}{% endif %}"
+        : "{% if add_generation_prompt %}{{ %s }}{% endif %}";
+    return buffer_printf(b, err, "{%% endif %%}{%% endfor %%}") || jinja(b, err, end, strings) ? -1 : 0;
+}
+
+// Makes `c` the prompt template that a program written above holds, if that is what it is.
+static int find_saved_prompt(ChatTemplate *c, const char *text, const Tokenizer *t, Region *region,
+                             qlora_error *err) {
+    static const char start[] = "{%- set qlora_prompt = ";
+    Buffer e = {.allocator = region->allocator}, ours = e;
+    size_t n = strlen(text), plain = 0;
+    if (!starts_with(text, n, start)) return 0;
+    JinjaReader r = {.end = text + n, .e = &e, .err = err};
+    int bad = read_jinja_string(&r, text + strlen(start)) ? 0 : -1;
+    for (size_t i = 1; !bad && i + 1 < e.size; i++) e.data[1 + plain++] = e.data[i += e.data[i] == '\\'];
+    if (!bad) bad = prompt_template(c, e.data + 1, plain, t, region, err);
+    for (int bos = 0; bos < 2 && !bad; bos++) {
+        c->begin = bos ? BOS : "";
+        ours.size = 0;
+        bad = template_jinja(c, &ours, err) || buffer_append(&ours, "", 1, err);
+        if (!bad && strcmp(ours.data, text) == 0) break;
+        if (bos) c->row = NULL;
+    }
+    buffer_free(&e);
+    buffer_free(&ours);
+    return bad;
+}
+
+// Writes chat_template.jinja beside a model whose own template is not what it was trained with.
+static int write_chat_template(const ChatTemplate *c, const char *directory, Region *region,
+                               qlora_error *err) {
     Buffer b = {.allocator = region->allocator};
-    if (t->chat_template) return 0;
+    if (c->own) return 0;
     const char *path = path_join(region, directory, "chat_template.jinja", err);
     int bad = !path || template_jinja(c, &b, err) || write_file(path, b.data, b.size, err);
     buffer_free(&b);
     return bad ? -1 : 0;
+}
+
+// ------------------------------------------------------------------------------- adding tokens
+//
+// New tokens are looked for in the text like the tokenizer's own added ones. Their ids are the next
+// free ones, as in transformers, and must be rows that the model's embedding has: Qwen's and Phi's
+// have spare ones. Saved, they are entered in every file that must know, the rest of which stays as
+// it is byte for byte.
+
+// Adds the tokens of a list, separated by commas, unless they are there. Names like <this> are
+// special: they are not shown in what the model says.
+static int tokenizer_add(Tokenizer *t, const char *list, size_t vocab_size, qlora_error *err) {
+    Vocabulary *v = &t->vocabulary;
+    Loader l = {.t = t, .directory = "--add-tokens", .file = "--add-tokens", .err = err};
+    AddedToken *added = region_alloc(&t->region, t->added_raw.n + strlen(list) / 2 + 1, sizeof *added, err);
+    if (!added) return -1;
+    if (t->added_raw.n) memcpy(added, t->added_raw.tokens, t->added_raw.n * sizeof *added);
+    t->added_raw.tokens = added;
+    size_t next = 0, n;
+    for (size_t id = 0; id < v->n_ids; id++) next += v->tokens[id].text && !v->tokens[id].outside;
+    for (size_t id = next; id < v->n_ids; id++)
+        if (v->tokens[id].text && v->tokens[id].added) next = id + 1;
+    for (; *list; list += n + (list[n] == ',')) {
+        n = strcspn(list, ",");
+        int32_t known = vocabulary_id(v, list, n);
+        size_t id = known >= 0 ? (size_t)known : next;
+        if (!n || (known >= 0 && v->tokens[known].added)) continue;
+        if (id >= vocab_size)
+            return fail(err, "--add-tokens: %.*s would be token %zu, and the model has rows for %zu "
+                        "only; rows for new tokens cannot be trained yet: choose a --template whose "
+                        "strings are tokens of this model, or text (zephyr, alpaca)", (int)min_size(n, 80),
+                        list, id, vocab_size);
+        if (known < 0) { vocabulary_add(&l, list, n, id); next++; }
+        if (l.failed) return -1;
+        v->tokens[id].outside = known < 0;
+        v->tokens[id].fresh = true;
+        add_token(&l, (int32_t)id, n > 2 && *list == '<' && list[n - 1] == '>', false);
+    }
+    added_sort(&l, &t->added_raw);
+    return l.failed ? -1 : 0;
+}
+
+// Behind a JSON value that is known to be well-formed.
+static const char *skip_json(const char *p) {
+    size_t depth = 0;
+    do {
+        if (*p == '"') while (*++p != '"') p += *p == '\\';
+        depth += *p == '{' || *p == '[';
+        depth -= *p == '}' || *p == ']';
+        p++;
+    } while (depth || (*p && !strchr(",]} \t\r\n", *p)));
+    return p;
+}
+
+static const char *skip_blank(const char *p) {
+    while (is_blank(*p)) p++;
+    return p;
+}
+
+// The array or object that is the member `key` of the object at p, or NULL.
+static const char *find_list(const char *p, const char *key) {
+    size_t n = strlen(key);
+    for (p = skip_blank(p + 1); *p == '"'; p = skip_blank(p + (*p == ','))) {
+        bool found = strncmp(p + 1, key, n) == 0 && p[n + 1] == '"';
+        p = skip_blank(skip_json(p));
+        p = skip_blank(p + 1);                        // ':'
+        if (found) return *p == '[' || *p == '{' ? p : NULL;
+        p = skip_blank(skip_json(p));
+    }
+    return NULL;
+}
+
+// Puts an element, or a member, at the end of the list at `list`, laid out like those before it.
+static int insert_json(Buffer *file, const char *list, const char *item, Region *region,
+                       qlora_error *err) {
+    Buffer text = {.allocator = file->allocator}, wrapped = text;
+    const char *first = skip_blank(list + 1), *end = skip_json(list) - 1, *line = first;
+    const Json *json = NULL;
+    while (is_blank(end[-1])) end--;
+    while (line > list + 1 && line[-1] == ' ') line--;
+    bool empty = end == list + 1, lines = !empty && line[-1] == '\n', object = *list == '{';
+    int indent = (int)min_size((size_t)(first - line), 64);
+    int bad = buffer_printf(&wrapped, err, object ? "{%s}" : "[%s]", item) ||
+              !(json = json_parse(wrapped.data, wrapped.size, "a token", 1, region, err)) ||
+              (!empty && buffer_append(&text, ",", 1, err));
+    if (!bad && !lines) bad = buffer_printf(&text, err, empty ? "%s" : " %s", item);
+    if (!bad && lines)
+        bad = buffer_printf(&text, err, "\n%*s", indent, "") ||
+              (object && (json_write_string(&text, json->first->key, json->first->key_length, err) ||
+                          buffer_append(&text, ": ", 2, err))) ||
+              json_write(&text, json->first, indent, err);
+    size_t at = (size_t)(end - file->data);
+    if (!bad) bad = buffer_reserve(file, text.size + 1, err);
+    if (!bad) {
+        memmove(file->data + at + text.size, file->data + at, file->size + 1 - at);
+        memcpy(file->data + at, text.data, text.size);
+        file->size += text.size;
+    }
+    buffer_free(&text);
+    buffer_free(&wrapped);
+    return bad ? -1 : 0;
+}
+
+// Where tokens are listed: in which member of which file ("": in the file itself), and how.
+typedef struct {
+    const char *file, *list;
+    enum { AS_ENTRY, AS_MEMBER, AS_ID, AS_NAME } as;
+} TokenList;
+
+static const TokenList token_lists[] = {
+    {"tokenizer.json", "added_tokens", AS_ENTRY},
+    {"tokenizer_config.json", "added_tokens_decoder", AS_MEMBER},
+    {"tokenizer_config.json", "additional_special_tokens", AS_NAME},
+    {"added_tokens.json", "", AS_ID},
+    {"special_tokens_map.json", "additional_special_tokens", AS_NAME}};
+
+static int describe_token(Buffer *b, const Token *token, size_t id, const TokenList *list,
+                          qlora_error *err) {
+    if (list->as == AS_MEMBER && buffer_printf(b, err, "\"%zu\": {\"content\": ", id)) return -1;
+    if (list->as == AS_ENTRY && buffer_printf(b, err, "{\"id\": %zu, \"content\": ", id)) return -1;
+    if (json_write_string(b, token->text, token->length, err)) return -1;
+    if (list->as == AS_ID) return buffer_printf(b, err, ": %zu", id);
+    return list->as == AS_NAME ? buffer_append(b, "", 1, err)
+        : buffer_printf(b, err, ", \"lstrip\": false, \"normalized\": false, \"rstrip\": false, "
+                        "\"single_word\": false, \"special\": %s}", token->special ? "true" : "false");
+}
+
+// Enters the new tokens in one list. *listed: it is there.
+static int write_token_list(const Tokenizer *t, const TokenList *list, const char *directory,
+                            bool create, bool *listed, Region *region, qlora_error *err) {
+    const Vocabulary *v = &t->vocabulary;
+    Buffer file = {.allocator = region->allocator}, item = file;
+    const char *path = path_join(region, directory, list->file, err);
+    bool exists = path && file_exists(path);
+    int bad = !path ? -1 : exists ? read_whole_file(path, MAX_TOKENIZER_FILE, &file, err)
+            : create ? buffer_printf(&file, err, "{}\n") : 0;
+    if (!bad && exists && !json_parse(file.data, file.size, path, 1, region, err)) bad = -1;
+    *listed = !bad && file.size && (!*list->list || find_list(skip_blank(file.data), list->list));
+    if (!bad && file.size && !*listed && strcmp(list->file, "special_tokens_map.json") == 0) {
+        bad = buffer_printf(&item, err, "\"%s\": []", list->list) ||
+              insert_json(&file, skip_blank(file.data), item.data, region, err);
+        *listed = true;
+    }
+    for (size_t id = 0; id < v->n_ids && !bad && *listed; id++) {
+        const char *at = skip_blank(file.data);
+        if (!v->tokens[id].fresh || (list->as == AS_NAME && !v->tokens[id].special)) continue;
+        item.size = 0;
+        bad = describe_token(&item, &v->tokens[id], id, list, err) ||
+              insert_json(&file, *list->list ? find_list(at, list->list) : at, item.data, region, err);
+    }
+    if (!bad && *listed) bad = write_file(path, file.data, file.size, err);
+    buffer_free(&file);
+    buffer_free(&item);
+    return bad ? -1 : 0;
+}
+
+// Enters the tokens that were added in the files of a directory that a tokenizer was copied to.
+static int write_added_tokens(const Tokenizer *t, const char *directory, Region *region,
+                              qlora_error *err) {
+    bool fresh = false, listed = false, known = false;
+    for (size_t id = 0; id < t->vocabulary.n_ids; id++) fresh |= t->vocabulary.tokens[id].fresh;
+    for (size_t i = 0; i < sizeof token_lists / sizeof *token_lists && fresh; i++) {
+        bool create = token_lists[i].as == AS_ID && !known;
+        if (write_token_list(t, &token_lists[i], directory, create, &listed, region, err)) return -1;
+        known |= listed && token_lists[i].as <= AS_MEMBER;
+    }
+    return 0;
 }
 // =================================================================================================
 //  12. Datasets
@@ -6009,8 +6965,8 @@ static int read_turn(Message *m, const Json *turn, Region *region, qlora_error *
            get_text(m, turn, from ? "value" : "content", true, region, err) ? -1 : 0;
 }
 
-static int add_system(Buffer *messages, const RecordFormat *format, const Json *record,
-                      Region *region, qlora_error *err) {
+static int read_system(Buffer *messages, const RecordFormat *format, const Json *record,
+                       Region *region, qlora_error *err) {
     Message system = {.role = role_names[ROLE_SYSTEM]};
     if (get_text(&system, record, format->system, false, region, err)) return -1;
     return system.length ? buffer_append(messages, &system, sizeof system, err) : 0;
@@ -6024,10 +6980,10 @@ static int read_list(Buffer *messages, const RecordFormat *format, const Json *r
     if (list->kind != JSON_ARRAY)
         return fail(err, "\"%s\": expected an array, found %s", format->list,
                     json_kind_name(list->kind));
-    if (add_system(messages, format, record, region, err)) return -1;
+    if (read_system(messages, format, record, region, err)) return -1;
     for (const Json *turn = list->first; turn; turn = turn->next, number++) {
         Message m = {role_names[number % 2 ? ROLE_ASSISTANT : ROLE_USER], turn->text, turn->length,
-                     false};
+                     false, 0};
         qlora_error inner = {{0}};
         if (turn->kind == JSON_OBJECT && read_turn(&m, turn, region, &inner))
             return fail(err, "message %zu: %s", number + 1, inner.text);
@@ -6070,11 +7026,14 @@ static int read_columns(Buffer *messages, const RecordFormat *format, const Json
     char *joined = region_alloc(region, user.length + more.length + 1, 1, err);
     if (!joined) return -1;
     memcpy(joined, user.content, user.length);
-    if (user.length && more.length) joined[user.length++] = '\n';
+    if (user.length && more.length) {
+        joined[user.length++] = '\n';
+        user.input = user.length;
+    }
     memcpy(joined + user.length, more.content, more.length);
     user.content = joined;
     user.length += more.length;
-    return add_system(messages, format, record, region, err) ||
+    return read_system(messages, format, record, region, err) ||
                    (format->history &&
                     read_history(messages, json_get(record, format->history), err)) ||
                    buffer_append(messages, &user, sizeof user, err) ||
@@ -6277,7 +7236,7 @@ static int encode_messages(const EncodeJob *job, Message *m, size_t n, EncodedRe
     bool later = false;                               // an answer comes after this message
     if (n && !m[0].role) return encode_plain(job->tokenizer, m, out, err);
     for (size_t i = n; i-- > 0;) {
-        bool answer = m[i].role == role_names[ROLE_ASSISTANT];
+        bool answer = role_of(&m[i]) == ROLE_ASSISTANT;
         m[i].skip |= o->mask_last && later;
         later |= answer;
         out->empty |= answer && !m[i].skip && blank(m[i].content, m[i].length);
@@ -6321,7 +7280,11 @@ static void encode_record(void *arguments, size_t task, int thread) {
     out->empty = out->control = false;
     out->bad = !record || parse_record(&p, record, job->array);
     if (!out->bad) {
-        out->bad = read_record(&messages, &out->format, record, job->options, &region, &inner) ||
+        out->format = N_RECORD_FORMATS;
+        out->bad = (job->chat->n_holes
+                        ? prompt_fill(job->chat, &messages, record, &region, &inner)
+                        : read_record(&messages, &out->format, record, job->options, &region,
+                                      &inner)) ||
                    encode_messages(job, (Message *)(void *)messages.data,
                                    messages.size / sizeof(Message), out, &inner);
         if (out->bad) json_fail(&p, job->text + place->start, inner.text);
@@ -7649,14 +8612,18 @@ static int has_tokenizer_files(const char *directory, Region *region, bool *has,
     return 0;
 }
 
-// Tokenizer, template and generation settings. A model without tokenizer files still computes.
+// Tokenizer, template and generation settings: those of an adapter's directory if it has its own,
+// else of the model. A model without tokenizer files still computes.
 static int open_text(qlora_model *q, const char *directory, qlora_error *err) {
     bool found;
+    bool own;
+    if (has_tokenizer_files(directory, &q->region, &own, err)) return -1;
+    if (!own) directory = q->directory;
     q->generation = read_json(directory, "generation_config.json", 1 << 24, &q->region, &found,
                               err);
     if (found && !q->generation) return -1;
-    if (has_tokenizer_files(directory, &q->region, &found, err)) return -1;
-    if (!found) return 0;
+    if (!own && has_tokenizer_files(directory, &q->region, &own, err)) return -1;
+    if (!own) return 0;
     q->tokenizer = tokenizer_open(directory, &q->allocator, err);
     if (!q->tokenizer) return -1;
     if (tokenizer_size(q->tokenizer) > q->transformer.config.V)
@@ -7664,7 +8631,9 @@ static int open_text(qlora_model *q, const char *directory, qlora_error *err) {
                     "%s: the tokenizer has ids up to %zu, but config.json says vocab_size %zu: do "
                     "these files belong together?",
                     directory, tokenizer_size(q->tokenizer) - 1, q->transformer.config.V);
-    return 0;
+    return q->options.add_tokens
+               ? tokenizer_add(q->tokenizer, q->options.add_tokens, q->transformer.config.V, err)
+               : 0;
 }
 
 // An adapter's base model: the path in its configuration, seen from the adapter or as it stands.
@@ -7701,7 +8670,7 @@ qlora_model *qlora_open(const char *path, const qlora_options *options, qlora_er
     bool is_adapter = adapter && file_exists(adapter);
     const char *base = !adapter ? NULL : is_adapter ? find_base(path, &region, err) : path;
     qlora_model *q = base ? open_handle(base, options, err) : NULL;
-    if (q && (open_text(q, base, err) ||
+    if (q && (open_text(q, path, err) ||
               load_weights(&q->transformer, &q->slots, base, &q->options, &q->device, NULL,
                            &q->weight_bytes, err) ||
               ((is_adapter || !q->options.defer_weights) && need_weights(q, err)) ||
@@ -7774,11 +8743,12 @@ static int need_tokenizer(const qlora_model *q, qlora_error *err) {
 
 // The chat template is looked for when something needs it: a base model that only continues text
 // may well have one that is not known here.
-static int open_chat(qlora_model *q, const char *name, qlora_error *err) {
+static int open_chat(qlora_model *q, qlora_error *err) {
     Buffer note = {.allocator = &q->allocator};
     q->has_chat = false;
     int bad = need_tokenizer(q, err) ||
-              template_find(&q->chat, name, q->tokenizer, false, &q->region, &note, err);
+              template_find(&q->chat, q->options.chat_template, q->options.prompt_template,
+                            q->tokenizer, &q->region, &note, err);
     size_t n = min_size(note.size, sizeof q->note - 1);
     if (n) memcpy(q->note, note.data, n);
     q->note[n] = 0;
@@ -7788,7 +8758,7 @@ static int open_chat(qlora_model *q, const char *name, qlora_error *err) {
 }
 
 static int need_chat(qlora_model *q, qlora_error *err) {
-    return q->has_chat ? 0 : open_chat(q, NULL, err);
+    return q->has_chat ? 0 : open_chat(q, err);
 }
 
 int qlora_tokenize(qlora_model *q, const char *text, size_t n, int add_special, int32_t **ids,
@@ -8280,7 +9250,7 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
     TensorFiles *files = tensors_open(model_dir, "model.safetensors", &q->allocator, err);
     a.loader.files = files;
     if (!files || load_adapter(&q->transformer, adapter_dir, &q->allocator, err) ||
-        open_text(q, model_dir, err) || check_merge(q, out_dir, &q->region, err)) goto done;
+        open_text(q, adapter_dir, err) || check_merge(q, out_dir, &q->region, err)) goto done;
     a.loader.used = region_alloc(&q->region, files->n_tensors, 1, err);
     a.rows = mem_reserve(&q->allocator, values, sizeof *a.rows, err);
     a.raw = mem_reserve(&q->allocator, values, sizeof(real), err);
@@ -8300,8 +9270,10 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
                   write_config(config, q->config, NULL, &q->allocator, err) ||
                   (strcmp(model_dir, out_dir) &&
                    copy_side_files(q->directory, out_dir, &q->region, err)) ||
-                  (q->tokenizer && !open_chat(q, NULL, NULL) &&
-                   write_chat_template(&q->chat, q->tokenizer, out_dir, &q->region, err))
+                  copy_side_files(adapter_dir, out_dir, &q->region, err) ||
+                  (q->tokenizer && write_added_tokens(q->tokenizer, out_dir, &q->region, err)) ||
+                  (q->tokenizer && !open_chat(q, NULL) &&
+                   write_chat_template(&q->chat, out_dir, &q->region, err))
               ? -1
               : 0;
     if (report)
@@ -8608,9 +9580,11 @@ static int collect_answer(void *user, const char *utf8, size_t n) {
 // The last user turn of a rendered prompt, without the strings of the template around it.
 static void last_question(const ChatTemplate *c, Buffer *text) {
     const TurnForm *user = &c->turns[ROLE_USER];
+    const char *before = user->before + (*user->before == *BOS), *after = user->end;
     char *start = text->data, *next = start;
-    while ((next = strstr(next, user->before)) != NULL) start = next += strlen(user->before);
-    char *end = strstr(start, user->end);
+    if (!*after || *after == *EOS) after = *after ? c->eos : user->after;
+    while (*before && (next = strstr(next, before)) != NULL) start = next += strlen(before);
+    char *end = *after ? strstr(start, after) : NULL;
     if (end) *end = 0;
     memmove(text->data, start, strlen(start) + 1);
 }
@@ -8863,8 +9837,9 @@ static int write_state(Trainer *t, const char *path) {
 static int save_outputs(Trainer *t, const char *directory) {
     return qlora_save_adapter(t->q, directory, t->err) ||
            copy_side_files(t->q->directory, directory, &t->region, t->err) ||
+           write_added_tokens(t->q->tokenizer, directory, &t->region, t->err) ||
            copy_file(t->q->directory, directory, "config.json", &t->region, t->err) ||
-           write_chat_template(&t->q->chat, t->q->tokenizer, directory, &t->region, t->err) ||
+           write_chat_template(&t->q->chat, directory, &t->region, t->err) ||
            write_run(t, directory) ? -1 : 0;
 }
 
@@ -9778,8 +10753,8 @@ int qlora_chat(qlora_model *q, const qlora_message *messages, size_t n, const ql
     Message *list = region_alloc(&region, n, sizeof *list, err);
     int bad = !list || need_chat(q, err) ? -1 : 0;
     for (size_t i = 0; i < n && !bad; i++)
-        list[i] = (Message){messages[i].role, messages[i].content, strlen(messages[i].content),
-                            false};
+        list[i] = (Message){.role = messages[i].role, .content = messages[i].content,
+                            .length = strlen(messages[i].content)};
     if (!bad)
         bad = template_apply(&q->chat, q->tokenizer, list, n, MASK_CONTENT, true, &ids, &learn,
                              err);
@@ -9964,11 +10939,13 @@ static void format_keys(const Trainer *t, size_t format, char out[300]) {
     const RecordFormat *f = format < N_RECORD_FORMATS ? &record_formats[format] : &t->how.fields;
     const char *one = f->list ? f->list : f->text;
     if (one) snprintf(out, 300, "\"%s\"", one);
-    else snprintf(out, 300, "\"%.100s\" and \"%.100s\"", f->user, f->assistant);
+    else if (f->user) snprintf(out, 300, "\"%.100s\" and \"%.100s\"", f->user, f->assistant);
+    else snprintf(out, 300, "its fields");
 }
 
-static const char *format_name(size_t format) {
-    return format < N_RECORD_FORMATS ? record_formats[format].name : "--field-*";
+static const char *format_name(const Trainer *t, size_t format) {
+    return format < N_RECORD_FORMATS ? record_formats[format].name
+         : t->how.fields.user        ? "--field-*" : "--prompt-template";
 }
 
 static bool only_raw_text(const Dataset *d) {
@@ -9982,8 +10959,9 @@ static bool only_raw_text(const Dataset *d) {
 
 static const char *template_origin(const Trainer *t) {
     return only_raw_text(&t->data) ? "not used, the data is raw text"
-         : t->q->tokenizer->chat_template ? "recognised in the model's own chat template"
-                                          : "the model has no chat template of its own";
+         : t->q->chat.own ? "recognised in the model's own chat template"
+         : t->q->options.chat_template || t->q->options.prompt_template
+             ? "as asked for" : "the model has no chat template of its own";
 }
 
 static void print_line(const char *text) {
@@ -10009,7 +10987,7 @@ static void print_counts(const Trainer *t) {
         if (!d->formats[i]) continue;
         format_keys(t, i, keys);
         snprintf(line, sizeof line, "  %zu records are %s, recognised by %s", d->formats[i],
-                 format_name(i), keys);
+                 format_name(t, i), keys);
         print_line(line);
     }
     printf("samples: %zu of %zu records; %zu to learn from, %zu held out\n", d->n, d->records,
@@ -10195,7 +11173,7 @@ static int json_report(Buffer *b, const Trainer *t, const Lengths *l, const Data
     bad = bad || buffer_printf(b, err, "], \"formats\": {");
     for (size_t i = 0; i <= N_RECORD_FORMATS && !bad; i++) {
         if (!d->formats[i]) continue;
-        bad = buffer_printf(b, err, "%s\"%s\": %zu", separator, format_name(i), d->formats[i]);
+        bad = buffer_printf(b, err, "%s\"%s\": %zu", separator, format_name(t, i), d->formats[i]);
         separator = ", ";
     }
     bad = bad || buffer_printf(b, err, "}, \"context\": %zu, \"max_length\": %zu, \"records\": %zu, "
@@ -10322,6 +11300,12 @@ static const Option option_table[] = {
      "FIRST:END, the records to use, counted from 0; either may be left out"},
     {"max-samples", NULL, OPT_SIZE, AT(train.max_samples), CMD_DATA,
      "use no more than the first so many; 0: all"},
+    {"template", NULL, OPT_TEXT, AT(options.chat_template), CMD_DATA | CMD_RUN,
+     "a chat template by name, e.g. chatml, instead of the model's own"},
+    {"prompt-template", NULL, OPT_TEXT, AT(options.prompt_template), CMD_DATA | CMD_RUN,
+     "text with {field} holes instead, the last hole the answer"},
+    {"add-tokens", NULL, OPT_TEXT, AT(options.add_tokens), CMD_DATA | CMD_RUN,
+     "a,b: texts that become tokens of their own"},
     {"learning-rate", "lr", OPT_FLOAT, AT(train.learning_rate), CMD_TRAIN, "its peak"},
     {"lr-scheduler-type", NULL, OPT_TEXT, AT(train.lr_scheduler_type), CMD_TRAIN,
      "constant, constant_with_warmup, linear or cosine"},

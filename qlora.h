@@ -97,6 +97,9 @@ typedef struct {
     qlora_allocator allocator;      // {NULL, NULL, NULL}: malloc and free
     int (*stop)(void *user);        // polled; non-zero ends the call at the next safe point
     void *stop_user;
+    const char *chat_template;      // a template's name; NULL: the model's own, or ChatML
+    const char *prompt_template;    // instead: text with {field} holes, the last one the answer
+    const char *add_tokens;         // "a,b": made tokens of their own; must fit in the vocabulary
 } qlora_options;
 
 // NF4 with double quantisation, automatic compute type, all physical cores.
