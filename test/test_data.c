@@ -671,6 +671,94 @@ static void test_data_checks_held_out(Test *t) {
     qlora_close(x.q);
 }
 
+// --------------------------------------------------------------------------------- hostile bytes
+
+static void put_bytes(Test *t, const char *path, const char *data, size_t n) {
+    int file = open(path, O_WRONLY | O_CREAT, 0666);      // not O_TRUNC: ext4 then waits for the disk
+    check(t, file >= 0 && write(file, data, n) == (ssize_t)n && !ftruncate(file, (off_t)n) &&
+          !close(file), "cannot write %s", path);
+}
+
+// Reads, checks and packs a file as training does, or, inspecting, counts what is bad in it.
+static int digest(DataTest *x, const char *path, bool inspecting, qlora_error *err) {
+    qlora_train_options o = qlora_default_train_options();
+    o.packing = "bfd";
+    Trainer trainer = new_trainer(x->q, &o, err);
+    int bad = read_data_options(&trainer);
+    trainer.how.inspecting = inspecting;
+    bad = bad || open_data(&trainer, path, false) || check_data(&trainer);
+    trainer_close(&trainer);
+    return bad;
+}
+
+// Every truncation and every changed byte of a file with all formats, as lines and as an array: read
+// or refused with one line that names the file; nothing leaks.
+static void test_data_hostile(Test *t) {
+    static const char others[] = {'"', '\\', '{', ']', ',', '\n', '0', 0, (char)0xC3, (char)0xFF};
+    qlora_error err = {{0}};
+    Ledger ledger = {0};
+    qlora_options opt = ledger_options(&ledger);
+    DataTest x = {.q = qlora_open(MODELS "qwen2", &opt, &err)};
+    char path[100];
+    size_t refused = 0, runs = 0;
+    if (!check(t, x.q && !need_chat(x.q, &err), "%s", err.text)) return;
+    snprintf(path, sizeof path, "build/hostile-%d.json", (int)getpid());
+    for (int array = 0; array < 2; array++) {
+        Buffer text = {.allocator = &heap};
+        for (size_t i = 0; i < sizeof good_records / sizeof *good_records; i++)
+            if (!good_records[i].mask && !good_records[i].fields)
+                buffer_printf(&text, &err, "%s%s\n", array ? i ? "," : "[" : "",
+                              good_records[i].record);
+        if (array) buffer_printf(&text, &err, "]\n");
+        size_t live = ledger.live;
+        for (size_t i = 0; i < text.size; i++)
+            for (size_t k = 0; k <= sizeof others; k++) {
+                char old = text.data[i];
+                if (k < sizeof others) text.data[i] = others[k];
+                put_bytes(t, path, text.data, k < sizeof others ? text.size : i);
+                text.data[i] = old;
+                bool bad = digest(&x, path, (i + k) % 2, &err);
+                if (bad) check_line(t, err.text, path);
+                check(t, !bad || strstr(err.text, path), "byte %zu: %s", i, err.text);
+                check(t, ledger.live == live, "byte %zu, %zu: memory is not given back", i, k);
+                refused += bad;
+                runs++;
+            }
+        buffer_free(&text);
+    }
+    check(t, refused > runs / 8 && refused < runs, "%zu of %zu are refused", refused, runs);
+    unlink(path);
+    qlora_close(x.q);
+    check_ledger(t, &ledger, "hostile data");
+}
+
+// Any allocation may fail while data is read, checked and packed: said so, and nothing leaks.
+static void test_data_out_of_memory(Test *t) {
+    qlora_error err = {{0}};
+    Ledger ledger = {0};
+    qlora_options opt = ledger_options(&ledger);
+    Buffer text = {.allocator = &heap};
+    DataTest x = {.q = qlora_open(MODELS "qwen2", &opt, &err)};
+    if (!check(t, x.q && !need_chat(x.q, &err), "%s", err.text)) return;
+    for (size_t i = 0; i < 6; i++) buffer_printf(&text, &err, "%s\n", good_records[i].record);
+    add_file(t, &x, text.data, text.size);
+    buffer_free(&text);
+    size_t live = ledger.live, before = ledger.calls;
+    check(t, !digest(&x, x.paths[0], true, &err), "%s", err.text);
+    size_t n = ledger.calls - before;
+    check(t, n > 40, "only %zu allocations", n);
+    for (size_t i = 1; i <= n; i++) {
+        ledger.fail_at = ledger.calls + i;
+        check(t, digest(&x, x.paths[0], true, &err) && strstr(err.text, "out of memory"),
+              "allocation %zu: %s", i, err.text);
+        check(t, ledger.live == live, "allocation %zu: memory is not given back", i);
+    }
+    ledger.fail_at = 0;
+    remove_files(&x);
+    qlora_close(x.q);
+    check_ledger(t, &ledger, "data without memory");
+}
+
 // The real datasets: read, or refused for the reason given.
 static void test_real_datasets(Test *t) {
     static const struct { const char *path, *fields, *expected; size_t n; } cases[] = {
@@ -743,4 +831,8 @@ static void test_real_datasets(Test *t) {
      test_data_checks}, \
     {"data_checks_held_out", "the same for held-out data; overlap with training", \
      test_data_checks_held_out}, \
+    {"data_hostile", "any changed or missing byte of a dataset: read or one line", \
+     test_data_hostile}, \
+    {"data_out_of_memory", "any allocation may fail while data is read, checked, packed", \
+     test_data_out_of_memory}, \
     {"real_datasets", "real datasets load or are refused by name", test_real_datasets},
