@@ -7321,7 +7321,7 @@ static int append_ids(Dataset *d, const EncodedRecord *e, Kept kept, qlora_error
 }
 
 // Counts what the checks ask for in a sample that was appended.
-static void inspect_sample(Dataset *d, Sample *s, const EncodeJob *job) {
+static void count_sample(Dataset *d, Sample *s, const EncodeJob *job) {
     const int32_t *ids = (const int32_t *)(void *)d->id_buffer.data + s->first;
     const char *learn = d->learn_buffer.data + s->first;
     const int32_t end = job->chat->end_id, eos = job->tokenizer->eos_id;
@@ -7363,7 +7363,7 @@ static int append_sample(Dataset *d, const EncodeJob *job, const EncodedRecord *
     Sample sample = {d->tokens, kept.head + kept.to - kept.from, 0, line, file};
     Dataset before = *d;                              // its counts, should the sample be dropped
     if (append_ids(d, e, kept, err)) return -1;
-    inspect_sample(d, &sample, job);
+    count_sample(d, &sample, job);
     if (!sample.supervised && !o->keep_all) {
         d->id_buffer.size = before.id_buffer.size;
         d->learn_buffer.size = before.learn_buffer.size;
@@ -11004,13 +11004,7 @@ static void print_counts(const Trainer *t) {
 }
 
 // A sample token by token, as it was before truncation.
-typedef struct {
-    const Trainer *t;
-    const Dataset *shown;
-    const Sample *sample;
-    Kept kept;
-    bool colour;
-} TokenView;
+typedef struct { const Trainer *t; const Dataset *shown; const Sample *sample; Kept kept; } TokenView;
 
 typedef enum { TOKEN_MASKED, TOKEN_LEARNT, TOKEN_CUT } TokenClass;
 
@@ -11026,12 +11020,13 @@ static bool token_special(const TokenView *v, size_t i) {
     return token && (token->special || token->added);
 }
 
+static bool use_colour(void) {
+    const char *no_colour = getenv("NO_COLOR");
+    return isatty(STDOUT_FILENO) && !(no_colour && *no_colour);
+}
+
 // Newlines are shown as \n too: whether one is learnt can matter.
-static void print_token(const TokenView *v, TokenClass class, bool special, const char *text,
-                        size_t n) {
-    static const char *const codes[] = {"\033[2m", "\033[32m", "\033[31;9m"};
-    if (v->colour) printf("%s%s", codes[class], special ? "\033[1;4m" : "");
-    else if (special) printf("(");
+static void print_token_text(const char *text, size_t n) {
     for (size_t i = 0; i < n;) {
         const char *newline = memchr(text + i, '\n', n - i);
         size_t length = newline ? (size_t)(newline - text) - i : n - i;
@@ -11039,61 +11034,68 @@ static void print_token(const TokenView *v, TokenClass class, bool special, cons
         if (newline) printf("\\n\n");
         i += length + 1;
     }
-    if (v->colour) printf("\033[0m");
-    else if (special) printf(")");
 }
 
 // Prints the tokens; of a long run of one class the middle is left out.
-static int print_tokens(const TokenView *v, qlora_error *err) {
+static int print_tokens(const TokenView *v, bool colour, qlora_error *err) {
     enum { WHOLE_RUN = 160, ENDS = 60 };
+    static const char *const colours[] = {"\033[0;2m", "\033[0;32m", "\033[0;31;9m"};
     static const char *const open[] = {"", "[", "{"}, *const close[] = {"", "]", "}"};
-    const Tokenizer *t = v->t->q->tokenizer;
     TokenStream stream = {.open = false};
     Buffer text = {.allocator = &v->t->q->allocator};
     size_t n = v->sample->length, end = 0, start = 0;
+    bool was_special = false;
     int bad = 0;
     for (size_t i = 0; i < n && !bad; i++) {
         TokenClass class = token_class(v, i);
-        if (i == end) {                                       // a run begins
+        bool special = token_special(v, i), begins = i == end;
+        if (begins) {
             start = i;
             while (end < n && token_class(v, end) == class) end++;
-            if (!v->colour) printf("%s", open[class]);
         }
+        if (colour && (begins || special != was_special)) printf("%s", colours[class]);
+        if (colour && special && (begins || !was_special)) printf("\033[1;4m");
+        if (!colour && begins) printf("%s", open[class]);
+        was_special = special;
         text.size = 0;
-        bad = token_stream_push(t, &stream, v->shown->ids[v->sample->first + i], false, &text, err);
-        if (end - start <= WHOLE_RUN || i < start + ENDS || i >= end - ENDS)
-            print_token(v, class, token_special(v, i), text.data ? text.data : "", text.size);
-        else if (i == start + ENDS) printf(" ... %zu tokens ... ", end - start - 2 * ENDS);
-        if (i + 1 == end && !v->colour) printf("%s", close[class]);
+        bad = token_stream_push(v->t->q->tokenizer, &stream, v->shown->ids[v->sample->first + i],
+                                false, &text, err);
+        if (end - start <= WHOLE_RUN || i < start + ENDS || i >= end - ENDS) {
+            if (!colour && special) printf("(");
+            print_token_text(text.data ? text.data : "", text.size);
+            if (!colour && special) printf(")");
+        } else if (i == start + ENDS) printf(" ... %zu tokens ... ", end - start - 2 * ENDS);
+        if (i + 1 == end && !colour) printf("%s", close[class]);
     }
     token_stream_free(&stream);
     buffer_free(&text);
-    printf("\n");
+    printf(colour ? "\033[0m\n" : "\n");
     return bad ? -1 : 0;
 }
 
 static TokenView view_sample(const Trainer *t, const Dataset *shown, size_t i) {
     const Sample *s = &shown->samples[i];
-    const char *no_colour = getenv("NO_COLOR");
     return (TokenView){t, shown, s, truncate_sample(shown->ids + s->first, s->length, &t->how,
-                                                    t->q->tokenizer),
-                       isatty(STDOUT_FILENO) && !(no_colour && *no_colour)};
+                                                    t->q->tokenizer)};
 }
 
 static int print_samples(const Trainer *t, const Dataset *shown, qlora_error *err) {
+    bool colour = use_colour();
     for (size_t i = 0; i < shown->n; i++) {
         TokenView v = view_sample(t, shown, i);
         char line[900];
-        size_t kept = v.kept.head + v.kept.to - v.kept.from;
-        snprintf(line, sizeof line, "%.700s:%zu: %zu tokens%s", shown->paths[v.sample->file],
-                 v.sample->line, v.sample->length,
-                 kept == v.sample->length ? "" : kept ? ", cut" : ", too long: left out");
+        size_t kept = v.kept.head + v.kept.to - v.kept.from, learnt = 0;
+        for (size_t k = 0; k < v.sample->length; k++) learnt += token_class(&v, k) == TOKEN_LEARNT;
+        snprintf(line, sizeof line, "%.700s:%zu: %zu tokens, %zu learnt%s%s",
+                 shown->paths[v.sample->file], v.sample->line, v.sample->length, learnt,
+                 kept == v.sample->length ? "" : kept ? ", cut" : ", too long",
+                 learnt ? "" : ": left out");
         printf("\n");
         print_line(line);
-        if (print_tokens(&v, err)) return -1;
+        if (print_tokens(&v, colour, err)) return -1;
     }
     if (shown->n)
-        printf("\n(%s)\n", isatty(STDOUT_FILENO) && view_sample(t, shown, 0).colour
+        printf("\n(%s)\n", colour
                    ? "\033[2mcontext\033[0m, \033[32mlearnt\033[0m, \033[31;9mcut off\033[0m, "
                      "\033[1;4mspecial token\033[0m"
                    : "plain: context, [ ] learnt, { } cut off, ( ) a special token");

@@ -158,6 +158,16 @@ $Q inspect $D "$W/hos\"tile
 name.jsonl" --json >"$W/report.jsonl" 2>/dev/null
 check "inspect --json" 0 '"class": "learnt", "special": true' cat "$W/report.jsonl"
 check "inspect --json is valid JSON" 1 'found the keys "model", "template"' $Q inspect $D "$W/report.jsonl"
+if command -v script >/dev/null 2>&1 && script -qc true /dev/null >/dev/null 2>&1; then
+    escape=$(printf '\033')
+    check "inspect: colours on a terminal" 0 "${escape}\[0;32mA carpet. It covers the floor." \
+        script -qc "$Q inspect $D data/riddles.jsonl --show 1" /dev/null
+    check "inspect: NO_COLOR" 0 "^\[A carpet" \
+        script -qc "NO_COLOR=1 $Q inspect $D data/riddles.jsonl --show 1" /dev/null
+else
+    skipped=$((skipped + 1))
+    echo "  skipped cli: colours (no script command here)"
+fi
 check "inspect never drives a terminal" 0 '\\x1B\[31m' $Q inspect $D "$W/hos\"tile
 name.jsonl" --show 1
 
