@@ -6486,12 +6486,17 @@ static int jinja_content(const ChatTemplate *c, Buffer *b, qlora_error *err) {
     const char *const strings[] = {form->before, form->after};
     static const char alternate[] = "{% if (" FROM_USER ") != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('roles must alternate: user, assistant, user, ...') }}{% endif %}";
+    static const char no_empty[] = "{% if loop.first and message['role'] != 'user' or not ("
+        "message['content'] or " FROM_USER " or turns[loop.index0 - 1]['role'] != 'user' or "
+        "not loop.last and turns[loop.index0 + 1]['role'] != 'user') %}"
+        "{{ raise_exception('expected a user message first, and no empty answers') }}{% endif %}";
     const char *place = c->flags & MERGES && c->flags & SYSTEM_IN_LAST ? "loop.index0 == ns.last and system"
         : c->flags & MERGES ? "loop.first and system"
         : c->flags & SYSTEM_IN_FIRST ? "loop.first and messages[0]['role'] == 'system'"
         : c->flags & SYSTEM_IF_LAST
             ? "loop.last and " FROM_USER " and messages[0]['role'] == 'system'" : NULL;
     if (c->flags & ALTERNATES && buffer_append(b, alternate, strlen(alternate), err)) return -1;
+    if (c->flags & MERGES && buffer_append(b, no_empty, strlen(no_empty), err)) return -1;
     if (!(c->flags & THINKS) && !place) return 0;
     if (buffer_printf(b, err, "{%% set content = message['content'] %%}")) return -1;
     if (place)
@@ -6624,12 +6629,13 @@ static int tokenizer_add(Tokenizer *t, const char *list, size_t vocab_size, qlor
 // Behind a JSON value that is known to be well-formed.
 static const char *skip_json(const char *p) {
     size_t depth = 0;
+    if (!strchr("\"{[", *p)) return p + strcspn(p, ",]} \t\r\n");
     do {
         if (*p == '"') while (*++p != '"') p += *p == '\\';
         depth += *p == '{' || *p == '[';
         depth -= *p == '}' || *p == ']';
         p++;
-    } while (depth || (*p && !strchr(",]} \t\r\n", *p)));
+    } while (depth);
     return p;
 }
 

@@ -158,6 +158,7 @@ static void free_batch(TestBatch *b) {
 #ifdef QLORA_CUDA
 #include "test_gpu.c"
 #endif
+#include "test_templates.c"
 #endif
 
 // -------------------------------------------------------------------------------------- the table
@@ -175,6 +176,7 @@ static const TestRow tests[] = {
     TRAINER_TESTS
     INPUT_TESTS
     DATA_TESTS
+    TEMPLATE_TESTS
 #endif
 };
 
