@@ -145,6 +145,11 @@ check "inspect: unknown columns" 1 "perhaps --field-user question --field-assist
     $D "$W/keys.jsonl"
 check "inspect: columns by name" 0 'recognised by "question" and "answer"' $Q inspect $D "$W/keys.jsonl" \
     --field-user question --field-assistant answer
+check "inspect: text with holes" 0 "^A:\[ y(<|im_end|>)\]\|^A:\[ y(<|endoftext|>)\]" $Q inspect $D \
+    "$W/keys.jsonl" --prompt-template 'Q: {question}
+A: {answer}'
+check "inspect: Alpaca's input has its place" 0 "^### Input:" $Q inspect $D "$W/alpaca.json" \
+    --template alpaca
 check "a column without the other" 1 "expected both or none" $Q inspect $D "$W/keys.jsonl" --field-user x
 check "inspect: several files" 0 "461 of 461 records" $Q inspect $D data/riddles.jsonl "$W/data.jsonl" \
     "$W/alpaca.json"
