@@ -6833,7 +6833,7 @@ typedef struct {
     size_t records;                 // looked at; n + too long + unsupervised + bad
     size_t seen;                    // in the files read, looked at or not
     size_t formats[N_RECORD_FORMATS + 1];      // records of each format; the last: by --field-*
-    uint32_t *lengths;              // (n_lengths) tokens of each good record before truncation
+    size_t *lengths;                // (n_lengths) tokens of each good record before truncation
     size_t n_lengths, longest;
     Tally tally[N_TALLIES];
     qlora_error first_bad;          // what was wrong with the first malformed record
@@ -7352,7 +7352,6 @@ static int append_sample(Dataset *d, const EncodeJob *job, const EncodedRecord *
     const DatasetOptions *o = job->options;
     const uint32_t file = job->file;
     size_t n = e->learn.size;
-    uint32_t length = (uint32_t)min_size(n, UINT32_MAX);
     d->records++;
     if (e->bad) {
         if (e->out_of_memory || !(o->skip_bad_lines || o->inspecting))
@@ -7363,7 +7362,7 @@ static int append_sample(Dataset *d, const EncodeJob *job, const EncodedRecord *
     }
     d->formats[e->format]++;
     d->longest = max_size(d->longest, n);
-    if (buffer_append(&d->length_buffer, &length, sizeof length, err)) return -1;
+    if (buffer_append(&d->length_buffer, &n, sizeof n, err)) return -1;
     Kept kept = truncate_sample((const int32_t *)(void *)e->ids.data, n, o, job->tokenizer);
     if (n && kept.to == 0) { count(&d->tally[TALLY_TOO_LONG], line, file); return 0; }
     Sample sample = {d->tokens, kept.head + kept.to - kept.from, 0, line, file};
@@ -7469,7 +7468,7 @@ static int dataset_open(Dataset *d, const char *const *paths, size_t n_paths,
     d->ids = (int32_t *)(void *)d->id_buffer.data;
     d->learn = (uint8_t *)(void *)d->learn_buffer.data;
     d->samples = (Sample *)(void *)d->sample_buffer.data;
-    d->lengths = (uint32_t *)(void *)d->length_buffer.data;
+    d->lengths = (size_t *)(void *)d->length_buffer.data;
     d->n_lengths = d->length_buffer.size / sizeof *d->lengths;
     return bad;
 }
@@ -10871,17 +10870,11 @@ enum { MAX_BINS = 14, MAX_LIMITS = 20 };
 
 // The lengths of all records in tokens, before truncation.
 typedef struct {
-    uint32_t *sorted;
-    size_t n;
+    size_t *sorted, n;
     size_t width, bins[MAX_BINS], n_bins;   // a histogram; the last bin has no upper end
     size_t limits[MAX_LIMITS], over[MAX_LIMITS], n_limits;
     size_t suggested, fit;                  // a --max-length, and how many samples it holds
 } Lengths;
-
-static int by_length(const void *a, const void *b) {
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-    return (x > y) - (x < y);
-}
 
 static size_t quantile(const Lengths *l, double share) {
     return l->n ? l->sorted[min_size(l->n - 1, (size_t)(share * (double)l->n))] : 0;
@@ -10895,7 +10888,7 @@ static int measure_lengths(Lengths *l, Trainer *t) {
                    .n = d->n_lengths, .width = 1};
     if (!l->sorted) return -1;
     if (l->n) memcpy(l->sorted, d->lengths, l->n * sizeof *l->sorted);
-    qsort(l->sorted, l->n, sizeof *l->sorted, by_length);
+    qsort(l->sorted, l->n, sizeof *l->sorted, by_number);
     p99 = quantile(l, 0.99);
     for (size_t i = 0; l->width * (MAX_BINS - 2) < p99; i++)          // 1, 2, 5, 10, 20, ...
         l->width = i % 3 == 1 ? l->width / 2 * 5 : l->width * 2;
@@ -10935,8 +10928,9 @@ static void print_lengths(const Lengths *l) {
         printf(" %zu\n", l->bins[i]);
     }
     for (size_t i = 0; i < l->n_limits; i++)
-        printf("%s%zu do not fit into %zu", i ? ", " : "  ", l->over[i], l->limits[i]);
-    printf("\n  suggested: --max-length %zu holds %zu of %zu (%.1f %%)\n", l->suggested, l->fit,
+        printf("  %zu (%.1f %%) do not fit into %zu\n", l->over[i], percent(l->over[i], l->n),
+               l->limits[i]);
+    printf("  suggested: --max-length %zu holds %zu of %zu (%.1f %%)\n", l->suggested, l->fit,
            l->n, percent(l->fit, l->n));
 }
 
