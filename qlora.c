@@ -3361,6 +3361,7 @@ typedef struct {
     bool added;                     // is looked for in the text itself
     bool special;
     bool outside;                   // not one of the model's own tokens, only an added one
+    bool fresh;                     // added by --add-tokens, and not in the files yet
 } Token;
 
 typedef struct { int32_t left, right, merged; uint32_t rank; } Merge;      // left -1: empty slot
@@ -5441,15 +5442,17 @@ done:
 //
 //  A template is one object: it makes the training mask, the chat prompt and, when a model is
 //  saved, the chat template beside it, so that they cannot drift apart. Hugging Face models carry
-//  theirs as a Jinja program; here it is a row of strings, and the program is read only to find the
-//  row and the default system text. The ids are those of transformers' apply_chat_template.
+//  theirs as a Jinja program; here it is a row of strings, and the program is only compared with
+//  those known to write what a row writes. The ids are those of transformers' apply_chat_template.
 // =================================================================================================
 
 typedef struct {
     const char *role;               // "system", "user" or "assistant"
     const char *content;            // UTF-8, not necessarily NUL-terminated
     size_t length;
-} Message;
+    bool skip;                      // not learnt, whatever the mask says
+    size_t input;                   // where a second text begins (Alpaca's input) behind the first
+} Message;                          // and a newline; 0: there is none
 
 // Which tokens the loss looks at. The end token belongs to the content: learning to stop is part of
 // learning to answer.
@@ -5464,22 +5467,107 @@ static const char *const role_names[N_ROLES] = {"system", "user", "assistant"};
 
 typedef struct { const char *before, *end, *after; } TurnForm;   // before CONTENT end after
 
+// In the strings of a row: the tokenizer's BOS and EOS token, whatever their texts are.
+#define BOS "\1"
+#define EOS "\2"
+
+enum {
+    TRIM_SYSTEM = 1 << ROLE_SYSTEM, TRIM_USER = 1 << ROLE_USER, TRIM_ANSWER = 1 << ROLE_ASSISTANT,
+    TRIM_ALL = TRIM_SYSTEM | TRIM_USER | TRIM_ANSWER,
+    NO_SYSTEM = 8,                  // a system message is refused
+    SYSTEM_IN_FIRST = 16,           // its text goes into the first user turn,
+    SYSTEM_IN_LAST = 32,            // or into the last,
+    SYSTEM_IF_LAST = 64,            // or into the last if no answer follows; else it is left out
+    SKIP_EMPTY_SYSTEM = 128,        // an empty system message is left out
+    ALTERNATES = 256,               // user, assistant, user, ... or refused
+    MERGES = 512,                   // neighbours of one role are one turn
+    THINKS = 1024,                  // Qwen3: see write_answer
+    ASKS_ALWAYS = 2048,             // the header of an answer is there even if none is asked for
+    BOS_INSIDE = 4096               // the program writes the first BOS together with other text
+};
+
 enum { MAX_CONTROLS = 4 };
 
 typedef struct {
     const char *name;
-    const char *has, *lacks;        // recognised by what the model's chat_template has and lacks
-    const char *controls[MAX_CONTROLS];        // strings meant to be one token each
-    const char *end;                // of these, the one that ends the assistant's turn
+    const char *controls[MAX_CONTROLS];        // strings that must be one added token each
+    const char *stop;               // ends an answer: one of these, or EOS
     TurnForm turns[N_ROLES];
+    int flags;
+    const char *begin;              // before all
+    const char *ask;                // what asks for an answer; NULL: what an answer begins with
+    const char *tail;               // behind all if no answer is asked for
+    const char *system;             // stands in for a missing system message
+    const char *opening;            // before the text of the first system message
+    const char *input, *input_system;          // before a second text; `system` where there is one
 } TemplateRow;
 
+#define CHATML_TURN(role, newline) {"<|im_start|>" role "\n", "<|im_end|>", newline}
+#define CHATML(newline) {CHATML_TURN("system", newline), CHATML_TURN("user", newline),           \
+                         CHATML_TURN("assistant", newline)}
+#define CHATML_TOKENS {"<|im_start|>", "<|im_end|>"}, "<|im_end|>"
+#define LLAMA3_TURN(role) {"<|start_header_id|>" role "<|end_header_id|>\n\n", "<|eot_id|>", ""}
+#define LLAMA3 {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}, "<|eot_id|>",         \
+    {LLAMA3_TURN("system"), LLAMA3_TURN("user"), LLAMA3_TURN("assistant")}, .flags = TRIM_ALL
+#define INST_TOKENS {"[INST]", "[/INST]"}
+#define NO_TURN {"", "", ""}
+#define IN_USER {"", "", "\n\n"}               // a system text inside a user's
+
 static const TemplateRow template_rows[] = {
-    // Qwen, and most models without a format of their own; <|im_sep|> tells Phi-4 apart.
-    {"chatml", "<|im_start|>", "<|im_sep|>", {"<|im_start|>", "<|im_end|>"}, "<|im_end|>",
-     {{"<|im_start|>system\n", "<|im_end|>", "\n"},
-      {"<|im_start|>user\n", "<|im_end|>", "\n"},
-      {"<|im_start|>assistant\n", "<|im_end|>", "\n"}}},
+    {"chatml", CHATML_TOKENS, CHATML("\n"), .begin = ""},
+    // as tutorial 000 writes it
+    {"chatml-compact", CHATML_TOKENS, CHATML(""), .begin = ""},
+    {"qwen2.5", CHATML_TOKENS, CHATML("\n"),
+     .system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."},
+    {"qwen3", CHATML_TOKENS, CHATML("\n"), .flags = THINKS},
+    {"llama2", {NULL}, EOS,
+     {{"<<SYS>>\n", "", "\n<</SYS>>\n\n"}, {BOS "[INST] ", "", " [/INST]"}, {" ", " " EOS, ""}},
+     .flags = SYSTEM_IN_FIRST | ALTERNATES | TRIM_USER | TRIM_ANSWER, .ask = ""},
+    {"llama3", LLAMA3, .begin = BOS},
+    {"llama3.1", LLAMA3, .begin = BOS, .system = "",
+     .opening = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"},
+    // Mistral: "-common" are those of the mistral-common library, the others those of the models.
+    {"mistral-v0.1", {NULL}, EOS, {NO_TURN, {"[INST] ", "", " [/INST]"}, {"", EOS, " "}},
+     .flags = NO_SYSTEM | ALTERNATES, .begin = BOS, .ask = ""},
+    {"mistral-v0.2", {NULL}, EOS, {NO_TURN, {"[INST] ", "", " [/INST]"}, {"", EOS, ""}},
+     .flags = NO_SYSTEM | ALTERNATES, .begin = BOS, .ask = ""},
+    {"mistral-v1", {NULL}, EOS, {IN_USER, {" [INST] ", "", " [/INST]"}, {" ", EOS, ""}},
+     .flags = SYSTEM_IN_FIRST | ALTERNATES, .begin = BOS, .ask = ""},
+    {"mistral-v3", INST_TOKENS, EOS, {IN_USER, {"[INST] ", "", "[/INST]"}, {" ", EOS, ""}},
+     .flags = SYSTEM_IF_LAST | ALTERNATES | TRIM_ANSWER, .begin = BOS, .ask = ""},
+    {"mistral-v3-tekken", INST_TOKENS, EOS, {IN_USER, {"[INST]", "", "[/INST]"}, {"", EOS, ""}},
+     .flags = SYSTEM_IF_LAST | ALTERNATES, .begin = BOS, .ask = ""},
+    {"mistral-v7", {"[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]"}, EOS,
+     {{"[SYSTEM_PROMPT] ", "", "[/SYSTEM_PROMPT]"}, {"[INST] ", "", "[/INST]"}, {" ", EOS, ""}},
+     .begin = BOS, .ask = ""},
+    {"mistral-common-v1", {NULL}, EOS, {IN_USER, {"[INST] ", "", " [/INST]"}, {"", EOS, ""}},
+     .flags = SYSTEM_IN_FIRST | MERGES, .begin = BOS, .ask = ""},
+    {"mistral-common-v3", INST_TOKENS, EOS, {IN_USER, {"[INST]", "", "[/INST]"}, {"", EOS, ""}},
+     .flags = SYSTEM_IN_LAST | MERGES, .begin = BOS, .ask = ""},
+    {"phi3", {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"}, "<|end|>",
+     {{"<|system|>\n", "<|end|>", "\n"}, {"<|user|>\n", "<|end|>", "\n"},
+      {"<|assistant|>\n", "<|end|>", "\n"}}, .tail = EOS},
+    // the first of them: no system message, and every question asks for an answer
+    {"phi3-first", {"<|user|>", "<|assistant|>", "<|end|>"}, "<|end|>",
+     {NO_TURN, {"<|user|>\n", "<|end|>", "\n<|assistant|>\n"}, {"", "<|end|>", "\n"}},
+     .flags = NO_SYSTEM},
+    {"zephyr", {NULL}, EOS, {{"<|system|>\n", EOS, "\n"}, {"<|user|>\n", EOS, "\n"},
+                             {"<|assistant|>\n", EOS, "\n"}}, .begin = ""},
+    {"alpaca", {NULL}, EOS, {IN_USER, {"### Instruction:\n", "", "\n\n### Response:\n"},
+                             {"", EOS, ""}},
+     .system = "Below is an instruction that describes a task. Write a response that appropriately "
+               "completes the request.",
+     .input = "\n\n### Input:\n",
+     .input_system = "Below is an instruction that describes a task, paired with an input that "
+                     "provides further context. Write a response that appropriately completes the "
+                     "request."},
+    // tutorial 003: from an answer to the instruction that asked for it
+    {"dolly", {NULL}, EOS,
+     {NO_TURN, {"### Instruction:\nUse the Input below to create an instruction, which could have "
+                "been used to generate the input using an LLM.\n\n### Input:\n", "",
+                "\n\n### Response:\n"}, {"", "\n" EOS, ""}}, .flags = NO_SYSTEM},
+    {"tutorial-004", {NULL}, EOS, {NO_TURN, {BOS "[INST] ", "", " [/INST]"}, {" \n ", " " EOS, ""}},
+     .flags = NO_SYSTEM, .input = " here are the inputs "},
 };
 enum { N_TEMPLATE_ROWS = sizeof template_rows / sizeof *template_rows };
 
@@ -5487,59 +5575,383 @@ enum { N_TEMPLATE_ROWS = sizeof template_rows / sizeof *template_rows };
 typedef struct ChatTemplate {
     const TemplateRow *row;
     TurnForm turns[N_ROLES];
-    const char *begin;              // stands before the first turn: the BOS token's text, or ""
-    const char *system;             // inserted when the first message is no system message, or NULL
-    size_t system_length;
+    int flags;                      // the row's and those of the program that was recognised
+    const char *begin, *ask, *tail, *bos, *eos;               // "" where there is none
+    const char *system;             // stands in for a missing system message, or NULL
     const char *end;                // the token that ends the assistant's turn
     int32_t end_id;
+    bool own;                       // the model's own chat template says the same
     const char *cuts[MAX_CONTROLS + 2];        // tokens before which the text may be cut in two
     size_t n_cuts;
+    const char *prompt;             // --prompt-template: the text with holes, else NULL
+    const char **holes, **between;  // (n_holes) names of fields; what follows each. The last one is
+    size_t n_holes;                 // the answer
 } ChatTemplate;
+
+// ----------------------------------------------------------------- Jinja programs in one spelling
+//
+// What a chat_template does is told from its program, brought to one spelling: white space, comments
+// and quotes as Jinja treats them under transformers (trim_blocks, lstrip_blocks), x['role'] as
+// x.role, neighbouring texts as one, branches for tools, which no message here has, left out. Two
+// programs that spell alike do the same. One that is known is thus recognised however it is laid
+// out and whatever it says of tools; one that is not is refused, never guessed at.
+
+enum { MAX_JINJA_BLOCKS = 64 };
+
+typedef struct {
+    const char *at, *end;
+    Buffer *out, *e;                // the program so far; the expression just read
+    bool strip, trim;               // the tag before takes the white space behind it, or a newline
+    bool line_start;
+    bool bos, wrote;                // begins with {{ bos_token }}, which is not spelled; any output
+    bool joins;                     // the last thing written is an output that may be continued
+    bool complex;                   // the expression is more than a sum
+    char blocks[MAX_JINJA_BLOCKS];  // open: 'i' an if that is not written yet, 'I' one that is, 'o'
+    size_t depth;
+    size_t dead;                    // blocks open in a branch that is left out, and this one itself
+    qlora_error *err;
+} JinjaReader;
+
+static bool is_blank(char c) { return c && strchr(" \t\r\n", c); }
+static bool is_word(char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+}
+
+// Appends a character of a string in the one spelling of strings, '...'.
+static int spell(JinjaReader *r, char c) {
+    return ((c == '\'' || c == '\\') && buffer_append(r->e, "\\", 1, r->err)) ||
+           buffer_append(r->e, &c, 1, r->err);
+}
+
+// Reads a string at its quote. NULL: unsupported, or out of memory.
+static const char *read_jinja_string(JinjaReader *r, const char *p) {
+    static const char from[] = "ntr\\'\"", to[] = "\n\t\r\\'\"";
+    char quote = *p++;
+    if (r->e->size >= 2 && memcmp(r->e->data + r->e->size - 2, "'+", 2) == 0) r->e->size -= 2;
+    else if (buffer_append(r->e, "'", 1, r->err)) return NULL;
+    for (; p < r->end && *p != quote; p++) {
+        const char *escape = *p == '\\' && p + 1 < r->end && p[1] ? strchr(from, p[1]) : NULL;
+        if (*p == '\\' && !escape) return NULL;
+        if (*p == '\r' && p + 1 < r->end && p[1] == '\n') continue;
+        if (spell(r, escape ? to[escape - from] : *p)) return NULL;
+        if (escape) p++;
+    }
+    return p < r->end && !buffer_append(r->e, "'", 1, r->err) ? p + 1 : NULL;
+}
+
+// The end of a subscript ['name'] at p, whose name it appends as .name, or NULL if it is none.
+static const char *read_subscript(JinjaReader *r, const char *p) {
+    char last = r->e->size ? r->e->data[r->e->size - 1] : 0;
+    if (!is_word(last) && last != ')' && last != ']') return NULL;
+    for (p++; p < r->end && is_blank(*p);) p++;
+    char quote = *p++;
+    if (quote != '\'' && quote != '"') return NULL;
+    const char *name = p;
+    while (p < r->end && is_word(*p)) p++;
+    size_t n = (size_t)(p - name);
+    if (!n || *p++ != quote) return NULL;
+    while (p < r->end && is_blank(*p)) p++;
+    if (p >= r->end || *p != ']') return NULL;
+    return buffer_append(r->e, ".", 1, r->err) || buffer_append(r->e, name, n, r->err) ? NULL
+                                                                                       : p + 1;
+}
+
+// Reads what stands in a tag that ends with `close` and }. Returns 1, 0 if unsupported, or -1.
+static int read_tag(JinjaReader *r, char close) {
+    const char *p = r->at + 2 + (r->at[2] == '-' || r->at[2] == '+');
+    size_t braces = 0;
+    bool gap = false;
+    r->e->size = 0;
+    r->complex = false;
+    while (p < r->end) {
+        const char *q = p + (*p == '-' || (*p == '+' && close == '%'));
+        if (!braces && *q == close && q[1] == '}') {
+            r->strip = *p == '-';
+            r->trim = close == '%' && *p != '+';
+            r->at = q + 2;
+            return buffer_append(r->e, "", 1, r->err) ? -1 : 1;
+        }
+        char c = *p, last = r->e->size ? r->e->data[r->e->size - 1] : 0;
+        const char *next = c == '[' ? read_subscript(r, p) : NULL;
+        if (c == '\'' || c == '"') {
+            next = read_jinja_string(r, p);
+            if (!next) return 0;
+        } else if (!next && !is_blank(c)) {
+            bool apart = gap && is_word(c) && is_word(last);
+            if (apart || c == '~') r->complex = true;
+            braces += c == '{';
+            braces -= c == '}' && braces;
+            if ((apart && buffer_append(r->e, " ", 1, r->err)) || buffer_append(r->e, &c, 1, r->err))
+                return -1;
+        }
+        gap = !next && is_blank(c);
+        p = next ? next : p + 1;
+    }
+    return 0;
+}
+
+// Writes the output that `e` holds, a text or an expression.
+static int write_output(JinjaReader *r) {
+    Buffer *e = r->e, *out = r->out;
+    const char *text = e->data;
+    size_t n = e->size - 1;
+    bool failure = starts_with(text, n, "raise_exception("), simple = !r->complex && !failure;
+    if (r->dead || !n || strcmp(text, "''") == 0) return 0;
+    if (strcmp(text, "bos_token") == 0 && !r->depth && !r->wrote) {
+        r->bos = r->wrote = true;
+        return 0;
+    }
+    r->wrote = r->wrote || !failure;
+    if (failure) { text = "raise"; n = 5; }
+    if (r->joins && simple) {
+        out->size -= 2;                               // the ';' and its NUL
+        bool both = *text == '\'' && out->data[out->size - 1] == '\'';
+        if (both) { out->size--; text++; n--; }
+        else if (buffer_append(out, "+", 1, r->err)) return -1;
+    } else {
+        out->size--;
+        if (buffer_append(out, "O:", 2, r->err)) return -1;
+    }
+    r->joins = simple;
+    return buffer_append(out, text, n, r->err) || buffer_append(out, ";", 2, r->err) ? -1 : 0;
+}
+
+// Writes the text before a tag, or the last one.
+static int write_text(JinjaReader *r, const char *p, const char *end, bool strip, bool block) {
+    if (r->strip) while (p < end && is_blank(*p)) p++;
+    if (r->trim && p < end && *p == '\r') p++;
+    bool line_start = r->line_start;
+    if (r->trim && p < end && *p == '\n') { p++; line_start = true; }
+    if (strip) while (end > p && is_blank(end[-1])) end--;
+    const char *line = end;
+    while (block && line > p && (line[-1] == ' ' || line[-1] == '\t')) line--;
+    if (block && (line > p ? line[-1] == '\n' : line_start)) end = line;
+    r->line_start = false;
+    r->e->size = 0;
+    r->complex = false;
+    if (p == end) return 0;
+    if (buffer_append(r->e, "'", 1, r->err)) return -1;
+    for (; p < end; p++)
+        if (!(*p == '\r' && p + 1 < end && p[1] == '\n') && spell(r, *p)) return -1;
+    return buffer_append(r->e, "'", 2, r->err) || write_output(r);
+}
+
+// Is the condition of a branch never true here: for one, because it is about tools?
+static bool is_never(const char *condition) {
+    static const char *const never[] = {"tools", "tools is not none", "builtin_tools is defined",
+        "builtin_tools is defined or tools is not none", "custom_tools is defined",
+        "message.tool_calls", "message.role=='tool'", "'tool_calls'in message",
+        "tools is not none and not tools_in_user_message",
+        "tools_in_user_message and not tools is none",
+        "tools is not none and(message==user_messages[-1])",
+        "message.role=='tool'or message.role=='ipython'",
+        "message.role=='tool_results'or message.role=='tool'",
+        "message.tool_calls is defined and message.tool_calls is not none",
+        "(message.tool_calls is defined and message.tool_calls is not none)"};
+    for (size_t i = 0; i < sizeof never / sizeof *never; i++)
+        if (strcmp(condition, never[i]) == 0) return true;
+    return starts_with(condition, strlen(condition), "false==true") && !strstr(condition, "or");
+}
+
+static int write_statement(JinjaReader *r, const char *word, const char *rest) {
+    r->out->size--;
+    r->joins = false;
+    return buffer_printf(r->out, r->err, "%%%s%s;", word, rest) ||
+           buffer_append(r->out, "", 1, r->err) ? -1 : 0;
+}
+
+// Takes in the statement that `e` holds. A branch about tools leaves no trace: an if without a
+// branch that is written is left out, and its else is what stands there. Returns as read_tag.
+static int read_statement(JinjaReader *r) {
+    static const char *const words[] = {"if", "elif", "else", "for", "macro", "set", "generation",
+                                        "endgeneration", "endif", "endfor", "endmacro", "endset"};
+    enum { IF, ELIF, ELSE, FOR, MACRO, SET, GENERATION, ENDGENERATION, ENDS, N = 12 };
+    const char *e = r->e->data;
+    size_t n = 0, kind = 0;
+    while (is_word(e[n])) n++;
+    while (kind < N && (strncmp(e, words[kind], n) || words[kind][n])) kind++;
+    if (kind == N || r->depth == MAX_JINJA_BLOCKS) return 0;
+    if (kind == GENERATION || kind == ENDGENERATION) return 1;
+    bool opens = kind == IF || kind == FOR || kind == MACRO || (kind == SET && !strchr(e, '='));
+    bool ends = kind >= ENDS, goes_on = kind == ELIF || kind == ELSE || ends;
+    if (r->dead && (opens || (ends && r->dead > 1))) {
+        r->dead = opens ? r->dead + 1 : r->dead - 1;
+        return 1;
+    }
+    if (r->dead > 1 || (r->dead && !goes_on)) return 1;
+    if (goes_on && !r->depth) return 0;
+    if (opens) r->blocks[r->depth++] = kind == IF ? 'i' : 'o';
+    char *block = &r->blocks[r->depth ? r->depth - 1 : 0];
+    if (goes_on) r->dead = 0;
+    if (ends) r->depth--;
+    if (kind == IF || kind == ELIF) {
+        const char *condition = e + n + (e[n] == ' ');
+        r->dead = is_never(condition);
+        if (r->dead) return 1;
+        bool first = *block == 'i';
+        *block = 'I';
+        return write_statement(r, first ? "if " : "elif ", condition) ? -1 : 1;
+    }
+    if (goes_on && *block == 'i') return 1;
+    return write_statement(r, e, "") ? -1 : 1;
+}
+
+// Passes over a comment. Returns as read_tag.
+static int read_comment(JinjaReader *r) {
+    const char *close = strstr(r->at + 2, "#}");
+    if (!close || close >= r->end) return 0;
+    r->strip = close[-1] == '-';
+    r->trim = true;
+    r->at = close + 2;
+    return 1;
+}
+
+// Spells a program. Returns 1, 0 if it uses what this reader does not know, -1 if memory is short.
+static int spell_jinja(Buffer *out, bool *bos, const char *text, qlora_error *err) {
+    Buffer e = {.allocator = out->allocator};
+    size_t n = strlen(text);
+    n -= n && text[n - 1] == '\n';                    // as Jinja does
+    JinjaReader r = {.at = text, .end = text + n, .out = out, .e = &e, .line_start = true,
+                     .err = err};
+    int good = buffer_append(out, "", 1, err) ? -1 : 1;
+    while (good == 1 && r.at < r.end) {
+        const char *tag = r.at;
+        while (tag < r.end && !(tag[0] == '{' && tag[1] && strchr("{%#", tag[1]))) tag++;
+        char kind = tag < r.end ? tag[1] : 0;
+        bool strip = kind && tag[2] == '-', block = kind && kind != '{' && tag[2] != '+';
+        if (write_text(&r, r.at, tag, strip, block)) good = -1;
+        r.at = tag;
+        if (good < 0 || !kind) break;
+        good = kind == '#' ? read_comment(&r) : read_tag(&r, kind == '{' ? '}' : '%');
+        if (good == 1 && kind == '{') good = write_output(&r) ? -1 : 1;
+        if (good == 1 && kind == '%') good = read_statement(&r);
+    }
+    *bos = r.bos;
+    buffer_free(&e);
+    return good == 1 && r.depth ? 0 : good;
+}
 
 // ------------------------------------------------------------------------------ finding a template
 
-// The place after `literal` at p, where a newline may also be written \n as in a Jinja string.
-static const char *skip_literal(const char *p, const char *literal) {
-    for (; *literal; literal++) {
-        if (*p == *literal) p++;
-        else if (*literal == '\n' && p[0] == '\\' && p[1] == 'n') p += 2;
-        else return NULL;
-    }
-    return p;
+// Programs that are known to write what a row writes: hashes (hash_bytes) of their spelling.
+static const struct { uint64_t hash; const char *row; int flags; } known_programs[] = {
+    {0x23ad0d237208e059, "chatml", 0},                      // most models
+    {0xe8f549312d6fd146, "chatml", 0},                      // Dolphin
+    {0xdf9998273af3a80b, "chatml-compact", 0},
+    {0x7ec888fb075ff151, "qwen2.5", 0},                     // Qwen2.5, MiMo
+    {0x167ae6b8b2f388e2, "qwen2.5", 0},                     // the same without tools
+    {0xcc9a35c2941adc15, "qwen2.5", 0},                     // Qwen2, SmolLM2
+    {0xc24ffeed8166d3ef, "qwen3", 0},
+    {0x8f0b55cdaaef5068, "qwen3", 0},                       // of trl
+    {0x15dfd397e432003d, "llama2", 0},
+    {0x2d015da9f0cf5793, "llama2", 0},                      // of older tokenizers
+    {0xe9fea88d7657f74a, "llama3", BOS_INSIDE},
+    {0x9f6cdee22f16423e, "llama3", BOS_INSIDE | ASKS_ALWAYS},            // the first weeks'
+    {0x5b2d441c8214f9fb, "llama3.1", 0},                    // 3.1, 3.3
+    {0xd15c46be7693d6d9, "mistral-v0.1", 0},
+    {0xf98c60a51e9a76fb, "mistral-v0.2", 0},                // and Mixtral 8x7B
+    {0x9b4a96ec560a8d1e, "mistral-v1", 0},
+    {0x507068e0fe504a46, "mistral-v3", 0},
+    {0xa1a7714cfa25b9ee, "mistral-v3-tekken", 0},
+    {0x7d2cd4b927810a82, "mistral-v7", 0},
+    {0xfd43f80688ee586c, "mistral-common-v1", 0},
+    {0x90ae8001feed3e92, "mistral-common-v3", 0},
+    {0x7db3aaad91c75b4e, "phi3", 0},
+    {0x0a0799b44f73d6c6, "phi3", SKIP_EMPTY_SYSTEM},        // Phi-3.5
+    {0xa8c7919dcb9ba6d8, "phi3", 0},                        // Phi-3-small
+    {0x00f707825d08e7d2, "phi3-first", 0},
+    {0xffb28f4d1953c92d, "zephyr", 0},                      // and TinyLlama
+};
+enum { N_KNOWN_PROGRAMS = sizeof known_programs / sizeof *known_programs };
+
+static const TemplateRow *find_row(const char *name) {
+    for (size_t i = 0; i < N_TEMPLATE_ROWS; i++)
+        if (strcmp(template_rows[i].name, name) == 0) return &template_rows[i];
+    return NULL;
 }
 
-// Copies a Jinja literal up to `end`. In a string (quote not 0) escapes are resolved. False when
-// the text is no literal: the string ends first, or an expression or statement begins.
-static bool copy_literal(char *out, size_t *length, const char *p, const char *end, char quote) {
-    static const char from[] = "ntr\\'\"", to[] = "\n\t\r\\'\"";
-    size_t n = 0;
-    for (; p < end; p++) {
-        const char *escape = quote && *p == '\\' ? strchr(from, p[1]) : NULL;
-        if (quote ? *p == quote : *p == '{' && (p[1] == '{' || p[1] == '%')) return false;
-        if (escape) p++;
-        out[n++] = escape ? to[escape - from] : *p;
-    }
-    *length = n;
-    return true;
+// Makes `c` the row, not yet fitted to a tokenizer. plain: without its controls, with EOS as stop.
+static void set_row(ChatTemplate *c, const TemplateRow *row, bool plain) {
+    c->row = row;
+    c->flags = row->flags;
+    c->begin = row->begin ? row->begin : "";
+    c->tail = row->tail ? row->tail : "";
+    c->system = row->system;
+    c->end = plain ? EOS : row->stop;
+    memcpy(c->turns, row->turns, sizeof c->turns);
+    for (int role = 0; role < N_ROLES && plain; role++)
+        if (strcmp(c->turns[role].end, row->stop) == 0) c->turns[role].end = EOS;
+    c->ask = row->ask ? row->ask : c->turns[ROLE_ASSISTANT].before;
 }
 
-// Finds the system text that the model's own template writes when it is given none, as Qwen2.5's
-// '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n': the one place where the header
-// and the end of a system turn enclose a literal.
-static int find_default_system(ChatTemplate *c, const char *text, Region *region,
+// Takes the system text that the spelled program writes when it is given none, as Qwen2.5's
+// '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n', out of it: models differ in it.
+static int take_default_system(Buffer *spelled, const char **system, Region *region,
                                qlora_error *err) {
-    const TurnForm *turn = &c->row->turns[ROLE_SYSTEM];
-    char *copy = region_alloc(region, strlen(text) + 1, 1, err);
-    if (!copy) return -1;
-    const char *end = text;                           // the first end of turn at or after p
-    for (const char *p = text; *p && end && !c->system; p++) {
-        const char *start = skip_literal(p, turn->before);
-        char quote = p > text && (p[-1] == '\'' || p[-1] == '"') ? p[-1] : 0;
-        if (!start) continue;
-        if (end < start) end = strstr(start, turn->end);
-        if (end && copy_literal(copy, &c->system_length, start, end, quote)) c->system = copy;
+    static const char before[] = "'<|im_start|>system\n", after[] = "<|im_end|>\n";
+    char *text = spelled->data, *end = text;
+    for (bool found = false; !found;) {
+        text = strstr(text, before);
+        if (!text) return 0;
+        text = end = text + strlen(before);
+        while (*end && *end != '\'' && !starts_with(end, strlen(end), after))
+            end += *end == '\\' ? 2 : 1;
+        found = end > text && starts_with(end, strlen(end), after);
     }
+    size_t n = (size_t)(end - text), length = 0;
+    char *copy = region_text(region, text, n, err), *plain = region_alloc(region, n + 1, 1, err);
+    if (!copy || !plain) return -1;
+    for (size_t i = 0; i < n; i++) plain[length++] = copy[i += copy[i] == '\\'];
+    *system = plain;
+    for (char *p = spelled->data; (p = strstr(p, copy)) != NULL;) {
+        memmove(p + 1, p + n, strlen(p + n) + 1);
+        *p++ = '\5';
+    }
+    spelled->size = strlen(spelled->data) + 1;
     return 0;
+}
+
+static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err);
+
+// Is the spelled program what we would save for this row?
+static int is_our_program(const ChatTemplate *c, const Buffer *spelled, Region *region, bool *same,
+                          qlora_error *err) {
+    Buffer text = {.allocator = region->allocator}, ours = text;
+    const char *system;
+    bool bos;
+    int bad = template_jinja(c, &text, err) || buffer_append(&text, "", 1, err) ||
+              spell_jinja(&ours, &bos, text.data, err) < 0 ||
+              take_default_system(&ours, &system, region, err);
+    *same = !bad && strcmp(ours.data, spelled->data) == 0;
+    buffer_free(&text);
+    buffer_free(&ours);
+    return bad ? -1 : 0;
+}
+
+// Sets the row that the model's own program stands for; c->row stays NULL if none does.
+static int recognise(ChatTemplate *c, const char *text, uint64_t *hash, Region *region,
+                     qlora_error *err) {
+    Buffer spelled = {.allocator = region->allocator};
+    const char *system = NULL;
+    bool bos, same = false;
+    int good = spell_jinja(&spelled, &bos, text, err);
+    int bad = good < 0 || (good && take_default_system(&spelled, &system, region, err)) ? -1 : 0;
+    *hash = good == 1 ? hash_bytes(spelled.data, strlen(spelled.data)) : 0;
+    for (size_t i = 0; i < N_KNOWN_PROGRAMS && good == 1 && !bad && !c->row; i++) {
+        if (known_programs[i].hash != *hash) continue;
+        set_row(c, find_row(known_programs[i].row), false);
+        c->flags |= known_programs[i].flags;
+    }
+    for (size_t i = 0; i < 2 * N_TEMPLATE_ROWS && good == 1 && !bad && !c->row; i++) {
+        set_row(c, &template_rows[i / 2], i % 2);
+        bad = is_our_program(c, &spelled, region, &same, err);
+        if (!same) c->row = NULL;
+    }
+    if (c->row && c->system && system) c->system = system;
+    if (c->row) c->begin = bos || c->flags & BOS_INSIDE ? BOS : "";
+    if (c->row && c->flags & ASKS_ALWAYS) c->tail = c->ask;
+    buffer_free(&spelled);
+    return bad;
 }
 
 // The id of a text that is one added token, which the tokenizer finds inside any text, or -1. Notes
@@ -5558,79 +5970,171 @@ static int32_t add_control(ChatTemplate *c, const Tokenizer *t, const char *text
     return -1;
 }
 
-// Looks the row's control strings up in the vocabulary. A model whose vocabulary lacks them (a raw
-// Llama-2) still learns ChatML: the headers of the turns become ordinary text, and the end string
-// becomes the model's own end-of-text token. So an answer ends with the one token on which every
-// program stops generating, and none shows "<|im_end|>" as text.
-static int fit_controls(ChatTemplate *c, const Tokenizer *t, bool strict, Buffer *note,
-                        qlora_error *err) {
+// Looks the row's controls, BOS and EOS up in the vocabulary.
+static int fit_tokens(ChatTemplate *c, const Tokenizer *t, qlora_error *err) {
     const TemplateRow *row = c->row;
-    const char *missing = NULL;
-    c->end = row->end;
+    bool plain = *c->end == *EOS;
+    c->bos = t->bos_token ? t->bos_token : "";
+    c->eos = t->eos_token ? t->eos_token : "";
     c->end_id = -1;
-    for (size_t i = 0; i < MAX_CONTROLS && row->controls[i]; i++) {
+    for (size_t i = 0; i < MAX_CONTROLS && row->controls[i] && (!plain || *row->stop == *EOS); i++) {
         int32_t id = add_control(c, t, row->controls[i]);
-        if (id < 0 && !missing) missing = row->controls[i];
-        if (strcmp(row->controls[i], row->end) == 0) c->end_id = id;
+        if (id < 0)
+            return fail(err, "template %s: %s must be one added token of the vocabulary and is not; "
+                        "--add-tokens '%s' makes it one, or choose the template that the model was "
+                        "made with, or one made of text (zephyr, alpaca)", row->name,
+                        row->controls[i], row->controls[i]);
+        if (strcmp(row->controls[i], c->end) == 0) c->end_id = id;
     }
-    if (!missing) return 0;
-    if (strict)
-        return fail(err, "template %s: %s is not one token of this model's vocabulary: choose the "
-                    "template that the model was made with", row->name, missing);
-    if (c->end_id < 0) {
-        c->end = t->eos_token;
-        c->end_id = c->end ? add_control(c, t, c->end) : -1;
-        if (c->end_id < 0)
-            return fail(err, "template %s: the vocabulary has neither %s nor an end-of-text token: "
-                        "the model could never learn to stop", row->name, row->end);
-        for (int role = 0; role < N_ROLES; role++)
-            if (strcmp(c->turns[role].end, row->end) == 0) c->turns[role].end = c->end;
-    }
-    return buffer_printf(note, err, "template %s: %s is no token of this vocabulary; turns are "
-                         "written as plain text and end with %s\n", row->name, missing, c->end);
+    int32_t eos = *c->eos ? add_control(c, t, c->eos) : -1;
+    if (*c->bos) add_control(c, t, c->bos);
+    if (plain) { c->end = c->eos; c->end_id = eos; }
+    if (c->end_id < 0 || (strchr(c->tail, *EOS) && !*c->eos))
+        return fail(err, "template %s: the vocabulary has no end-of-text token (eos_token in "
+                    "tokenizer_config.json): the model could never learn to stop", row->name);
+    if (strchr(c->turns[ROLE_USER].before, *BOS) && !*c->bos)
+        return fail(err, "template %s: every question begins with a BOS token, and the tokenizer "
+                    "has none (bos_token in tokenizer_config.json)", row->name);
+    return 0;
 }
 
-// Fits a template to the tokenizer. Named, it is that row as it stands. Otherwise it is the row
-// that the model's own chat_template shows, with the default system text written there; ChatML if
-// the model has none. strict: control strings that are not tokens are an error. Lines that a person
-// should see are appended to `note`. What `out` points to lives in the region and the tokenizer.
-static int template_find(ChatTemplate *out, const char *name, const Tokenizer *t, bool strict,
-                         Region *region, Buffer *note, qlora_error *err) {
-    const char *text = name ? NULL : t->chat_template, *bos = t->bos_token;
-    char known[256] = "";
-    *out = (ChatTemplate){.begin = ""};
-    for (size_t i = 0; i < N_TEMPLATE_ROWS && !out->row; i++) {
-        const TemplateRow *row = &template_rows[i];
-        size_t n = strlen(known);
-        snprintf(known + n, sizeof known - n, "%s%s", i ? ", " : "", row->name);
-        if (name ? strcmp(name, row->name) == 0
-                 : !text || (strstr(text, row->has) && !strstr(text, row->lacks)))
-            out->row = row;
-    }
-    if (!out->row && name)
-        return fail(err, "template \"%s\" is not known; known are: %s", name, known);
-    if (!out->row)
-        return fail(err, "the model's own chat template, which begins \"%.60s\", is none of those "
-                    "known (%s); pass --template %s to train and chat with that one instead", text,
-                    known, template_rows[0].name);
-    memcpy(out->turns, out->row->turns, sizeof out->turns);
-    if (!text && !name &&
-        buffer_printf(note, err, "template %s: the model has no chat template of its own\n",
-                      out->row->name))
-        return -1;
-    if (fit_controls(out, t, strict, note, err)) return -1;
+static int unknown_template(const char *name, const char *text, uint64_t hash, Region *region,
+                            qlora_error *err) {
+    Buffer known = {.allocator = region->allocator};
+    int bad = 0;
+    for (size_t i = 0; i < N_TEMPLATE_ROWS && !bad; i++)
+        bad = buffer_printf(&known, err, "%s%s", i ? ", " : "", template_rows[i].name);
+    if (bad) {}
+    else if (name) fail(err, "template \"%s\" is not known; known are: %s", name, known.data);
+    else if (strstr(text, "strftime_now"))
+        fail(err, "the model's own chat template writes the date of the day, which training cannot "
+             "follow; pass --template NAME to train and chat with another, as llama3.1, whose date "
+             "is fixed; known are: %s", known.data);
+    else
+        fail(err, "the model's own chat template, which begins \"%.60s\" (program %016llx), does "
+             "not do what one of those known does; pass --template NAME to train and chat with that "
+             "one instead, or --prompt-template TEXT; known are: %s", text,
+             (unsigned long long)hash, known.data);
+    buffer_free(&known);
+    return -1;
+}
 
-    // BOS: where the model's template writes it, or, without one, where its tokenizer would.
+static int prompt_template(ChatTemplate *c, const char *text, size_t n, const Tokenizer *t,
+                           Region *region, qlora_error *err);
+static int find_saved_prompt(ChatTemplate *c, const char *text, const Tokenizer *t, Region *region,
+                             qlora_error *err);
+
+// Fits a template to the tokenizer. Named, it is that row; with a prompt, text with holes; otherwise
+// what the model's own chat_template stands for, or, without one, ChatML. If the vocabulary lacks
+// ChatML's tokens then (a raw Llama-2), its headers are ordinary text and the model's own
+// end-of-text token ends a turn: every program stops there. Lines that a person should see are
+// appended to `note`. What `out` points to lives in the region and the tokenizer.
+static int template_find(ChatTemplate *out, const char *name, const char *prompt,
+                         const Tokenizer *t, Region *region, Buffer *note, qlora_error *err) {
+    const char *text = name || prompt ? NULL : t->chat_template;
     bool adds_bos = t->n_prefix && t->prefix[0] == t->bos_id;
-    if (bos && (text ? strstr(text, "bos_token") != NULL : adds_bos)) {
-        out->begin = bos;
-        add_control(out, t, bos);
+    const TemplateRow *chatml = &template_rows[0];
+    uint64_t hash = 0;
+    *out = (ChatTemplate){.own = text != NULL, .prompt = prompt};
+    if (prompt && prompt_template(out, prompt, strlen(prompt), t, region, err)) return -1;
+    if (name && find_row(name)) set_row(out, find_row(name), false);
+    if (text && (recognise(out, text, &hash, region, err) ||
+                 (!out->row && find_saved_prompt(out, text, t, region, err))))
+        return -1;
+    if (!out->row && (name || text)) return unknown_template(name, text, hash, region, err);
+    if (!out->row) {
+        ChatTemplate none = {0};
+        bool plain = false;
+        for (size_t i = 0; i < 2; i++) plain |= add_control(&none, t, chatml->controls[i]) < 0;
+        set_row(out, chatml, plain);
+        if (buffer_printf(note, err, "template chatml: the model has no chat template of its own%s\n",
+                          plain ? ", nor ChatML's tokens: its headers are written as plain text "
+                                  "and turns end with the end-of-text token" : ""))
+            return -1;
     }
-    if (text && find_default_system(out, text, region, err)) return -1;
-    if (text && strstr(text, "<think>"))
-        return buffer_printf(note, err, "template %s: the model's own chat template also writes "
-                             "<think> blocks; turns are written without them\n", out->row->name);
+    // Where the model's program does not decide on a BOS, its tokenizer does, unless questions bring it.
+    if (!text && adds_bos && !strchr(out->turns[ROLE_USER].before, *BOS)) out->begin = BOS;
+    return fit_tokens(out, t, err);
+}
+
+// ---------------------------------------------------------------------------- text with {holes}
+//
+// A prompt template is text with the names of a record's fields in braces; {{ and }} are braces.
+// The last hole is the answer, which the loss looks at together with what follows and EOS. What
+// stands before the first hole and before the answer begins and ends a user's turn, so that a
+// template with one hole for the question can be chatted with.
+
+// Makes `c` a template of that text.
+static int prompt_template(ChatTemplate *c, const char *text, size_t n, const Tokenizer *t,
+                           Region *region, qlora_error *err) {
+    TemplateRow *row = region_alloc(region, 1, sizeof *row, err);
+    char *copy = region_alloc(region, 2 * n + 4, 1, err), *out = copy;
+    const char *prompt = region_text(region, text, n, err);
+    c->holes = region_alloc(region, n + 1, sizeof *c->holes, err);
+    c->between = region_alloc(region, n + 1, sizeof *c->between, err);
+    if (!row || !copy || !prompt || !c->holes || !c->between) return -1;
+    const char *first = out;
+    for (size_t i = 0; i < n; i++) {
+        bool brace = text[i] == '{' || text[i] == '}', twice = i + 1 < n && text[i + 1] == text[i];
+        if (text[i] == *BOS || text[i] == *EOS)
+            return fail(err, "prompt template: a control character at byte %zu", i + 1);
+        if (!brace || twice) { *out++ = text[i]; i += brace; continue; }
+        size_t length = strcspn(text + i + 1, "{}");
+        if (text[i] == '}' || !length || text[i + 1 + length] != '}')
+            return fail(err, "prompt template, byte %zu: expected {field}, found \"%.20s\"; a brace "
+                        "itself is written {{ or }}", i + 1, text + i);
+        *out++ = 0;
+        c->holes[c->n_holes] = region_text(region, text + i + 1, length, err);
+        if (!c->holes[c->n_holes]) return -1;
+        c->between[c->n_holes++] = out;
+        i += length + 1;
+    }
+    // A text that ends with the end token itself, or begins with BOS, must not get a second one.
+    const char *eos = t->eos_token ? t->eos_token : EOS, *tail = c->n_holes ? c->between[c->n_holes - 1] : "";
+    size_t n_tail = (size_t)(out - tail), n_eos = strlen(eos);
+    if (c->n_holes && n_tail >= n_eos && memcmp(out - n_eos, eos, n_eos) == 0) out -= n_eos;
+    memcpy(out, EOS, 2);
+    if (t->bos_token && *t->bos_token && starts_with(first, strlen(first), t->bos_token)) {
+        first += strlen(t->bos_token) - 1;
+        copy[first - copy] = *BOS;
+    }
+    if (!c->n_holes)
+        return fail(err, "prompt template \"%.60s\": expected {field} for the answer, found none",
+                    text);
+    *row = (TemplateRow){.name = "prompt", .stop = EOS, .flags = NO_SYSTEM, .begin = "",
+        .turns = {NO_TURN, {first, "", c->n_holes > 1 ? c->between[c->n_holes - 2] : ""},
+                  {c->n_holes > 1 ? "" : first, c->between[c->n_holes - 1], ""}}};
+    set_row(c, row, false);
+    c->prompt = prompt;
     return 0;
+}
+
+// Appends the messages that a record's fields make in a prompt template.
+static int prompt_fill(const ChatTemplate *c, Buffer *messages, const Json *record, Region *region,
+                       qlora_error *err) {
+    Buffer text = {.allocator = region->allocator};
+    int bad = 0;
+    for (size_t i = 0; i < c->n_holes && !bad; i++) {
+        const Json *value = json_get(record, c->holes[i]);
+        bool answer = i + 1 == c->n_holes;
+        if (!json_is(value, JSON_STRING) && !json_is(value, JSON_NUMBER)) {
+            bad = fail(err, "\"%s\", a field of the prompt template: expected a string, found %s",
+                       c->holes[i], value ? json_kind_name(value->kind) : "none");
+        } else if (answer) {
+            Message user = {"user", region_text(region, text.data ? text.data : "", text.size, err),
+                            text.size, false, 0};
+            Message assistant = {"assistant", value->text, value->length, false, 0};
+            bad = !user.content ||
+                  (i && buffer_append(messages, &user, sizeof user, err)) ||
+                  buffer_append(messages, &assistant, sizeof assistant, err);
+        } else {
+            bad = buffer_append(&text, value->text, value->length, err) ||
+                  (i + 2 < c->n_holes &&
+                   buffer_append(&text, c->between[i], strlen(c->between[i]), err));
+        }
+    }
+    buffer_free(&text);
+    return bad ? -1 : 0;
 }
 
 // ---------------------------------------------------------------------------- applying a template
@@ -5648,7 +6152,13 @@ typedef struct { size_t offset; bool learn; } MaskBorder;        // from this by
 typedef struct {
     const ChatTemplate *c;
     const Tokenizer *tokenizer;
+    const Message *messages;
+    size_t n;
+    MaskKind mask;
+    size_t host;                    // the user message that takes in the system text; n: none
+    size_t query;                   // the last of the user's messages
     Buffer text, borders, prefix;   // the chunk, its MaskBorders, ids of what precedes a border
+    Buffer body;                    // the content of a turn
     Buffer *ids, *learn;
     qlora_error *err;
 } TemplateWriter;
@@ -5698,35 +6208,196 @@ static int write_part(TemplateWriter *w, const char *text, size_t n, bool learn)
     return buffer_append(&w->text, text, n, w->err);
 }
 
-// The loss looks at an answer's text and its end, and at what the mask adds to that.
-static int write_turn(TemplateWriter *w, int role, const char *content, size_t n, MaskKind mask) {
-    const TurnForm *form = &w->c->turns[role];
-    bool turn = mask == MASK_ALL || (mask == MASK_TURN && role == ROLE_ASSISTANT);
-    bool text = turn || role == ROLE_ASSISTANT;
-    return write_part(w, form->before, strlen(form->before), turn) ||
-           write_part(w, content, n, text) ||
-           write_part(w, form->end, strlen(form->end), text) ||
-           write_part(w, form->after, strlen(form->after), turn);
+// Adds a string of the row.
+static int write_string(TemplateWriter *w, const char *text, bool learn) {
+    for (size_t n; *text; text += n) {
+        const char *token = *text == *BOS ? w->c->bos : *text == *EOS ? w->c->eos : NULL;
+        n = token ? 1 : strcspn(text, BOS EOS);
+        if (write_part(w, token ? token : text, token ? strlen(token) : n, learn)) return -1;
+    }
+    return 0;
 }
 
-static int write_messages(TemplateWriter *w, const Message *m, size_t n, MaskKind mask, bool ask) {
-    const ChatTemplate *c = w->c;
-    const char *header = c->turns[ROLE_ASSISTANT].before;
-    if (!n) return fail(w->err, "expected at least one message, found none");
-    if (write_part(w, c->begin, strlen(c->begin), mask == MASK_ALL)) return -1;
-    for (size_t i = 0; i < n; i++) {
-        int role = 0;
-        while (role < N_ROLES && strcmp(m[i].role, role_names[role])) role++;
-        if (role == N_ROLES)
-            return fail(w->err, "message %zu: role \"%s\" is not supported; expected system, user "
-                        "or assistant", i + 1, m[i].role);
-        if (i == 0 && role != ROLE_SYSTEM && c->system &&
-            write_turn(w, ROLE_SYSTEM, c->system, c->system_length, mask))
-            return -1;
-        if (write_turn(w, role, m[i].content, m[i].length, mask)) return -1;
+static int role_of(const Message *m) {
+    for (int role = 0; role < N_ROLES; role++)
+        if (strcmp(m->role, role_names[role]) == 0) return role;
+    return -1;
+}
+
+static int add_body(TemplateWriter *w, const char *text, size_t n) {
+    return buffer_append(&w->body, text, n, w->err);
+}
+
+// Python's str.strip(): white space and the four separators of ASCII.
+static bool is_stripped(uint32_t c) { return unicode_is_space(c) || (c >= 0x1C && c <= 0x1F); }
+
+static void trim(const char **text, size_t *n) {
+    uint32_t code;
+    for (size_t step; *n && (step = utf8_next(*text, &code), is_stripped(code)); *n -= step)
+        *text += step;
+    while (*n) {
+        size_t last = utf8_before(*text, *n);
+        utf8_next(*text + last, &code);
+        if (!is_stripped(code)) break;
+        *n = last;
     }
-    if (ask && write_part(w, header, strlen(header), false)) return -1;
-    return end_chunk(w);
+}
+
+static void trim_newlines(const char **text, size_t *n, bool left, bool right) {
+    for (; left && *n && **text == '\n'; --*n) ++*text;
+    while (right && *n && (*text)[*n - 1] == '\n') --*n;
+}
+
+// Where `mark` stands in the text for the first time, or for the last; NULL: nowhere.
+static const char *find_mark(const char *text, size_t n, const char *mark, bool last) {
+    const char *found = NULL;
+    for (size_t i = 0; i < n && (last || !found); i++)
+        if (starts_with(text + i, n - i, mark)) found = text + i;
+    return found;
+}
+
+// Qwen3: what is thought is taken out of answers to earlier questions. To the last question, the
+// answer that ends the dialogue has a think block, be it empty; so have others that thought.
+static int write_answer(TemplateWriter *w, size_t i, const char *text, size_t n) {
+    static const char close[] = "</think>", open[] = "<think>";
+    const char *end = find_mark(text, n, close, false), *thought = text;
+    size_t length = 0;
+    if (end) {
+        length = (size_t)(end - text);
+        trim_newlines(&thought, &length, false, true);
+        const char *start = find_mark(thought, length, open, true);
+        if (start) { length -= (size_t)(start - thought) + strlen(open); thought = start + strlen(open); }
+        trim_newlines(&thought, &length, true, false);
+        const char *rest = find_mark(text, n, close, true) + strlen(close);
+        n -= (size_t)(rest - text);
+        text = rest;
+        trim_newlines(&text, &n, true, false);
+    }
+    if (i <= w->query || (i + 1 < w->n && !length)) return add_body(w, text, n);
+    trim_newlines(&thought, &length, true, true);
+    trim_newlines(&text, &n, true, false);
+    return add_body(w, "<think>\n", 8) || add_body(w, thought, length) ||
+           add_body(w, "\n</think>\n\n", 11) || add_body(w, text, n);
+}
+
+// The system text inside a user's turn.
+static int add_system(TemplateWriter *w) {
+    const TurnForm *form = &w->c->turns[ROLE_SYSTEM];
+    size_t last = w->c->flags & MERGES ? w->n : 1, start = w->body.size, n = strlen(form->before);
+    if (add_body(w, form->before, n)) return -1;
+    size_t empty = w->body.size;
+    for (size_t i = 0, parts = 0; i < last; i++) {
+        const Message *m = &w->messages[i];
+        if (role_of(m) != ROLE_SYSTEM) continue;
+        if ((parts++ && add_body(w, "\n\n", 2)) || add_body(w, m->content, m->length)) return -1;
+    }
+    if (w->c->flags & MERGES && w->body.size == empty) { w->body.size = start; return 0; }
+    return add_body(w, form->after, strlen(form->after));
+}
+
+// Appends a message's text to the body; a second text stands behind the row's string for it.
+static int add_content(TemplateWriter *w, size_t i, int role) {
+    const Message *m = &w->messages[i];
+    const char *input = w->c->row->input;
+    if (role == ROLE_ASSISTANT && w->c->flags & THINKS)
+        return write_answer(w, i, m->content, m->length);
+    if (!input || !m->input) return add_body(w, m->content, m->length);
+    return add_body(w, m->content, m->input - 1) || add_body(w, input, strlen(input)) ||
+           add_body(w, m->content + m->input, m->length - m->input);
+}
+
+// Writes a turn: the loss looks at an answer's text and its end, and at what the mask adds to that.
+static int write_turn(TemplateWriter *w, int role, const char *opening, bool skip) {
+    const TurnForm *form = &w->c->turns[role];
+    const char *text = w->body.data;
+    size_t n = w->body.size;
+    bool answer = !skip && role == ROLE_ASSISTANT;
+    bool turn = (!skip && w->mask == MASK_ALL) || (answer && w->mask == MASK_TURN);
+    bool body = turn || answer;
+    if (w->c->flags >> role & 1) trim(&text, &n);
+    return write_string(w, form->before, turn) || write_string(w, opening, turn) ||
+           write_part(w, text, n, body) || write_string(w, form->end, body) ||
+           write_string(w, form->after, turn);
+}
+
+// The system message that stands in for none, or the opening of the one there is.
+static int write_default_system(TemplateWriter *w, const char *opening) {
+    const ChatTemplate *c = w->c;
+    const char *system = c->system;
+    bool input = w->n && w->messages[0].input && c->row->input_system;
+    if (input) system = c->row->input_system;
+    w->body.size = 0;
+    return add_body(w, system, strlen(system)) || write_turn(w, ROLE_SYSTEM, opening, false);
+}
+
+// Refuses what the template cannot express, and finds the messages that matter to others.
+static int survey(TemplateWriter *w) {
+    int flags = w->c->flags;
+    const char *name = w->c->row->name;
+    size_t n = w->n, first_user = n, last_user = n, turn = 0;
+    if (!n) return fail(w->err, "expected at least one message, found none");
+    w->query = n - 1;
+    for (size_t i = 0; i < n; i++) {
+        const Message *m = &w->messages[i];
+        int role = role_of(m);
+        bool apart = flags & (SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
+        if (role < 0)
+            return fail(w->err, "message %zu: role \"%s\" is not supported; expected system, user "
+                        "or assistant", i + 1, m->role);
+        if (role == ROLE_SYSTEM && (flags & NO_SYSTEM || (apart && i && !(flags & MERGES))))
+            return fail(w->err, "message %zu: the template %s has no place for a system message "
+                        "here; put its text into the user's first message", i + 1, name);
+        if (role == ROLE_SYSTEM) continue;
+        if ((flags & ALTERNATES && role != (turn % 2 ? ROLE_ASSISTANT : ROLE_USER)) ||
+            (flags & MERGES && !turn && role != ROLE_USER))
+            return fail(w->err, "message %zu: the template %s expects user and assistant by turns, "
+                        "the user first; found %s", i + 1, name, m->role);
+        turn++;
+        if (role == ROLE_ASSISTANT) continue;
+        if (first_user == n) first_user = i;
+        last_user = i;
+        if (!(starts_with(m->content, m->length, "<tool_response>") && m->length >= 16 &&
+              memcmp(m->content + m->length - 16, "</tool_response>", 16) == 0))
+            w->query = i;
+    }
+    bool system = role_of(&w->messages[0]) == ROLE_SYSTEM || flags & MERGES;
+    w->host = !system ? n : flags & SYSTEM_IN_FIRST ? first_user : flags & SYSTEM_IN_LAST ? last_user
+            : flags & SYSTEM_IF_LAST && last_user == n - 1 ? last_user : n;
+    return 0;
+}
+
+static int write_messages(TemplateWriter *w, bool ask) {
+    const ChatTemplate *c = w->c;
+    const Message *m = w->messages;
+    bool all = w->mask == MASK_ALL, merges = c->flags & MERGES;
+    const char *opening = c->row->opening ? c->row->opening : "";
+    if (survey(w) || write_string(w, c->begin, all)) return -1;
+    if (c->system && role_of(&m[0]) != ROLE_SYSTEM && write_default_system(w, opening)) return -1;
+    for (size_t i = 0, next; i < w->n; i = next) {
+        int role = role_of(&m[i]);
+        bool skip = m[i].skip, inside = c->flags & (SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
+        next = i + 1;
+        if (role == ROLE_SYSTEM && (inside || (c->flags & SKIP_EMPTY_SYSTEM && !m[i].length)))
+            continue;
+        w->body.size = 0;
+        bool host = i == w->host;
+        size_t last = i;
+        for (; merges && next < w->n && (role_of(&m[next]) == role || role_of(&m[next]) == ROLE_SYSTEM);
+             next++)
+            if (role_of(&m[next]) == role) { last = next; host |= next == w->host; }
+        if (host && add_system(w)) return -1;
+        for (size_t k = i; k <= last; k++) {
+            if (role_of(&m[k]) != role) continue;
+            if ((k > i && add_body(w, "\n\n", 2)) || add_content(w, k, role)) return -1;
+            skip = skip || m[k].skip;
+        }
+        if (merges && role == ROLE_ASSISTANT && !w->body.size)
+            return fail(w->err, "message %zu: the template %s has no empty answers", i + 1,
+                        c->row->name);
+        if (write_turn(w, role, role == ROLE_SYSTEM && !i ? opening : "", skip))
+            return -1;
+    }
+    return write_string(w, ask ? c->ask : c->tail, !ask && all) || end_chunk(w) ? -1 : 0;
 }
 
 // Renders the messages and appends their ids (int32_t) and, parallel to them, one byte each that is
@@ -5735,24 +6406,27 @@ static int write_messages(TemplateWriter *w, const Message *m, size_t n, MaskKin
 static int template_apply(const ChatTemplate *c, const Tokenizer *t, const Message *m, size_t n,
                           MaskKind mask, bool ask, Buffer *ids, Buffer *learn, qlora_error *err) {
     const qlora_allocator *a = ids->allocator;
-    TemplateWriter w = {.c = c, .tokenizer = t, .ids = ids, .learn = learn, .err = err};
+    TemplateWriter w = {.c = c, .tokenizer = t, .messages = m, .n = n, .mask = mask, .ids = ids,
+                        .learn = learn, .err = err};
     size_t first = learn->size;
-    w.text.allocator = w.borders.allocator = w.prefix.allocator = a;
-    int bad = write_messages(&w, m, n, mask, ask);
+    w.text.allocator = w.borders.allocator = w.prefix.allocator = w.body.allocator = a;
+    int bad = write_messages(&w, ask);
     if (!bad && learn->size > first) learn->data[first] = 0;  // nothing predicts the first token
     buffer_free(&w.text);
     buffer_free(&w.borders);
     buffer_free(&w.prefix);
+    buffer_free(&w.body);
     return bad ? -1 : 0;
 }
 
 // ----------------------------------------------------------------------------- saving a template
 
-// Appends text as a Jinja string literal.
-static int jinja_literal(Buffer *b, const char *text, qlora_error *err) {
+// Appends n bytes as a Jinja string literal.
+static int jinja_literal(Buffer *b, const char *text, size_t n, qlora_error *err) {
     if (buffer_append(b, "'", 1, err)) return -1;
-    for (; *text; text++) {
+    for (; n; text++, n--) {
         const char *escaped = *text == '\n'   ? "\\n"
+                              : *text == '\r' ? "\\r"
                               : *text == '\'' ? "\\'"
                               : *text == '\\' ? "\\\\"
                                               : NULL;
@@ -5761,138 +6435,571 @@ static int jinja_literal(Buffer *b, const char *text, qlora_error *err) {
     return buffer_append(b, "'", 1, err);
 }
 
-// The template as the Jinja program that other tools read: what was trained with is what is served.
-static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err) {
-    if (*c->begin && buffer_printf(b, err, "{{ bos_token }}")) return -1;
-    if (buffer_printf(b, err, "{%% for message in messages %%}")) return -1;
-    for (int role = 0; role < N_ROLES; role++) {
-        const TurnForm *form = &c->turns[role];
-        if (buffer_printf(b, err, "{%% %s message['role'] == '%s' %%}{{ ", role ? "elif" : "if",
-                          role_names[role]) ||
-            jinja_literal(b, form->before, err) ||
-            buffer_printf(b, err, " + message['content'] + ") || jinja_literal(b, form->end, err) ||
-            buffer_printf(b, err, " + ") || jinja_literal(b, form->after, err) ||
-            buffer_printf(b, err, " }}"))
-            return -1;
-    }
-    return buffer_printf(b, err,
-                         "{%% endif %%}{%% endfor %%}{%% if add_generation_prompt %%}{{ ") ||
-                   jinja_literal(b, c->turns[ROLE_ASSISTANT].before, err) ||
-                   buffer_printf(b, err, " }}{%% endif %%}")
-               ? -1
-               : 0;
+// Appends a string of the row: literals and the names of tokens.
+static int jinja_string(Buffer *b, const char *text, qlora_error *err) {
+    size_t n;
+    do {
+        const char *token = *text == *BOS ? "bos_token" : *text == *EOS ? "eos_token" : NULL;
+        n = token ? 1 : strcspn(text, BOS EOS);
+        if (token ? buffer_printf(b, err, "%s", token) : jinja_literal(b, text, n, err)) return -1;
+        text += n;
+        if (*text && buffer_append(b, " + ", 3, err)) return -1;
+    } while (*text);
+    return 0;
 }
 
-// Writes chat_template.jinja beside a model that has no template of its own; one that has keeps it.
-static int write_chat_template(const ChatTemplate *c, const Tokenizer *t, const char *directory,
-                               Region *region, qlora_error *err) {
+// Appends a format in which each %s is a string of the row; at most four.
+static int jinja(Buffer *b, qlora_error *err, const char *format, const char *const *strings) {
+    for (const char *hole; (hole = strstr(format, "%s")) != NULL; format = hole + 2)
+        if (buffer_append(b, format, (size_t)(hole - format), err) ||
+            jinja_string(b, *strings++, err))
+            return -1;
+    return buffer_append(b, format, strlen(format), err);
+}
+
+#define FROM_USER "message['role'] == 'user'"
+#define SET_SYSTEM "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}" \
+    "{% set turns = messages[1:] if messages[0]['role'] == 'system' else messages %}"
+
+// What is worked out before the loop over the messages.
+static int jinja_prelude(const ChatTemplate *c, Buffer *b, qlora_error *err) {
+    const TurnForm *form = &c->turns[ROLE_SYSTEM];
+    const char *opening = c->row->opening;
+    const char *const strings[] = {form->before, opening ? opening : c->system, form->end, form->after};
+    const char *text = c->flags & MERGES ?
+            "{% set system = messages | selectattr('role', 'equalto', 'system') | "
+            "map(attribute='content') | join('\\n\\n') %}"
+            "{% set turns = messages | rejectattr('role', 'equalto', 'system') | list %}"
+            "{% set ns = namespace(last=0) %}{% for message in turns %}{% if " FROM_USER
+            " and (loop.first or turns[loop.index0 - 1]['role'] != 'user') %}"
+            "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        : c->flags & (SYSTEM_IN_FIRST | SYSTEM_IF_LAST) ? SET_SYSTEM
+        : c->flags & THINKS ?
+            "{% set ns = namespace(query=messages | length - 1) %}{% for message in messages %}"
+            "{% if " FROM_USER " and not (message['content'].startswith('<tool_response>') and "
+            "message['content'].endswith('</tool_response>')) %}{% set ns.query = loop.index0 %}"
+            "{% endif %}{% endfor %}"
+        : opening ? SET_SYSTEM "{{ %s + %s + system | trim + %s + %s }}"
+        : c->system ? "{% if messages[0]['role'] != 'system' %}{{ %s + %s + %s + %s }}{% endif %}" : "";
+    return jinja(b, err, text, strings);
+}
+
+// What is worked out for each message: whether it may stand there, and `content`.
+static int jinja_content(const ChatTemplate *c, Buffer *b, qlora_error *err) {
+    const TurnForm *form = &c->turns[ROLE_SYSTEM];
+    const char *const strings[] = {form->before, form->after};
+    static const char alternate[] = "{% if (" FROM_USER ") != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate: user, assistant, user, ...') }}{% endif %}";
+    static const char no_empty[] = "{% if loop.first and message['role'] != 'user' or not ("
+        "message['content'] or " FROM_USER " or turns[loop.index0 - 1]['role'] != 'user' or "
+        "not loop.last and turns[loop.index0 + 1]['role'] != 'user') %}"
+        "{{ raise_exception('expected a user message first, and no empty answers') }}{% endif %}";
+    const char *place = c->flags & MERGES && c->flags & SYSTEM_IN_LAST ? "loop.index0 == ns.last and system"
+        : c->flags & MERGES ? "loop.first and system"
+        : c->flags & SYSTEM_IN_FIRST ? "loop.first and messages[0]['role'] == 'system'"
+        : c->flags & SYSTEM_IF_LAST
+            ? "loop.last and " FROM_USER " and messages[0]['role'] == 'system'" : NULL;
+    if (c->flags & ALTERNATES && buffer_append(b, alternate, strlen(alternate), err)) return -1;
+    if (c->flags & MERGES && buffer_append(b, no_empty, strlen(no_empty), err)) return -1;
+    if (!(c->flags & THINKS) && !place) return 0;
+    if (buffer_printf(b, err, "{%% set content = message['content'] %%}")) return -1;
+    if (place)
+        return buffer_printf(b, err, "{%% if %s %%}", place) ||
+               jinja(b, err, "{% set content = %s + system + %s + content %}{% endif %}", strings);
+    return jinja(b, err,
+        "{% if message['role'] == 'assistant' %}{% set thought = '' %}{% if '</think>' in content %}"
+        "{% set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]"
+        ".lstrip('\\n') %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
+        "{% if loop.index0 > ns.query and (loop.last or thought) %}{% set content = '<think>\\n' + "
+        "thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') %}{% endif %}{% endif %}",
+        NULL);
+}
+
+// The turns of one role.
+static int jinja_turn(const ChatTemplate *c, int role, Buffer *b, qlora_error *err) {
+    const TurnForm *form = &c->turns[role];
+    const char *const strings[] = {form->before, form->end, form->after};
+    bool own = c->flags & (THINKS | SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
+    bool some = role == ROLE_SYSTEM && c->flags & SKIP_EMPTY_SYSTEM;
+    const char *content = own ? "content" : "message['content']";
+    const char *trimmed = c->flags >> role & 1 ? " | trim" : "";
+    if (buffer_printf(b, err, "{%% %s message['role'] == '%s'%s %%}", role ? "elif" : "if",
+                      role_names[role], some ? " and message['content']" : ""))
+        return -1;
+    if (role == ROLE_SYSTEM && c->flags & NO_SYSTEM)
+        return buffer_printf(b, err, "{{ raise_exception('no system messages') }}");
+    if (c->flags & MERGES)
+        return jinja(b, err, "{{ %s if loop.first or turns[loop.index0 - 1]['role'] != message['role'] "
+                     "else '\\n\\n' }}{{ content }}{% if loop.last or turns[loop.index0 + 1]['role'] "
+                     "!= message['role'] %}{{ %s + %s }}{% endif %}", strings);
+    return jinja(b, err, "{{ %s + ", strings) || buffer_printf(b, err, "%s%s", content, trimmed) ||
+           jinja(b, err, " + %s + %s }}", strings + 1);
+}
+
+// The template as the Jinja program that other tools read: what was trained with is what is served.
+static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err) {
+    const char *const strings[] = {c->ask, c->tail};
+    bool turns = c->row->opening || c->flags & (SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
+    if (c->prompt && (buffer_printf(b, err, "{%%- set qlora_prompt = ") ||
+                      jinja_literal(b, c->prompt, strlen(c->prompt), err) ||
+                      buffer_printf(b, err, " -%%}")))
+        return -1;
+    if ((*c->begin && buffer_printf(b, err, "{{ bos_token }}")) || jinja_prelude(c, b, err) ||
+        buffer_printf(b, err, "{%% for message in %s %%}", turns ? "turns" : "messages") ||
+        jinja_content(c, b, err))
+        return -1;
+    for (int role = 0; role < N_ROLES; role++)
+        if (jinja_turn(c, role, b, err)) return -1;
+    const char *end = c->flags & ASKS_ALWAYS ? "{{ %s }}"
+        : *c->tail ? "{% if add_generation_prompt %}{{ %s }}{% else %}{{ %s }}{% endif %}"
+        : "{% if add_generation_prompt %}{{ %s }}{% endif %}";
+    return buffer_printf(b, err, "{%% endif %%}{%% endfor %%}") || jinja(b, err, end, strings) ? -1 : 0;
+}
+
+// Makes `c` the prompt template that a program written above holds, if that is what it is.
+static int find_saved_prompt(ChatTemplate *c, const char *text, const Tokenizer *t, Region *region,
+                             qlora_error *err) {
+    static const char start[] = "{%- set qlora_prompt = ";
+    Buffer e = {.allocator = region->allocator}, ours = e;
+    size_t n = strlen(text), plain = 0;
+    if (!starts_with(text, n, start)) return 0;
+    JinjaReader r = {.end = text + n, .e = &e, .err = err};
+    int bad = read_jinja_string(&r, text + strlen(start)) ? 0 : -1;
+    for (size_t i = 1; !bad && i + 1 < e.size; i++) e.data[1 + plain++] = e.data[i += e.data[i] == '\\'];
+    if (!bad) bad = prompt_template(c, e.data + 1, plain, t, region, err);
+    for (int bos = 0; bos < 2 && !bad; bos++) {
+        c->begin = bos ? BOS : "";
+        ours.size = 0;
+        bad = template_jinja(c, &ours, err) || buffer_append(&ours, "", 1, err);
+        if (!bad && strcmp(ours.data, text) == 0) break;
+        if (bos) c->row = NULL;
+    }
+    buffer_free(&e);
+    buffer_free(&ours);
+    return bad;
+}
+
+// Writes chat_template.jinja beside a model whose own template is not what it was trained with.
+static int write_chat_template(const ChatTemplate *c, const char *directory, Region *region,
+                               qlora_error *err) {
     Buffer b = {.allocator = region->allocator};
-    if (t->chat_template) return 0;
+    if (c->own) return 0;
     const char *path = path_join(region, directory, "chat_template.jinja", err);
     int bad = !path || template_jinja(c, &b, err) || write_file(path, b.data, b.size, err);
     buffer_free(&b);
     return bad ? -1 : 0;
 }
+
+// ------------------------------------------------------------------------------- adding tokens
+//
+// New tokens are looked for in the text like the tokenizer's own added ones. Their ids are the next
+// free ones, as in transformers, and must be rows that the model's embedding has: Qwen's and Phi's
+// have spare ones. Saved, they are entered in every file that must know, the rest of which stays as
+// it is byte for byte.
+
+// Adds the tokens of a list, separated by commas, unless they are there. Names like <this> are
+// special: they are not shown in what the model says.
+static int tokenizer_add(Tokenizer *t, const char *list, size_t vocab_size, qlora_error *err) {
+    Vocabulary *v = &t->vocabulary;
+    Loader l = {.t = t, .directory = "--add-tokens", .file = "--add-tokens", .err = err};
+    AddedToken *added = region_alloc(&t->region, t->added_raw.n + strlen(list) / 2 + 1, sizeof *added, err);
+    if (!added) return -1;
+    if (t->added_raw.n) memcpy(added, t->added_raw.tokens, t->added_raw.n * sizeof *added);
+    t->added_raw.tokens = added;
+    size_t next = 0, n;
+    for (size_t id = 0; id < v->n_ids; id++) next += v->tokens[id].text && !v->tokens[id].outside;
+    for (size_t id = next; id < v->n_ids; id++)
+        if (v->tokens[id].text && v->tokens[id].added) next = id + 1;
+    for (; *list; list += n + (list[n] == ',')) {
+        n = strcspn(list, ",");
+        int32_t known = vocabulary_id(v, list, n);
+        size_t id = known >= 0 ? (size_t)known : next;
+        if (!n || (known >= 0 && v->tokens[known].added)) continue;
+        if (id >= vocab_size)
+            return fail(err, "--add-tokens: %.*s would be token %zu, and the model has rows for %zu "
+                        "only; rows for new tokens cannot be trained yet: choose a --template whose "
+                        "strings are tokens of this model, or text (zephyr, alpaca)", (int)min_size(n, 80),
+                        list, id, vocab_size);
+        if (known < 0) { vocabulary_add(&l, list, n, id); next++; }
+        if (l.failed) return -1;
+        v->tokens[id].outside = known < 0;
+        v->tokens[id].fresh = true;
+        add_token(&l, (int32_t)id, n > 2 && *list == '<' && list[n - 1] == '>', false);
+    }
+    added_sort(&l, &t->added_raw);
+    return l.failed ? -1 : 0;
+}
+
+// Behind a JSON value that is known to be well-formed.
+static const char *skip_json(const char *p) {
+    size_t depth = 0;
+    if (!strchr("\"{[", *p)) return p + strcspn(p, ",]} \t\r\n");
+    do {
+        if (*p == '"') while (*++p != '"') p += *p == '\\';
+        depth += *p == '{' || *p == '[';
+        depth -= *p == '}' || *p == ']';
+        p++;
+    } while (depth);
+    return p;
+}
+
+static const char *skip_blank(const char *p) {
+    while (is_blank(*p)) p++;
+    return p;
+}
+
+// The array or object that is the member `key` of the object at p, or NULL.
+static const char *find_list(const char *p, const char *key) {
+    size_t n = strlen(key);
+    for (p = skip_blank(p + 1); *p == '"'; p = skip_blank(p + (*p == ','))) {
+        bool found = strncmp(p + 1, key, n) == 0 && p[n + 1] == '"';
+        p = skip_blank(skip_json(p));
+        p = skip_blank(p + 1);                        // ':'
+        if (found) return *p == '[' || *p == '{' ? p : NULL;
+        p = skip_blank(skip_json(p));
+    }
+    return NULL;
+}
+
+// Puts an element, or a member, at the end of the list at `list`, laid out like those before it.
+static int insert_json(Buffer *file, const char *list, const char *item, Region *region,
+                       qlora_error *err) {
+    Buffer text = {.allocator = file->allocator}, wrapped = text;
+    const char *first = skip_blank(list + 1), *end = skip_json(list) - 1, *line = first;
+    const Json *json = NULL;
+    while (is_blank(end[-1])) end--;
+    while (line > list + 1 && line[-1] == ' ') line--;
+    bool empty = end == list + 1, lines = !empty && line[-1] == '\n', object = *list == '{';
+    int indent = (int)min_size((size_t)(first - line), 64);
+    int bad = buffer_printf(&wrapped, err, object ? "{%s}" : "[%s]", item) ||
+              !(json = json_parse(wrapped.data, wrapped.size, "a token", 1, region, err)) ||
+              (!empty && buffer_append(&text, ",", 1, err));
+    if (!bad && !lines) bad = buffer_printf(&text, err, empty ? "%s" : " %s", item);
+    if (!bad && lines)
+        bad = buffer_printf(&text, err, "\n%*s", indent, "") ||
+              (object && (json_write_string(&text, json->first->key, json->first->key_length, err) ||
+                          buffer_append(&text, ": ", 2, err))) ||
+              json_write(&text, json->first, indent, err);
+    size_t at = (size_t)(end - file->data);
+    if (!bad) bad = buffer_reserve(file, text.size + 1, err);
+    if (!bad) {
+        memmove(file->data + at + text.size, file->data + at, file->size + 1 - at);
+        memcpy(file->data + at, text.data, text.size);
+        file->size += text.size;
+    }
+    buffer_free(&text);
+    buffer_free(&wrapped);
+    return bad ? -1 : 0;
+}
+
+// Where tokens are listed: in which member of which file ("": in the file itself), and how.
+typedef struct {
+    const char *file, *list;
+    enum { AS_ENTRY, AS_MEMBER, AS_ID, AS_NAME } as;
+} TokenList;
+
+static const TokenList token_lists[] = {
+    {"tokenizer.json", "added_tokens", AS_ENTRY},
+    {"tokenizer_config.json", "added_tokens_decoder", AS_MEMBER},
+    {"tokenizer_config.json", "additional_special_tokens", AS_NAME},
+    {"added_tokens.json", "", AS_ID},
+    {"special_tokens_map.json", "additional_special_tokens", AS_NAME}};
+
+static int describe_token(Buffer *b, const Token *token, size_t id, const TokenList *list,
+                          qlora_error *err) {
+    if (list->as == AS_MEMBER && buffer_printf(b, err, "\"%zu\": {\"content\": ", id)) return -1;
+    if (list->as == AS_ENTRY && buffer_printf(b, err, "{\"id\": %zu, \"content\": ", id)) return -1;
+    if (json_write_string(b, token->text, token->length, err)) return -1;
+    if (list->as == AS_ID) return buffer_printf(b, err, ": %zu", id);
+    return list->as == AS_NAME ? buffer_append(b, "", 1, err)
+        : buffer_printf(b, err, ", \"lstrip\": false, \"normalized\": false, \"rstrip\": false, "
+                        "\"single_word\": false, \"special\": %s}", token->special ? "true" : "false");
+}
+
+// Enters the new tokens in one list. *listed: it is there.
+static int write_token_list(const Tokenizer *t, const TokenList *list, const char *directory,
+                            bool create, bool *listed, Region *region, qlora_error *err) {
+    const Vocabulary *v = &t->vocabulary;
+    Buffer file = {.allocator = region->allocator}, item = file;
+    const char *path = path_join(region, directory, list->file, err);
+    bool exists = path && file_exists(path);
+    int bad = !path ? -1 : exists ? read_whole_file(path, MAX_TOKENIZER_FILE, &file, err)
+            : create ? buffer_printf(&file, err, "{}\n") : 0;
+    if (!bad && exists && !json_parse(file.data, file.size, path, 1, region, err)) bad = -1;
+    *listed = !bad && file.size && (!*list->list || find_list(skip_blank(file.data), list->list));
+    if (!bad && file.size && !*listed && strcmp(list->file, "special_tokens_map.json") == 0) {
+        bad = buffer_printf(&item, err, "\"%s\": []", list->list) ||
+              insert_json(&file, skip_blank(file.data), item.data, region, err);
+        *listed = true;
+    }
+    for (size_t id = 0; id < v->n_ids && !bad && *listed; id++) {
+        const char *at = skip_blank(file.data);
+        if (!v->tokens[id].fresh || (list->as == AS_NAME && !v->tokens[id].special)) continue;
+        item.size = 0;
+        bad = describe_token(&item, &v->tokens[id], id, list, err) ||
+              insert_json(&file, *list->list ? find_list(at, list->list) : at, item.data, region, err);
+    }
+    if (!bad && *listed) bad = write_file(path, file.data, file.size, err);
+    buffer_free(&file);
+    buffer_free(&item);
+    return bad ? -1 : 0;
+}
+
+// Enters the tokens that were added in the files of a directory that a tokenizer was copied to.
+static int write_added_tokens(const Tokenizer *t, const char *directory, Region *region,
+                              qlora_error *err) {
+    bool fresh = false, listed = false, known = false;
+    for (size_t id = 0; id < t->vocabulary.n_ids; id++) fresh |= t->vocabulary.tokens[id].fresh;
+    for (size_t i = 0; i < sizeof token_lists / sizeof *token_lists && fresh; i++) {
+        bool create = token_lists[i].as == AS_ID && !known;
+        if (write_token_list(t, &token_lists[i], directory, create, &listed, region, err)) return -1;
+        known |= listed && token_lists[i].as <= AS_MEMBER;
+    }
+    return 0;
+}
 // =================================================================================================
 //  12. Datasets
 //
-//  From a file of records to token ids with a mask. The file is JSONL or one JSON array, which its
+//  From files of records to token ids with a mask. A file is JSONL or one JSON array, which its
 //  first character tells. It is first cut into records; then each is parsed, templated and
-//  tokenised on its own, many at a time, and what that took is released at once: besides the file's
-//  text only ids, mask and one Sample a record stay. Errors name file, line and column.
+//  tokenised on its own, many at a time, and what that took is released at once: besides the text
+//  of one file only ids, mask and one Sample a record stay. Errors name file, line and column.
+//
+//  What can go wrong in silence (an end token that is never learnt, answers cut in half, records
+//  left out) is counted on the way; one table then says which counts deserve a warning and which
+//  stop a training. `train` and `inspect` both read it.
 // =================================================================================================
 
-typedef struct { size_t first, length, supervised, line; } Sample;   // ids[first .. first+length-1]
+// A sample is ids[first .. first+length-1]; it came from this line of the file of that number.
+typedef struct { size_t first, length, supervised, line; uint32_t file; } Sample;
 
-typedef struct {
-    size_t max_length;              // longer samples are left out
-    MaskKind mask;
-    bool skip_bad_lines;            // count malformed records instead of stopping at the first
-    const qlora_allocator *allocator;          // called by several threads at once
-    Pool *pool;
-} DatasetOptions;
+typedef enum { TRUNCATE_DROP, TRUNCATE_KEEP_START, TRUNCATE_KEEP_END } Truncate;
+static const char *const truncate_names[] = {"drop", "keep-start", "keep-end"};
 
-typedef struct {
-    int32_t *ids;                   // (tokens)
-    uint8_t *learn;                 // (tokens) 1: the loss looks at the prediction of this token
-    Sample *samples;                // (n) in the order of the file
-    size_t n, tokens, supervised;
-    size_t ends;                    // supervised end tokens: 0 would mean a model that never stops
-    size_t doubled_ends;            // end tokens right after an end token: the data has its own
-    size_t records;                 // in the file; n + too_long + unsupervised + bad_lines
-    size_t too_long, unsupervised, bad_lines;
-    size_t longest;                 // tokens of the longest sample, left out or not
-    qlora_error first_bad;          // what was wrong with the first of the bad lines
-    Buffer id_buffer, learn_buffer, sample_buffer;         // what the pointers above point into
-} Dataset;
-
-// ----------------------------------------------------------------------- from a record to messages
+// --mask: content, turn and all are chapter 11's; last is content of the last answer alone.
+static const struct { const char *name; MaskKind kind; bool last; } mask_rows[] = {
+    {"content", MASK_CONTENT, false}, {"turn", MASK_TURN, false},
+    {"last", MASK_CONTENT, true}, {"all", MASK_ALL, false}};
+enum { N_MASK_ROWS = sizeof mask_rows / sizeof *mask_rows };
 
 // A format is recognised by its keys; the first row that fits counts, other keys are ignored. The
 // words of the user are the text of `user`, and that of `more` where there is one.
 typedef struct {
-    const char *list, *role, *content;         // a list of turns: the keys of it and of a turn, or
-    const char *user, *more, *assistant;       // one exchange in columns,
-    const char *system, *history;              // and what may stand before it
+    const char *name;
+    const char *list;                          // a list of turns; or
+    const char *user, *more, *assistant;       // one exchange in columns; or
+    const char *text;                          // plain text, to be learnt as it stands;
+    const char *system, *history;              // and what may stand before the exchange
 } RecordFormat;
 
 static const RecordFormat record_formats[] = {
     // OpenAI: {"messages": [{"role": "user", "content": "..."}, ...]}, or plain strings by turns
-    {.list = "messages", .role = "role", .content = "content"},
-    // Alpaca, with the two further columns that LLaMA-Factory knows
-    {.user = "instruction", .more = "input", .assistant = "output", .system = "system",
+    {"messages", .list = "messages", .system = "system"},
+    // {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}
+    {"ShareGPT", .list = "conversations", .system = "system"},
+    // with the two further columns that LLaMA-Factory knows
+    {"Alpaca", .user = "instruction", .more = "input", .assistant = "output", .system = "system",
      .history = "history"},
-    // a question and its answer, written as a chat
-    {.user = "prompt", .assistant = "completion"},
+    {"Dolly", .user = "instruction", .more = "context", .assistant = "response"},
+    {"prompt and completion", .user = "prompt", .assistant = "completion"},
+    {"input and output", .user = "input", .assistant = "output", .system = "system"},
+    {"raw text", .text = "text"},
 };
 enum { N_RECORD_FORMATS = sizeof record_formats / sizeof *record_formats };
 
-// The text of a member: an empty one if it is absent or null and need not be there.
-static int get_text(Message *out, const Json *object, const char *key, bool needed,
-                    qlora_error *err) {
-    const Json *value = key ? json_get(object, key) : NULL;
-    bool absent = !value || value->kind == JSON_NULL;
-    out->content = "";
-    out->length = 0;
-    if (absent && !needed) return 0;
-    if (!json_is(value, JSON_STRING))
-        return fail(err, "\"%s\": expected a string, found %s", key,
-                    value ? json_kind_name(value->kind) : "none");
-    out->content = value->text;
-    out->length = value->length;
-    return 0;
+typedef struct {
+    size_t max_length;              // of a sample, in tokens
+    Truncate truncate;              // what becomes of longer ones
+    MaskKind mask;
+    bool mask_last;                 // only the last answer is learnt
+    RecordFormat fields;            // .user not NULL: the columns, named by --field-*
+    const char *system;             // the column of the system text, by --field-system, or NULL
+    size_t take_from, take_to;      // records [from, to) of all files together
+    size_t max_samples;             // no more than this many
+    bool skip_bad_lines;            // count malformed records instead of stopping at the first
+    bool inspecting;                // so that the counts of everything can be shown
+    bool keep_all;                  // records with nothing to learn are samples too: to be shown
+    const qlora_allocator *allocator;          // called by several threads at once
+    Pool *pool;
+} DatasetOptions;
+
+// What is counted, and where it was met first.
+typedef struct { size_t n, line; uint32_t file; } Tally;
+enum { TALLY_BAD, TALLY_UNSUPERVISED, TALLY_TOO_LONG, TALLY_CUT, TALLY_CUT_ANSWER, TALLY_NO_END,
+       TALLY_DOUBLED_END, TALLY_DOUBLED_START, TALLY_CONTROL, TALLY_EMPTY, N_TALLIES };
+
+typedef struct {
+    int32_t *ids;                   // (tokens)
+    uint8_t *learn;                 // (tokens) 1: the loss looks at the prediction of this token
+    Sample *samples;                // (n) in the order of the files
+    size_t n, tokens, supervised;
+    size_t ends;                    // supervised end tokens
+    size_t records;                 // looked at; n + too long + unsupervised + bad
+    size_t seen;                    // in the files read, looked at or not
+    size_t formats[N_RECORD_FORMATS + 1];      // records of each format; the last: by --field-*
+    size_t *lengths;                // (n_lengths) tokens of each good record before truncation
+    size_t n_lengths, longest;
+    Tally tally[N_TALLIES];
+    qlora_error first_bad;          // what was wrong with the first malformed record
+    const char *const *paths;       // of the files, the caller's
+    Buffer id_buffer, learn_buffer, sample_buffer, length_buffer;     // what the pointers point into
+} Dataset;
+
+static void count(Tally *tally, size_t line, uint32_t file) {
+    if (!tally->n++) { tally->line = line; tally->file = file; }
 }
 
-// Tools would be written into the system message by the models' own templates. To leave them out in
-// silence would train another task than the data describes, so they are refused unless empty.
-static int refuse_tools(const Json *object, qlora_error *err) {
-    static const char *const keys[] = {"tools", "functions", "tool_calls", "function_call"};
-    for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
-        const Json *value = json_get(object, keys[i]);
-        if (value && (value->count || (value->kind == JSON_STRING && value->length)))
-            return fail(err, "\"%s\": tool calls are not supported", keys[i]);
+// ----------------------------------------------------------------------- from a record to messages
+
+static bool blank(const char *text, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!memchr(" \t\r\n", text[i], 4)) return false;
+    return true;
+}
+
+// What the models' own templates would write elsewhere, or train in another way. To leave it out in
+// silence would train another task than the data describes, so it is refused unless empty.
+static int refuse_keys(const Json *object, qlora_error *err) {
+    static const char tool[] = "tool calls", media[] = "images, video and sound",
+                      preference[] = "preference data (DPO, KTO)";
+    static const struct { const char *key, *what; bool may_be_bool; } rows[] = {
+        {"tools", tool, false}, {"functions", tool, false}, {"tool_calls", tool, false},
+        {"function_call", tool, false}, {"images", media, false}, {"videos", media, false},
+        {"audios", media, false}, {"chosen", preference, true}, {"rejected", preference, true},
+        {"kto_tag", preference, true}, {"label", preference, true}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        const Json *value = json_get(object, rows[i].key);
+        bool text = json_is(value, JSON_STRING), truth = json_is(value, JSON_TRUE) ||
+                                                         json_is(value, JSON_FALSE);
+        // LLaMA-Factory writes an empty list of tools as the text "[]".
+        if (text && strcmp(rows[i].key, "label") == 0) continue;      // a class, not a verdict
+        if (value && (value->count || (rows[i].may_be_bool && truth) ||
+                      (text && strspn(value->text, "[]{} \n") != value->length)))
+            return fail(err, "\"%s\": %s are not supported", rows[i].key, rows[i].what);
     }
     return 0;
 }
 
+// The keys of an object as text, for messages.
+static void list_keys(char out[400], const Json *object) {
+    size_t n = 0;
+    out[0] = 0;
+    for (const Json *m = object->first; m && n < 360; m = m->next, n = strlen(out))
+        snprintf(out + n, 400 - n, "%s\"%.100s\"", n ? ", " : "", m->key);
+    if (!n) snprintf(out, 400, "(none)");
+}
+
+// The text of a member: an empty one if it is absent or null and need not be there. In a list of
+// parts, as OpenAI writes them, every part must be text.
+static int get_text(Message *out, const Json *object, const char *key, bool needed, Region *region,
+                    qlora_error *err) {
+    const Json *value = key ? json_get(object, key) : NULL;
+    bool absent = !value || value->kind == JSON_NULL;
+    char keys[400];
+    size_t room = 1;
+    out->content = "";
+    out->length = 0;
+    if (absent && !needed) return 0;
+    if (!value) {
+        list_keys(keys, object);
+        return fail(err, "expected \"%s\", found the keys %s", key, keys);
+    }
+    if (value->kind == JSON_STRING) {
+        out->content = value->text;
+        out->length = value->length;
+        return 0;
+    }
+    if (value->kind != JSON_ARRAY)
+        return fail(err, "\"%s\": expected a string, found %s", key, json_kind_name(value->kind));
+    for (const Json *part = value->first; part; part = part->next) {
+        const Json *text = json_get(part, json_get(part, "text") ? "text" : "value");
+        const char *type = json_get_text(part, "type");
+        if (!json_is(text, JSON_STRING) || !type || strcmp(type, "text"))
+            return fail(err, "\"%s\": expected a string or parts of type \"text\", found %s", key,
+                        type ? type : "a part without \"type\"");
+        room += text->length;
+    }
+    char *joined = region_alloc(region, room, 1, err);
+    if (!joined) return -1;
+    out->content = joined;
+    for (const Json *part = value->first; part; part = part->next) {
+        const Json *text = json_get(part, json_get(part, "text") ? "text" : "value");
+        memcpy(joined + out->length, text->text, text->length);
+        out->length += text->length;
+    }
+    return 0;
+}
+
+// "train": false, or OpenAI's "weight": 0 (others say loss_weight): this message is not learnt.
+static int get_weight(Message *m, const Json *turn, qlora_error *err) {
+    static const char *const keys[] = {"train", "weight", "loss_weight"};
+    for (size_t i = 0; i < 3; i++) {
+        const Json *value = json_get(turn, keys[i]);
+        double weight;
+        if (!value || value->kind == JSON_NULL || (i == 0 && value->kind == JSON_TRUE)) continue;
+        if (i == 0 ? value->kind == JSON_FALSE : json_to_double(value, &weight) && weight == 0)
+            m->skip = true;
+        else if (i == 0 || !json_to_double(value, &weight) || weight != 1)
+            return fail(err, "\"%s\": expected %s, found %.40s", keys[i],
+                        i ? "0 or 1" : "true or false",
+                        value->text ? value->text : json_kind_name(value->kind));
+    }
+    return 0;
+}
+
+// {"role", "content"} or {"from", "value"}; roles by any of the names in use.
+static int read_turn(Message *m, const Json *turn, Region *region, qlora_error *err) {
+    static const struct { const char *name; int role; } names[] = {
+        {"user", ROLE_USER}, {"human", ROLE_USER}, {"assistant", ROLE_ASSISTANT},
+        {"gpt", ROLE_ASSISTANT}, {"model", ROLE_ASSISTANT}, {"system", ROLE_SYSTEM},
+        {"tool", N_ROLES}, {"function", N_ROLES}, {"function_call", N_ROLES},
+        {"observation", N_ROLES}};
+    enum { N_NAMES = sizeof names / sizeof *names };
+    bool from = !json_get(turn, "role") && json_get(turn, "from");
+    const char *given = json_get_text(turn, from ? "from" : "role");
+    size_t i = 0;
+    if (!given) {
+        char keys[400];
+        list_keys(keys, turn);
+        return fail(err, "expected \"role\" and \"content\", or \"from\" and \"value\", found the "
+                    "keys %s", keys);
+    }
+    while (i < N_NAMES && strcmp(given, names[i].name)) i++;
+    if (i == N_NAMES)
+        return fail(err, "role \"%.60s\" is not supported; expected system, user (human) or "
+                    "assistant (gpt)", given);
+    if (names[i].role == N_ROLES)
+        return fail(err, "role \"%s\": tool calls are not supported", given);
+    m->role = role_names[names[i].role];
+    return refuse_keys(turn, err) || get_weight(m, turn, err) ||
+           get_text(m, turn, from ? "value" : "content", true, region, err) ? -1 : 0;
+}
+
+static int read_system(Buffer *messages, const RecordFormat *format, const Json *record,
+                       Region *region, qlora_error *err) {
+    Message system = {.role = role_names[ROLE_SYSTEM]};
+    if (get_text(&system, record, format->system, false, region, err)) return -1;
+    return system.length ? buffer_append(messages, &system, sizeof system, err) : 0;
+}
+
 // Turns are objects, or plain strings that alternate between user and assistant.
-static int read_list(Buffer *messages, const RecordFormat *format, const Json *list,
-                     qlora_error *err) {
+static int read_list(Buffer *messages, const RecordFormat *format, const Json *record,
+                     Region *region, qlora_error *err) {
+    const Json *list = json_get(record, format->list);
     size_t number = 0;
     if (list->kind != JSON_ARRAY)
         return fail(err, "\"%s\": expected an array, found %s", format->list,
                     json_kind_name(list->kind));
+    if (read_system(messages, format, record, region, err)) return -1;
     for (const Json *turn = list->first; turn; turn = turn->next, number++) {
-        Message m = {role_names[number % 2 ? ROLE_ASSISTANT : ROLE_USER], turn->text, turn->length};
-        if (turn->kind == JSON_OBJECT) {
-            m.role = json_get_text(turn, format->role);
-            if (!m.role) return fail(err, "message %zu: expected \"%s\"", number + 1, format->role);
-            if (refuse_tools(turn, err) || get_text(&m, turn, format->content, true, err))
-                return -1;
-        } else if (turn->kind != JSON_STRING) {
+        Message m = {role_names[number % 2 ? ROLE_ASSISTANT : ROLE_USER], turn->text, turn->length,
+                     false, 0};
+        qlora_error inner = {{0}};
+        if (turn->kind == JSON_OBJECT && read_turn(&m, turn, region, &inner))
+            return fail(err, "message %zu: %s", number + 1, inner.text);
+        if (turn->kind != JSON_OBJECT && turn->kind != JSON_STRING)
             return fail(err, "message %zu: expected an object or a string, found %s", number + 1,
                         json_kind_name(turn->kind));
-        }
         if (buffer_append(messages, &m, sizeof m, err)) return -1;
     }
     return 0;
@@ -5920,58 +7027,83 @@ static int read_history(Buffer *messages, const Json *history, qlora_error *err)
 // Instruction and input make one user's message, with a newline between where both say something.
 static int read_columns(Buffer *messages, const RecordFormat *format, const Json *record,
                         Region *region, qlora_error *err) {
-    Message system = {.role = role_names[ROLE_SYSTEM]}, user = {.role = role_names[ROLE_USER]};
-    Message assistant = {.role = role_names[ROLE_ASSISTANT]}, more;
-    if (get_text(&system, record, format->system, false, err) ||
-        get_text(&user, record, format->user, true, err) ||
-        get_text(&more, record, format->more, false, err) ||
-        get_text(&assistant, record, format->assistant, true, err))
+    Message user = {.role = role_names[ROLE_USER]}, more = user;
+    Message assistant = {.role = role_names[ROLE_ASSISTANT]};
+    if (get_text(&user, record, format->user, true, region, err) ||
+        get_text(&more, record, format->more, false, region, err) ||
+        get_text(&assistant, record, format->assistant, true, region, err))
         return -1;
     char *joined = region_alloc(region, user.length + more.length + 1, 1, err);
     if (!joined) return -1;
     memcpy(joined, user.content, user.length);
-    if (user.length && more.length) joined[user.length++] = '\n';
+    if (user.length && more.length) {
+        joined[user.length++] = '\n';
+        user.input = user.length;
+    }
     memcpy(joined + user.length, more.content, more.length);
     user.content = joined;
     user.length += more.length;
-    if (system.length && buffer_append(messages, &system, sizeof system, err)) return -1;
-    if (format->history && read_history(messages, json_get(record, format->history), err))
-        return -1;
-    return buffer_append(messages, &user, sizeof user, err) ||
-           buffer_append(messages, &assistant, sizeof assistant, err);
+    return read_system(messages, format, record, region, err) ||
+                   (format->history &&
+                    read_history(messages, json_get(record, format->history), err)) ||
+                   buffer_append(messages, &user, sizeof user, err) ||
+                   buffer_append(messages, &assistant, sizeof assistant, err)
+               ? -1
+               : 0;
 }
 
-// Fails with the formats that there are and the keys that were found.
-static int unknown_format(const Json *record, Region *region, qlora_error *err) {
-    Buffer text = {.allocator = region->allocator};
-    int bad = buffer_printf(&text, err, "no known format; expected");
-    for (size_t i = 0; i < N_RECORD_FORMATS && !bad; i++) {
-        const RecordFormat *f = &record_formats[i];
-        bad = f->list ? buffer_printf(&text, err, "%s \"%s\"", i ? " or" : "", f->list)
-                      : buffer_printf(&text, err, "%s \"%s\" and \"%s\"", i ? " or" : "", f->user,
-                                      f->assistant);
+// The first key with a text whose name sounds like one of the words, or the n-th with a text.
+static const char *guess_column(const Json *record, const char *const words[4], size_t n) {
+    const char *other = NULL;
+    for (const Json *m = record->first; m; m = m->next) {
+        if (m->kind != JSON_STRING) continue;
+        for (size_t i = 0; i < 4; i++)
+            if (strstr(m->key, words[i])) return m->key;
+        if (n-- == 0) other = m->key;
     }
-    if (!bad) bad = buffer_printf(&text, err, "; found the keys");
-    for (const Json *member = record->first; member && !bad; member = member->next)
-        bad = buffer_printf(&text, err, " \"%s\"", member->key);
-    if (!bad) fail(err, "%s", text.data);
-    buffer_free(&text);
-    return -1;
+    return other;
 }
 
-// Appends the messages of a record. Their texts lie in the region.
-static int read_record(Buffer *messages, const Json *record, Region *region, qlora_error *err) {
+// Fails with the keys that were found, the formats that there are, and options to try.
+static int unknown_format(const Json *record, qlora_error *err) {
+    // Without their first letters, for it may be a capital.
+    static const char *const asking[] = {"uestion", "uery", "rompt", "nput"};
+    static const char *const answering[] = {"nswer", "esponse", "utput", "ompletion"};
+    const char *user = guess_column(record, asking, 0);
+    const char *assistant = guess_column(record, answering, 1);
+    char keys[400], hint[300] = "";
+    list_keys(keys, record);
+    if (user && assistant && strcmp(user, assistant))
+        snprintf(hint, sizeof hint, "name the columns, perhaps --field-user %.80s "
+                 "--field-assistant %.80s; ", user, assistant);
+    return fail(err, "no known format; found the keys %s; %sknown are \"messages\", "
+                "\"conversations\", \"instruction\" with \"output\" or \"response\", \"prompt\" "
+                "with \"completion\", \"input\" with \"output\", \"text\"", keys, hint);
+}
+
+// Appends the messages of a record and says in which format it was. Their texts lie in the region.
+// Raw text is one message without a role.
+static int read_record(Buffer *messages, size_t *format, const Json *record,
+                       const DatasetOptions *o, Region *region, qlora_error *err) {
+    RecordFormat f = o->fields;
+    size_t i = N_RECORD_FORMATS;
     if (record->kind != JSON_OBJECT)
         return fail(err, "expected an object, found %s", json_kind_name(record->kind));
-    if (refuse_tools(record, err)) return -1;
-    for (size_t i = 0; i < N_RECORD_FORMATS; i++) {
-        const RecordFormat *f = &record_formats[i];
-        if (f->list && json_get(record, f->list))
-            return read_list(messages, f, json_get(record, f->list), err);
-        if (f->user && json_get(record, f->user) && json_get(record, f->assistant))
-            return read_columns(messages, f, record, region, err);
-    }
-    return unknown_format(record, region, err);
+    if (!f.user)
+        for (i = 0; i < N_RECORD_FORMATS; i++) {
+            f = record_formats[i];
+            const char *first = f.list ? f.list : f.text ? f.text : f.user;
+            if (json_get(record, first) && (!f.assistant || json_get(record, f.assistant))) break;
+        }
+    *format = i;
+    if ((i == N_RECORD_FORMATS || !f.text) && refuse_keys(record, err)) return -1;
+    if (i == N_RECORD_FORMATS && !o->fields.user) return unknown_format(record, err);
+    if (o->system) f.system = o->system;
+    if (f.list) return read_list(messages, &f, record, region, err);
+    if (f.user) return read_columns(messages, &f, record, region, err);
+    Message m = {.role = NULL};
+    return get_text(&m, record, f.text, true, region, err) ||
+           buffer_append(messages, &m, sizeof m, err) ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------- from a file to records
@@ -6029,12 +7161,13 @@ static int split_array(Buffer *records, const char *text, size_t n, RecordPlace 
 }
 
 // Fills `records` with the places of all records of the text, a JSON array or lines.
-static int split_file(Buffer *records, const char *text, size_t n, const char **wrong,
+static int split_file(Buffer *records, const char *text, size_t n, bool *array, const char **wrong,
                       qlora_error *err) {
     size_t bom = starts_with(text, n, "\xEF\xBB\xBF") ? 3 : 0, first = skip_space(text, bom, n);
     RecordPlace place = {.start = bom, .line_start = bom, .line = 1};
     *wrong = NULL;
-    if (first < n && text[first] == '[') {
+    *array = first < n && text[first] == '[';
+    if (*array) {
         move_on(&place, text, first);
         return split_array(records, text, n, place, wrong, err);
     }
@@ -6049,16 +7182,96 @@ static int split_file(Buffer *records, const char *text, size_t n, const char **
 // ------------------------------------------------------------------------- from records to samples
 
 // What became of a record: ids (int32_t) and mask (bytes), or what is wrong with it.
-typedef struct { Buffer ids, learn; qlora_error err; bool bad, out_of_memory; } EncodedRecord;
+typedef struct {
+    Buffer ids, learn;
+    size_t format;
+    bool empty, control;            // an answer is blank; a text holds a control token
+    qlora_error err;
+    bool bad, out_of_memory;
+} EncodedRecord;
 
 typedef struct {
     const char *path, *text;        // the file
+    uint32_t file;                  // its number
+    bool array;
     const RecordPlace *records;     // of this batch
     EncodedRecord *encoded;         // of this batch, used again by the next
     const ChatTemplate *chat;
     const Tokenizer *tokenizer;
     const DatasetOptions *options;
 } EncodeJob;
+
+// Raw text: with the tokens that the tokenizer puts before a text and the end token, each only if
+// the text does not bring it along. All of it is learnt.
+static int encode_plain(const Tokenizer *t, const Message *m, EncodedRecord *out,
+                        qlora_error *err) {
+    size_t prefix = t->n_prefix * sizeof *t->prefix;
+    if (buffer_append(&out->ids, t->prefix, prefix, err) ||
+        tokenizer_encode(t, m->content, m->length, false, &out->ids, err) ||
+        buffer_reserve(&out->ids, sizeof(int32_t), err))
+        return -1;
+    int32_t *ids = (int32_t *)(void *)out->ids.data;
+    size_t n = out->ids.size / sizeof *ids, own = t->n_prefix;
+    if (own && n > own && ids[own] == t->bos_id && ids[own - 1] == t->bos_id) {
+        n--;
+        memmove(ids + own, ids + own + 1, (n - own) * sizeof *ids);
+    }
+    if (t->eos_id >= 0 && (!n || ids[n - 1] != t->eos_id)) ids[n++] = t->eos_id;
+    out->ids.size = n * sizeof *ids;
+    out->empty |= blank(m->content, m->length);
+    if (buffer_reserve(&out->learn, n + 1, err)) return -1;
+    memset(out->learn.data, 1, n);
+    out->learn.data[0] = 0;                           // nothing predicts the first token
+    out->learn.size = n;
+    return 0;
+}
+
+// Does the text hold what the tokenizer would read as a token of the template's own?
+static bool has_control(const ChatTemplate *c, const Message *m) {
+    for (size_t i = 0; i < c->n_cuts; i++) {
+        size_t n = strlen(c->cuts[i]);
+        for (size_t at = 0; n && at + n <= m->length; at++) {
+            const char *found = memchr(m->content + at, c->cuts[i][0], m->length - n - at + 1);
+            if (!found) break;
+            if (memcmp(found, c->cuts[i], n) == 0) return true;
+            at = (size_t)(found - m->content);
+        }
+    }
+    return false;
+}
+
+static int encode_messages(const EncodeJob *job, Message *m, size_t n, EncodedRecord *out,
+                           qlora_error *err) {
+    const DatasetOptions *o = job->options;
+    bool later = false;                               // an answer comes after this message
+    if (n && !m[0].role) return encode_plain(job->tokenizer, m, out, err);
+    for (size_t i = n; i-- > 0;) {
+        bool answer = role_of(&m[i]) == ROLE_ASSISTANT;
+        m[i].skip |= o->mask_last && later;
+        later |= answer;
+        out->empty |= answer && !m[i].skip && blank(m[i].content, m[i].length);
+        out->control |= has_control(job->chat, &m[i]);
+    }
+    return template_apply(job->chat, job->tokenizer, m, n, o->mask, false, &out->ids, &out->learn,
+                          err);
+}
+
+// Parses the whole text of a record. What people get wrong most has a message of its own.
+static int parse_record(JsonParser *p, Json *record, bool array) {
+    const char *start = p->at;
+    if (!array && start < p->end && *start != '{')
+        return json_fail(p, start, "expected a record {...} on each line, or one array [...] of "
+                         "them; if this is plain text, make each document {\"text\": \"...\"}; if "
+                         "it is UTF-16, save it as UTF-8");
+    if (json_value(p, record)) {
+        if (!array && p->at >= p->end)
+            json_fail(p, p->end, "the record does not end on its line; write one object a line, "
+                      "or all of them in an array [...]");
+        return -1;
+    }
+    json_space(p);
+    return p->at < p->end ? json_fail(p, p->at, "expected the end of the record") : 0;
+}
 
 // One task: record number `task` of a batch to ids.
 static void encode_record(void *arguments, size_t task, int thread) {
@@ -6074,16 +7287,16 @@ static void encode_record(void *arguments, size_t task, int thread) {
     Json *record = region_alloc(&region, 1, sizeof *record, &out->err);
     (void)thread;
     out->ids.size = out->learn.size = 0;
-    out->bad = !record || json_value(&p, record);
+    out->empty = out->control = false;
+    out->bad = !record || parse_record(&p, record, job->array);
     if (!out->bad) {
-        json_space(&p);
-        if (p.at < p.end) out->bad = json_fail(&p, p.at, "expected the end of the record");
-    }
-    if (!out->bad) {
-        out->bad = read_record(&messages, record, &region, &inner) ||
-                   template_apply(job->chat, job->tokenizer, (const Message *)(void *)messages.data,
-                                  messages.size / sizeof(Message), job->options->mask, false,
-                                  &out->ids, &out->learn, &inner);
+        out->format = N_RECORD_FORMATS;
+        out->bad = (job->chat->n_holes
+                        ? prompt_fill(job->chat, &messages, record, &region, &inner)
+                        : read_record(&messages, &out->format, record, job->options, &region,
+                                      &inner)) ||
+                   encode_messages(job, (Message *)(void *)messages.data,
+                                   messages.size / sizeof(Message), out, &inner);
         if (out->bad) json_fail(&p, job->text + place->start, inner.text);
     }
     // Lack of memory is no fault of the record: it must not be skipped as one.
@@ -6092,64 +7305,123 @@ static void encode_record(void *arguments, size_t task, int thread) {
     region_free(&region);
 }
 
+// What is kept of n ids: the first `head` (a BOS token, without which some models stumble) and
+// [from, to).
+typedef struct { size_t head, from, to; } Kept;
+
+static Kept truncate_sample(const int32_t *ids, size_t n, const DatasetOptions *o,
+                            const Tokenizer *t) {
+    if (n <= o->max_length) return (Kept){0, 0, n};
+    if (o->truncate == TRUNCATE_DROP) return (Kept){0, 0, 0};
+    if (o->truncate == TRUNCATE_KEEP_START) return (Kept){0, 0, o->max_length};
+    size_t head = ids[0] == t->bos_id;
+    return (Kept){head, n - (o->max_length - head), n};
+}
+
+static int append_ids(Dataset *d, const EncodedRecord *e, Kept kept, qlora_error *err) {
+    size_t first = d->learn_buffer.size, unit = sizeof(int32_t);
+    if (buffer_append(&d->id_buffer, e->ids.data, kept.head * unit, err) ||
+        buffer_append(&d->id_buffer, e->ids.data + kept.from * unit, (kept.to - kept.from) * unit,
+                      err) ||
+        buffer_append(&d->learn_buffer, e->learn.data, kept.head, err) ||
+        buffer_append(&d->learn_buffer, e->learn.data + kept.from, kept.to - kept.from, err))
+        return -1;
+    if (d->learn_buffer.size > first) d->learn_buffer.data[first] = 0;       // nothing predicts it
+    return 0;
+}
+
+// Counts what the checks ask for in a sample that was appended.
+static void count_sample(Dataset *d, Sample *s, const EncodeJob *job) {
+    const int32_t *ids = (const int32_t *)(void *)d->id_buffer.data + s->first;
+    const char *learn = d->learn_buffer.data + s->first;
+    const int32_t end = job->chat->end_id, eos = job->tokenizer->eos_id;
+    const int32_t bos = job->tokenizer->bos_id;
+    size_t ends = 0, doubled = 0;
+    for (size_t i = 0; i < s->length; i++) {
+        bool is_end = ids[i] >= 0 && (ids[i] == end || ids[i] == eos);
+        s->supervised += learn[i] == 1;
+        ends += is_end && learn[i] == 1;
+        doubled += is_end && i && ids[i - 1] == ids[i];
+    }
+    d->ends += ends;
+    if (!ends && (end >= 0 || eos >= 0)) count(&d->tally[TALLY_NO_END], s->line, s->file);
+    if (doubled) count(&d->tally[TALLY_DOUBLED_END], s->line, s->file);
+    if (s->length > 1 && bos >= 0 && ids[0] == bos && ids[1] == bos && bos != end && bos != eos)
+        count(&d->tally[TALLY_DOUBLED_START], s->line, s->file);
+}
+
 // Takes a record into the dataset, or counts why not.
-static int append_sample(Dataset *d, const EncodedRecord *e, size_t line, int32_t end_id,
-                         const DatasetOptions *options, qlora_error *err) {
-    const int32_t *ids = (const int32_t *)(void *)e->ids.data;
-    Sample sample = {.first = d->tokens, .length = e->learn.size, .line = line};
-    size_t ends = 0, doubled_ends = 0;
+static int append_sample(Dataset *d, const EncodeJob *job, const EncodedRecord *e, size_t line,
+                         qlora_error *err) {
+    const DatasetOptions *o = job->options;
+    const uint32_t file = job->file;
+    size_t n = e->learn.size;
     d->records++;
     if (e->bad) {
-        if (e->out_of_memory || !options->skip_bad_lines) return fail(err, "%s", e->err.text);
-        if (d->bad_lines++ == 0) d->first_bad = e->err;
+        if (e->out_of_memory || !(o->skip_bad_lines || o->inspecting))
+            return fail(err, "%s", e->err.text);
+        if (!d->tally[TALLY_BAD].n) d->first_bad = e->err;
+        count(&d->tally[TALLY_BAD], line, file);
         return 0;
     }
-    d->longest = max_size(d->longest, sample.length);
-    if (sample.length > options->max_length) { d->too_long++; return 0; }
-    for (size_t i = 0; i < sample.length; i++) {
-        bool end = ids[i] == end_id;
-        sample.supervised += e->learn.data[i] == 1;
-        ends += end && e->learn.data[i] == 1;
-        doubled_ends += end && i > 0 && ids[i - 1] == end_id;
+    d->formats[e->format]++;
+    d->longest = max_size(d->longest, n);
+    if (buffer_append(&d->length_buffer, &n, sizeof n, err)) return -1;
+    Kept kept = truncate_sample((const int32_t *)(void *)e->ids.data, n, o, job->tokenizer);
+    if (n && kept.to == 0) { count(&d->tally[TALLY_TOO_LONG], line, file); return 0; }
+    Sample sample = {d->tokens, kept.head + kept.to - kept.from, 0, line, file};
+    Dataset before = *d;                              // its counts, should the sample be dropped
+    if (append_ids(d, e, kept, err)) return -1;
+    count_sample(d, &sample, job);
+    if (!sample.supervised && !o->keep_all) {
+        d->id_buffer.size = before.id_buffer.size;
+        d->learn_buffer.size = before.learn_buffer.size;
+        memcpy(d->tally, before.tally, sizeof d->tally);
+        count(&d->tally[TALLY_UNSUPERVISED], line, file);
+        return 0;
     }
-    if (!sample.supervised) { d->unsupervised++; return 0; }
-    if (buffer_append(&d->id_buffer, ids, e->ids.size, err) ||
-        buffer_append(&d->learn_buffer, e->learn.data, e->learn.size, err) ||
-        buffer_append(&d->sample_buffer, &sample, sizeof sample, err))
-        return -1;
+    if (sample.length < n) count(&d->tally[TALLY_CUT], line, file);
+    if (kept.to < n && memchr(e->learn.data + kept.to, 1, n - kept.to))
+        count(&d->tally[TALLY_CUT_ANSWER], line, file);
+    if (e->empty) count(&d->tally[TALLY_EMPTY], line, file);
+    if (e->control) count(&d->tally[TALLY_CONTROL], line, file);
     d->n++;
     d->tokens += sample.length;
     d->supervised += sample.supervised;
-    d->ends += ends;
-    d->doubled_ends += doubled_ends;
-    return 0;
+    return buffer_append(&d->sample_buffer, &sample, sizeof sample, err);
+}
+
+static bool dataset_full(const Dataset *d, const DatasetOptions *o) {
+    return d->n >= o->max_samples || d->seen >= o->take_to;
 }
 
 // Records are encoded a batch at a time, in any order, and appended in the order of the file: the
 // dataset is the same for any number of threads, and so is the first error.
 static int encode_records(Dataset *d, EncodeJob *job, const Buffer *records, qlora_error *err) {
     enum { BATCH = 256 };
-    const DatasetOptions *options = job->options;
+    const DatasetOptions *o = job->options;
     const RecordPlace *places = (const RecordPlace *)(void *)records->data;
     size_t n = records->size / sizeof *places;
-    EncodedRecord *encoded = mem_alloc(options->allocator, BATCH, sizeof *encoded, err);
+    size_t from = o->take_from > d->seen ? min_size(o->take_from - d->seen, n) : 0;
+    size_t to = o->take_to > d->seen ? min_size(o->take_to - d->seen, n) : 0;
+    EncodedRecord *encoded = mem_alloc(o->allocator, BATCH, sizeof *encoded, err);
     int bad = encoded ? 0 : -1;
     for (size_t i = 0; encoded && i < BATCH; i++)
-        encoded[i].ids.allocator = encoded[i].learn.allocator = options->allocator;
+        encoded[i].ids.allocator = encoded[i].learn.allocator = o->allocator;
     job->encoded = encoded;
-    for (size_t first = 0; first < n && !bad; first += BATCH) {
-        size_t batch = min_size(BATCH, n - first);
+    for (size_t first = from; first < to && !bad && d->n < o->max_samples; first += BATCH) {
+        size_t batch = min_size(BATCH, to - first);
         job->records = places + first;
-        parallel_for(options->pool, batch, encode_record, job);
-        for (size_t i = 0; i < batch && !bad; i++)
-            bad = append_sample(d, &encoded[i], places[first + i].line, job->chat->end_id, options,
-                                err);
+        parallel_for(o->pool, batch, encode_record, job);
+        for (size_t i = 0; i < batch && !bad && d->n < o->max_samples; i++)
+            bad = append_sample(d, job, &encoded[i], places[first + i].line, err);
     }
+    d->seen += n;
     for (size_t i = 0; encoded && i < BATCH; i++) {
         buffer_free(&encoded[i].ids);
         buffer_free(&encoded[i].learn);
     }
-    mem_free(options->allocator, encoded, BATCH, sizeof *encoded);
+    mem_free(o->allocator, encoded, BATCH, sizeof *encoded);
     return bad;
 }
 
@@ -6157,19 +7429,21 @@ static void dataset_close(Dataset *d) {
     buffer_free(&d->id_buffer);
     buffer_free(&d->learn_buffer);
     buffer_free(&d->sample_buffer);
+    buffer_free(&d->length_buffer);
 }
 
 // The file's text lives only in here.
-static int read_samples(Dataset *d, const char *path, EncodeJob *job, qlora_error *err) {
+static int read_samples(Dataset *d, EncodeJob *job, qlora_error *err) {
     const qlora_allocator *a = job->options->allocator;
     Buffer text = {.allocator = a}, records = {.allocator = a};
     const char *wrong;
-    int bad = read_whole_file(path, SIZE_MAX / 4, &text, err) ||
-              split_file(&records, text.data, text.size, &wrong, err);
+    int bad = read_whole_file(job->path, SIZE_MAX / 4, &text, err) ||
+              split_file(&records, text.data, text.size, &job->array, &wrong, err);
     job->text = text.data;
+    if (!bad && !records.size) bad = fail(err, "%s: expected records, found none", job->path);
     if (!bad) bad = encode_records(d, job, &records, err);
     if (!bad && wrong) {
-        JsonParser p = {.name = path, .start = text.data, .first_line = 1, .err = err};
+        JsonParser p = {.name = job->path, .start = text.data, .first_line = 1, .err = err};
         bad = json_fail(&p, wrong, wrong < text.data + text.size
                                        ? "expected the end of the file after the array"
                                        : "the file ends inside its array: is it complete?");
@@ -6179,27 +7453,270 @@ static int read_samples(Dataset *d, const char *path, EncodeJob *job, qlora_erro
     return bad ? -1 : 0;
 }
 
-// Reads a dataset file. At least one sample with a supervised token is in it, or this fails and
-// says what to do. To be closed after success; after failure it may be.
-static int dataset_open(Dataset *d, const char *path, const ChatTemplate *chat, const Tokenizer *t,
-                        DatasetOptions options, qlora_error *err) {
-    const qlora_allocator *a = options.allocator;
-    EncodeJob job = {.path = path, .chat = chat, .tokenizer = t, .options = &options};
-    *d = (Dataset){.id_buffer = {.allocator = a}, .learn_buffer = {.allocator = a},
-                   .sample_buffer = {.allocator = a}};
-    int bad = read_samples(d, path, &job, err);
-    if (!bad && !d->records) bad = fail(err, "%s: expected records, found none", path);
-    if (!bad && !d->n)
-        bad = fail(err, "%s: nothing to learn in %zu records: %zu are malformed%s%s, %zu have no "
-                   "assistant's text, %zu are longer than --max-length %zu (the longest has %zu "
-                   "tokens)%s", path, d->records, d->bad_lines, d->bad_lines ? ", the first: " : "",
-                   d->first_bad.text, d->unsupervised, d->too_long, options.max_length, d->longest,
-                   d->too_long ? "; raise --max-length" : "");
+// Reads the files into one dataset. It may be without samples: see dataset_usable. To be closed
+// after success; after failure it may be.
+static int dataset_open(Dataset *d, const char *const *paths, size_t n_paths,
+                        const ChatTemplate *chat, const Tokenizer *t, const DatasetOptions *options,
+                        qlora_error *err) {
+    const qlora_allocator *a = options->allocator;
+    EncodeJob job = {.chat = chat, .tokenizer = t, .options = options};
+    int bad = 0;
+    *d = (Dataset){.paths = paths, .id_buffer.allocator = a, .learn_buffer.allocator = a,
+                   .sample_buffer.allocator = a, .length_buffer.allocator = a};
+    for (size_t i = 0; i < n_paths && !bad && !dataset_full(d, options); i++) {
+        job.path = paths[i];
+        job.file = (uint32_t)i;
+        bad = read_samples(d, &job, err);
+    }
     if (bad) dataset_close(d);
     d->ids = (int32_t *)(void *)d->id_buffer.data;
     d->learn = (uint8_t *)(void *)d->learn_buffer.data;
     d->samples = (Sample *)(void *)d->sample_buffer.data;
+    d->lengths = (size_t *)(void *)d->length_buffer.data;
+    d->n_lengths = d->length_buffer.size / sizeof *d->lengths;
     return bad;
+}
+
+// Fails unless there is a sample with something to learn, and says what to do.
+static int dataset_usable(const Dataset *d, const DatasetOptions *o, qlora_error *err) {
+    size_t bad = d->tally[TALLY_BAD].n, too_long = d->tally[TALLY_TOO_LONG].n;
+    if (d->n) return 0;
+    if (!d->records)
+        return fail(err, "%s: no record was taken of the %zu that there are", d->paths[0], d->seen);
+    if (bad == d->records)
+        return fail(err, "all %zu records are malformed or not supported, the first: %s", bad,
+                    d->first_bad.text);
+    return fail(err, "%s: nothing to learn in %zu records: %zu malformed or not supported, %zu "
+                "without a supervised token (no assistant's text), %zu longer than --max-length "
+                "%zu (the longest has %zu tokens)%s", d->paths[0], d->records, bad,
+                d->tally[TALLY_UNSUPERVISED].n, too_long, o->max_length, d->longest,
+                too_long ? "; raise --max-length" : "");
+}
+
+// ---------------------------------------------------------------------------- files of a directory
+
+enum { SPLIT_TRAIN, SPLIT_VALID, SPLIT_TEST, N_SPLITS };
+
+// Appends the path, or, if it is a directory, the file in it that holds this split. With `needed`
+// there must be one. A Buffer of const char *.
+static int add_data_path(Buffer *paths, const char *path, int split, bool needed, Region *region,
+                         qlora_error *err) {
+    static const char *const names[N_SPLITS][4] = {
+        {"train.jsonl", "train.json"},
+        {"valid.jsonl", "valid.json", "validation.jsonl", "validation.json"},
+        {"test.jsonl", "test.json"}};
+    struct stat info;
+    if (stat(path, &info) || !S_ISDIR(info.st_mode))
+        return needed ? buffer_append(paths, &path, sizeof path, err) : 0;
+    for (size_t i = 0; i < 4 && names[split][i]; i++) {
+        const char *file = path_join(region, path, names[split][i], err);
+        if (!file) return -1;
+        if (file_exists(file)) return buffer_append(paths, &file, sizeof file, err);
+    }
+    return needed ? fail(err, "%s: is a directory without %s: name the file", path,
+                         names[split][0]) : 0;
+}
+
+// "a:b" as in Python: records a to b-1, either may be left out.
+static int parse_take(const char *text, DatasetOptions *o, qlora_error *err) {
+    size_t *out[2] = {&o->take_from, &o->take_to};
+    const char *at = text, *colon = text ? strchr(text, ':') : NULL;
+    bool ok = !text || colon;
+    o->take_from = 0;
+    o->take_to = SIZE_MAX;
+    for (int i = 0; i < 2 && text && ok; i++, at = colon + 1) {
+        if (i == 0 ? at == colon : !*at) continue;
+        char *end;
+        errno = 0;
+        unsigned long long value = strtoull(at, &end, 10);
+        ok = isdigit((unsigned char)*at) && !errno && (i ? !*end : end == colon);
+        *out[i] = (size_t)value;
+    }
+    return ok && o->take_from < o->take_to ? 0
+               : fail(err, "take: expected FIRST:END, records by number from 0, as 0:1000 or "
+                      "1000:, found \"%s\"", text);
+}
+
+// ----------------------------------------------------------------------------------------- packing
+
+// Samples of a dataset, by number: those to learn from, or those held out. A batch takes whole
+// packs: pack p is index[pack[p] .. pack[p+1]-1]. Without packing each is one sample.
+typedef struct {
+    const Dataset *data;
+    uint32_t *index;                // (n)
+    size_t *pack;                   // (n_packs + 1)
+    size_t n, n_packs;
+} SampleList;
+
+static int ascending(const void *a, const void *b) {
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+// Best-fit decreasing: the longest sample first, each into the fullest pack that still has room for
+// it, of equally full ones the youngest; a new pack if none has. Depends on the lengths alone.
+// Orders list->index pack by pack, the longest document of each first.
+static int pack_samples(SampleList *list, size_t room, Region *region, qlora_error *err) {
+    size_t words = room / 64 + 1, n = list->n, n_packs = 0;
+    uint64_t *key = region_alloc(region, n, sizeof *key, err);
+    uint64_t *free_bits = region_alloc(region, words, sizeof *free_bits, err);   // rooms there are
+    uint32_t *head = region_alloc(region, room + 1, sizeof *head, err);    // packs by room, 0: none
+    uint32_t *next = region_alloc(region, n + 1, sizeof *next, err);       // in the same list
+    uint32_t *of = region_alloc(region, n, sizeof *of, err);               // pack of a sample
+    if (!key || !free_bits || !head || !next || !of) return -1;
+    for (size_t i = 0; i < n; i++)
+        key[i] = (uint64_t)(room - list->data->samples[list->index[i]].length) << 32 |
+                 list->index[i];
+    qsort(key, n, sizeof *key, ascending);
+    for (size_t i = 0; i < n; i++) {
+        size_t length = room - (size_t)(key[i] >> 32), left = room, w = length / 64;
+        uint64_t bits = free_bits[w] & ~(uint64_t)0 << length % 64;
+        while (!bits && ++w < words) bits = free_bits[w];
+        uint32_t pack = (uint32_t)++n_packs;          // numbered from 1, for 0 ends a list
+        if (bits) {
+            left = w * 64 + (size_t)__builtin_ctzll(bits);
+            n_packs--;
+            pack = head[left];
+            head[left] = next[pack];
+            if (!head[left]) free_bits[w] &= ~((uint64_t)1 << left % 64);
+        }
+        left -= length;
+        of[i] = pack - 1;
+        next[pack] = head[left];
+        head[left] = pack;
+        free_bits[left / 64] |= (uint64_t)1 << left % 64;
+    }
+    // Counting sort by pack.
+    list->n_packs = n_packs;
+    for (size_t i = 0; i < n; i++) list->pack[of[i] + 1]++;
+    for (size_t p = 0; p < n_packs; p++) list->pack[p + 1] += list->pack[p];
+    for (size_t i = 0; i < n; i++) list->index[list->pack[of[i]]++] = (uint32_t)key[i];
+    for (size_t p = n_packs; p > 0; p--) list->pack[p] = list->pack[p - 1];
+    list->pack[0] = 0;
+    return 0;
+}
+
+// ---------------------------------------------------------------------------------------- checking
+
+typedef enum { WARNING, ERROR } Severity;
+static const char *const severity_names[] = {"warning", "error"};
+
+// What a person should know before training, or what forbids it.
+typedef struct { Severity severity; const char *code; size_t n; char text[700]; } Finding;
+
+// For each tally: from which share of the records (or samples) on it is an error; 2: never.
+static const struct {
+    const char *code;
+    double error_share;
+    bool of_records;
+    const char *what, *cure;
+} checks[N_TALLIES] = {
+    {"malformed", 2, true, "malformed or not supported, left out", NULL},
+    {"unsupervised", 1, true, "no supervised token, left out",
+     "is there an answer, and is it short enough, with a weight that is not 0?"},
+    {"too-long", 1, true, "longer than --max-length, left out",
+     "raise --max-length, or cut them with --truncate keep-start or keep-end"},
+    {"truncated", 2, false, "cut to --max-length", NULL},
+    {"cut-answer", 2, false, "the answer's end is cut off, so that they do not teach how to stop",
+     "raise --max-length or leave them out with --truncate drop"},
+    {"no-end", 1, false, "no supervised end token", "a model that never sees one never stops: is "
+     "the end of the answers masked or cut off?"},
+    {"doubled-end", 0.5, false, "an end token stands twice",
+     "the texts bring the template's end token along: take it out of the data"},
+    {"doubled-start", 0.5, false, "the beginning-of-text token stands twice",
+     "the texts bring it along: take it out of the data"},
+    {"control-tokens", 2, false, "a text holds a control token of the template",
+     "it is learnt as that token, not as its letters"},
+    {"empty-answer", 1, false, "an answer is empty", "the model learns to say nothing there"}};
+
+__attribute__((format(printf, 6, 7)))
+static int add_finding(Buffer *findings, Severity severity, const char *code, size_t n,
+                       qlora_error *err, const char *format, ...) {
+    Finding f = {severity, code, n, ""};
+    va_list args;
+    va_start(args, format);
+    vsnprintf(f.text, sizeof f.text, format, args);
+    va_end(args);
+    return buffer_append(findings, &f, sizeof f, err);
+}
+
+// Appends what the counts of a dataset say. `which` is put before each, as "held-out data: ".
+static int check_counts(Buffer *findings, const Dataset *d, const DatasetOptions *o,
+                        const char *which, qlora_error *err) {
+    qlora_error text = {{0}};
+    if (dataset_usable(d, o, &text) &&
+        add_finding(findings, ERROR, "nothing-to-learn", 0, err, "%s%s", which, text.text))
+        return -1;
+    for (int i = 0; i < N_TALLIES; i++) {
+        const Tally *tally = &d->tally[i];
+        size_t all = checks[i].of_records ? d->records : d->n;
+        if (!tally->n || (i == TALLY_BAD && tally->n == d->records)) continue;
+        bool error = i == TALLY_BAD ? !o->skip_bad_lines
+                                    : (double)tally->n >= checks[i].error_share * (double)all;
+        const char *cure = i == TALLY_BAD ? d->first_bad.text : checks[i].cure;
+        if (add_finding(findings, error ? ERROR : WARNING, checks[i].code, tally->n, err,
+                        "%s%zu of %zu %s: %s (the first: %s:%zu)%s%s", which, tally->n, all,
+                        checks[i].of_records ? "records" : "samples", checks[i].what,
+                        d->paths[tally->file], tally->line, cure ? "; " : "", cure ? cure : ""))
+            return -1;
+    }
+    return 0;
+}
+
+// FNV-1a.
+static uint64_t fnv_hash(uint64_t hash, const void *data, size_t n) {
+    const unsigned char *bytes = data;
+    for (size_t i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 0x100000001B3u;
+    return hash;
+}
+
+typedef struct { uint64_t hash; const Dataset *data; uint32_t index; bool held; } SampleHash;
+
+// Equal samples stand together, those to learn from first.
+static int by_hash(const void *a, const void *b) {
+    const SampleHash *x = a, *y = b;
+    if (x->hash != y->hash) return x->hash < y->hash ? -1 : 1;
+    if (x->held != y->held) return x->held ? 1 : -1;
+    return (x->index > y->index) - (x->index < y->index);
+}
+
+static bool same_sample(const SampleHash *a, const SampleHash *b) {
+    const Sample *x = &a->data->samples[a->index], *y = &b->data->samples[b->index];
+    return a->hash == b->hash && x->length == y->length &&
+           memcmp(a->data->ids + x->first, b->data->ids + y->first,
+                  x->length * sizeof(int32_t)) == 0;
+}
+
+// Samples that are there twice, and held-out ones that are also learnt from.
+static int check_duplicates(Buffer *findings, const SampleList *train, const SampleList *held,
+                            Region *region, qlora_error *err) {
+    const SampleList *lists[2] = {train, held};
+    size_t n = 0, n_hashes = train->n + held->n;
+    Tally twice = {0}, overlap = {0};
+    SampleHash *h = region_alloc(region, n_hashes, sizeof *h, err);
+    if (!h) return -1;
+    for (int k = 0; k < 2; k++)
+        for (size_t i = 0; i < lists[k]->n; i++) {
+            const Dataset *d = lists[k]->data;
+            const Sample *s = &d->samples[lists[k]->index[i]];
+            h[n++] = (SampleHash){fnv_hash(0xCBF29CE484222325u, d->ids + s->first,
+                                           s->length * sizeof *d->ids), d, lists[k]->index[i], k};
+        }
+    qsort(h, n, sizeof *h, by_hash);
+    for (size_t i = 1, first = 0; i < n; i++) {
+        const Sample *s = &h[i].data->samples[h[i].index];
+        if (!same_sample(&h[i], &h[first])) first = i;
+        else if (h[i].held && !h[first].held) count(&overlap, s->line, s->file);
+        else if (!h[i].held) count(&twice, s->line, s->file);
+    }
+    if (twice.n && add_finding(findings, WARNING, "duplicates", twice.n, err, "%zu of %zu samples "
+                               "to learn from are copies of others (one: %s:%zu)", twice.n,
+                               train->n, train->data->paths[twice.file], twice.line))
+        return -1;
+    return overlap.n && add_finding(findings, WARNING, "overlap", overlap.n, err, "%zu of %zu "
+                                    "held-out samples are also learnt from (one: %s:%zu): the "
+                                    "held-out loss looks better than it is", overlap.n, held->n,
+                                    held->data->paths[overlap.file], overlap.line) ? -1 : 0;
 }
 // =================================================================================================
 //  13. Adapters, and writing models
@@ -7104,14 +8621,18 @@ static int has_tokenizer_files(const char *directory, Region *region, bool *has,
     return 0;
 }
 
-// Tokenizer, template and generation settings. A model without tokenizer files still computes.
+// Tokenizer, template and generation settings: those of an adapter's directory if it has its own,
+// else of the model. A model without tokenizer files still computes.
 static int open_text(qlora_model *q, const char *directory, qlora_error *err) {
     bool found;
+    bool own;
+    if (has_tokenizer_files(directory, &q->region, &own, err)) return -1;
+    if (!own) directory = q->directory;
     q->generation = read_json(directory, "generation_config.json", 1 << 24, &q->region, &found,
                               err);
     if (found && !q->generation) return -1;
-    if (has_tokenizer_files(directory, &q->region, &found, err)) return -1;
-    if (!found) return 0;
+    if (!own && has_tokenizer_files(directory, &q->region, &own, err)) return -1;
+    if (!own) return 0;
     q->tokenizer = tokenizer_open(directory, &q->allocator, err);
     if (!q->tokenizer) return -1;
     if (tokenizer_size(q->tokenizer) > q->transformer.config.V)
@@ -7119,7 +8640,9 @@ static int open_text(qlora_model *q, const char *directory, qlora_error *err) {
                     "%s: the tokenizer has ids up to %zu, but config.json says vocab_size %zu: do "
                     "these files belong together?",
                     directory, tokenizer_size(q->tokenizer) - 1, q->transformer.config.V);
-    return 0;
+    return q->options.add_tokens
+               ? tokenizer_add(q->tokenizer, q->options.add_tokens, q->transformer.config.V, err)
+               : 0;
 }
 
 // An adapter's base model: the path in its configuration, seen from the adapter or as it stands.
@@ -7156,7 +8679,7 @@ qlora_model *qlora_open(const char *path, const qlora_options *options, qlora_er
     bool is_adapter = adapter && file_exists(adapter);
     const char *base = !adapter ? NULL : is_adapter ? find_base(path, &region, err) : path;
     qlora_model *q = base ? open_handle(base, options, err) : NULL;
-    if (q && (open_text(q, base, err) ||
+    if (q && (open_text(q, path, err) ||
               load_weights(&q->transformer, &q->slots, base, &q->options, &q->device, NULL,
                            &q->weight_bytes, err) ||
               ((is_adapter || !q->options.defer_weights) && need_weights(q, err)) ||
@@ -7229,11 +8752,12 @@ static int need_tokenizer(const qlora_model *q, qlora_error *err) {
 
 // The chat template is looked for when something needs it: a base model that only continues text
 // may well have one that is not known here.
-static int open_chat(qlora_model *q, const char *name, qlora_error *err) {
+static int open_chat(qlora_model *q, qlora_error *err) {
     Buffer note = {.allocator = &q->allocator};
     q->has_chat = false;
     int bad = need_tokenizer(q, err) ||
-              template_find(&q->chat, name, q->tokenizer, false, &q->region, &note, err);
+              template_find(&q->chat, q->options.chat_template, q->options.prompt_template,
+                            q->tokenizer, &q->region, &note, err);
     size_t n = min_size(note.size, sizeof q->note - 1);
     if (n) memcpy(q->note, note.data, n);
     q->note[n] = 0;
@@ -7243,7 +8767,7 @@ static int open_chat(qlora_model *q, const char *name, qlora_error *err) {
 }
 
 static int need_chat(qlora_model *q, qlora_error *err) {
-    return q->has_chat ? 0 : open_chat(q, NULL, err);
+    return q->has_chat ? 0 : open_chat(q, err);
 }
 
 int qlora_tokenize(qlora_model *q, const char *text, size_t n, int add_special, int32_t **ids,
@@ -7735,7 +9259,7 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
     TensorFiles *files = tensors_open(model_dir, "model.safetensors", &q->allocator, err);
     a.loader.files = files;
     if (!files || load_adapter(&q->transformer, adapter_dir, &q->allocator, err) ||
-        open_text(q, model_dir, err) || check_merge(q, out_dir, &q->region, err)) goto done;
+        open_text(q, adapter_dir, err) || check_merge(q, out_dir, &q->region, err)) goto done;
     a.loader.used = region_alloc(&q->region, files->n_tensors, 1, err);
     a.rows = mem_reserve(&q->allocator, values, sizeof *a.rows, err);
     a.raw = mem_reserve(&q->allocator, values, sizeof(real), err);
@@ -7755,8 +9279,10 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
                   write_config(config, q->config, NULL, &q->allocator, err) ||
                   (strcmp(model_dir, out_dir) &&
                    copy_side_files(q->directory, out_dir, &q->region, err)) ||
-                  (q->tokenizer && !open_chat(q, NULL, NULL) &&
-                   write_chat_template(&q->chat, q->tokenizer, out_dir, &q->region, err))
+                  copy_side_files(adapter_dir, out_dir, &q->region, err) ||
+                  (q->tokenizer && write_added_tokens(q->tokenizer, out_dir, &q->region, err)) ||
+                  (q->tokenizer && !open_chat(q, NULL) &&
+                   write_chat_template(&q->chat, out_dir, &q->region, err))
               ? -1
               : 0;
     if (report)
@@ -7783,21 +9309,23 @@ done:
 
 qlora_train_options qlora_default_train_options(void) {
     return (qlora_train_options){
-        .output_dir = "out", .target_modules = "all-linear", .mask = "content", .lora_r = 16,
+        .output_dir = "out", .target_modules = "all-linear", .mask = "content",
+        .truncate = "drop", .packing = "none", .lora_r = 16,
         .lora_alpha = 32, .learning_rate = 2e-4f, .warmup_ratio = 0.03f, .max_grad_norm = 1,
         .lr_scheduler_type = "cosine", .num_train_epochs = 3, .per_device_train_batch_size = 4,
         .gradient_accumulation_steps = 4, .max_length = 1024, .val_split = 0.1, .logging_steps = 1,
         .seed = 42};
 }
 
-// Samples of a dataset, by number: those to learn from, or those held out.
-typedef struct { const Dataset *data; uint32_t *index; size_t n; } SampleList;
-
 typedef struct {
     qlora_model *q;
     const qlora_train_options *options;
-    Dataset data, val_data;                 // val_data: of --val, else empty
+    DatasetOptions how;                     // the data is read
+    bool packing;                           // batches count packs, not samples
+    Buffer paths, val_paths;                // of the files: const char *
+    Dataset data, val_data;                 // val_data: of its own files, else empty
     SampleList train, val;
+    Buffer findings;                        // what the checks of the data found
     Session session;
     Schedule schedule;
     size_t steps_per_epoch, steps, warmup;
@@ -7806,8 +9334,10 @@ typedef struct {
     size_t saved_step;                      // of the newest checkpoint
     size_t best_step;                       // of the checkpoint with the least held-out loss
     double best_loss;                       // INFINITY before the first evaluation
-    uint32_t *order;                        // (train.n) this epoch's permutation of train.index
-    size_t T, S, batch;                     // the most a micro-batch can have, samples too
+    uint32_t *shuffled;                     // (train.n_packs) this epoch's permutation of the packs
+    uint32_t *order;                        // (train.n) and of their samples,
+    size_t *pack;                           // (train.n_packs + 1) where each pack begins in it
+    size_t T, S, n_spans;                   // the most a micro-batch can have, samples too
     // Steps whose loss and norm have not been looked at yet: on the CPU none, on a GPU those since
     // the last line of the log, so that no step waits for it.
     size_t window, n_pending;               // the most there can be, how many there are
@@ -7858,19 +9388,23 @@ static int descending(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-// The most tokens and supervised tokens that any `batch` samples of one list have together.
+// The most tokens, supervised tokens and samples that any `batch` packs of one list have together.
 static int largest_batch(Trainer *t, const SampleList *list, size_t batch) {
-    size_t *sizes = region_alloc(&t->region, list->n, sizeof *sizes, t->err);
+    size_t *sizes = region_alloc(&t->region, list->n_packs, sizeof *sizes, t->err);
+    size_t *most[3] = {&t->T, &t->S, &t->n_spans};
     if (!sizes) return -1;
-    for (int kind = 0; kind < 2; kind++) {
-        size_t sum = 0, *most = kind ? &t->S : &t->T;
-        for (size_t i = 0; i < list->n; i++) {
-            const Sample *sample = &list->data->samples[list->index[i]];
-            sizes[i] = kind ? sample->supervised : sample->length;
+    for (int kind = 0; kind < 3; kind++) {
+        size_t sum = 0;
+        for (size_t p = 0; p < list->n_packs; p++) {
+            sizes[p] = 0;
+            for (size_t i = list->pack[p]; i < list->pack[p + 1]; i++) {
+                const Sample *sample = &list->data->samples[list->index[i]];
+                sizes[p] += kind == 0 ? sample->length : kind == 1 ? sample->supervised : 1;
+            }
         }
-        qsort(sizes, list->n, sizeof *sizes, descending);
-        for (size_t i = 0; i < min_size(batch, list->n); i++) sum += sizes[i];
-        *most = max_size(*most, sum);
+        qsort(sizes, list->n_packs, sizeof *sizes, descending);
+        for (size_t p = 0; p < min_size(batch, list->n_packs); p++) sum += sizes[p];
+        *most[kind] = max_size(*most[kind], sum);
     }
     return 0;
 }
@@ -7885,6 +9419,20 @@ static void shuffle(uint32_t *order, size_t n, uint64_t seed, size_t epoch) {
         order[i] = order[j];
         order[j] = swapped;
     }
+}
+
+// The packs of an epoch in their order, and the samples pack by pack.
+static void order_epoch(Trainer *t, size_t epoch) {
+    const SampleList *list = &t->train;
+    size_t n = 0;
+    shuffle(t->shuffled, list->n_packs, t->options->seed, epoch);
+    for (size_t p = 0; p < list->n_packs; p++) {
+        size_t pack = t->shuffled[p];
+        t->pack[p] = n;
+        for (size_t i = list->pack[pack]; i < list->pack[pack + 1]; i++)
+            t->order[n++] = list->index[i];
+    }
+    t->pack[list->n_packs] = n;
 }
 
 // Lays n samples end to end. `ordinal` numbers them within the step.
@@ -7931,14 +9479,18 @@ static double now_seconds(void) {
 // What makes a step's loss or gradient useless is reported with the samples it came from.
 static int not_finite(Trainer *t, const char *what, size_t step, const uint32_t *samples,
                       size_t n) {
-    char lines[160] = "";
-    for (size_t i = 0; i < n && strlen(lines) < 120; i++)
-        snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%zu", i ? ", " : "",
-                 t->data.samples[samples[i]].line);
+    char lines[400] = "";
+    uint32_t file = UINT32_MAX;             // named where it changes
+    for (size_t i = 0; i < n && strlen(lines) < 300; i++) {
+        const Sample *sample = &t->data.samples[samples[i]];
+        bool named = sample->file == file;
+        file = sample->file;
+        snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%s%s%zu", i ? ", " : "",
+                 named ? "" : t->data.paths[file], named ? "" : " ", sample->line);
+    }
     return fail(t->err,
-                "step %zu: the %s is not a finite number and was not applied; samples of lines "
-                "%s of %s; try a lower --learning-rate or --compute f32",
-                step + 1, what, lines, t->path);
+                "step %zu: the %s is not a finite number and was not applied; samples of lines %s; "
+                "try a lower --learning-rate or --compute f32", step + 1, what, lines);
 }
 
 static bool should_stop(const Trainer *t) {
@@ -7959,25 +9511,26 @@ static void tell(const qlora_train_options *o, const char *format, ...) {
 enum { STOPPED = 1 };                       // the stop callback asked for it: no error yet
 enum { MAX_PENDING = 1024 };
 
-// One optimiser step over n samples. Nothing is changed when it is stopped, or when its loss or
-// gradient is not finite, which read_back finds out.
-static int train_step(Trainer *t, size_t step, const uint32_t *samples, size_t n,
-                      qlora_progress *p) {
+// One optimiser step over the n packs of this epoch that begin with pack[0]. Nothing is changed
+// when it is stopped, or when its loss or gradient is not finite, which read_back finds out.
+static int train_step(Trainer *t, size_t step, const size_t *pack, size_t n, qlora_progress *p) {
+    const uint32_t *samples = t->order + pack[0];
     const qlora_train_options *o = t->options;
     Transformer *m = &t->q->transformer;
     Device *dev = m->dev;
     size_t batch = o->per_device_train_batch_size;
     StepRecord *record = &t->records[t->n_pending];
     p->tokens = p->supervised = 0;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < pack[n] - pack[0]; i++) {
         p->supervised += t->data.samples[samples[i]].supervised;
         p->tokens += t->data.samples[samples[i]].length;
     }
     dev->ops->zero(dev, m->gradients, m->n_parameters * sizeof(real));
     dev->ops->zero(dev, record, sizeof *record);
     for (size_t at = 0; at < n; at += batch) {
-        LabelledBatch labelled = make_batch(t, &t->data, samples + at, min_size(batch, n - at), at,
-                                            step, true);
+        size_t first = pack[at] - pack[0], end = pack[min_size(at + batch, n)] - pack[0];
+        LabelledBatch labelled = make_batch(t, &t->data, samples + first, end - first, first, step,
+                                            true);
         loss_and_gradients(m, &t->session.w, &labelled, &record->loss, 1 / (real)p->supervised,
                            true);
         if (should_stop(t)) return STOPPED;
@@ -8036,9 +9589,11 @@ static int collect_answer(void *user, const char *utf8, size_t n) {
 // The last user turn of a rendered prompt, without the strings of the template around it.
 static void last_question(const ChatTemplate *c, Buffer *text) {
     const TurnForm *user = &c->turns[ROLE_USER];
+    const char *before = user->before + (*user->before == *BOS), *after = user->end;
     char *start = text->data, *next = start;
-    while ((next = strstr(next, user->before)) != NULL) start = next += strlen(user->before);
-    char *end = strstr(start, user->end);
+    if (!*after || *after == *EOS) after = *after ? c->eos : user->after;
+    while (*before && (next = strstr(next, before)) != NULL) start = next += strlen(before);
+    char *end = *after ? strstr(start, after) : NULL;
     if (end) *end = 0;
     memmove(text->data, start, strlen(start) + 1);
 }
@@ -8065,7 +9620,8 @@ static int show_sample(Trainer *t, const SampleList *list, size_t i, const char 
               buffer_append(&answer, "", 1, t->err);
     if (!bad) {
         last_question(&t->q->chat, &question);
-        tell(t->options, "  %s, line %zu: %.400s", kind, sample->line, question.data);
+        tell(t->options, "  %s, %s:%zu: %.400s", kind, list->data->paths[sample->file],
+             sample->line, question.data);
         tell(t->options, "    expected: %.400s", expected.data);
         tell(t->options, "    answers:  %.400s", answer.data);
     }
@@ -8151,13 +9707,7 @@ static int write_plot(Trainer *t) {
     return bad ? -1 : 0;
 }
 
-// A hash of what is trained on: ids, masks and lengths (FNV-1a).
-static uint64_t fnv_hash(uint64_t hash, const void *data, size_t n) {
-    const unsigned char *bytes = data;
-    for (size_t i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 0x100000001B3u;
-    return hash;
-}
-
+// A hash of what is trained on: ids, masks and lengths.
 static uint64_t data_hash(const Trainer *t) {
     uint64_t hash = 0xCBF29CE484222325u;
     const Dataset *sets[2] = {&t->data, &t->val_data};
@@ -8178,13 +9728,24 @@ static void describe_settings(Trainer *t) {
     snprintf(t->settings, sizeof t->settings,
              "lora_r=%zu lora_alpha=%.9g lora_dropout=%.9g target_modules=%s learning_rate=%.9g "
              "lr_scheduler_type=%s warmup=%zu max_grad_norm=%.9g weight_decay=%.9g steps=%zu "
-             "samples_per_step=%zu seed=%llu quant=%d double_quant=%d compute=%s data=%016llx",
+             "samples_per_step=%zu seed=%llu quant=%d double_quant=%d compute=%s packing=%zu "
+             "data=%016llx",
              o->lora_r, (double)o->lora_alpha, (double)o->lora_dropout, o->target_modules,
              (double)o->learning_rate, o->lr_scheduler_type, t->warmup, (double)o->max_grad_norm,
              (double)o->weight_decay, t->steps,
              o->per_device_train_batch_size * o->gradient_accumulation_steps,
              (unsigned long long)o->seed, (int)w->dtype, w->absmax8 != NULL,
-             t->q->device.act == DT_BF16 ? "bf16" : "f32", (unsigned long long)data_hash(t));
+             t->q->device.act == DT_BF16 ? "bf16" : "f32", t->packing ? t->how.max_length : 0,
+             (unsigned long long)data_hash(t));
+}
+
+static int write_paths(Buffer *b, const Buffer *paths, qlora_error *err) {
+    const char *const *path = (const char *const *)(const void *)paths->data;
+    int bad = 0;
+    for (size_t i = 0; i < paths->size / sizeof *path && !bad; i++)
+        bad = buffer_printf(b, err, i ? ", " : "[") ||
+              json_write_string(b, path[i], strlen(path[i]), err);
+    return bad || buffer_printf(b, err, "]") ? -1 : 0;
 }
 
 // Enough to repeat the run, and to open the adapter in the quantisation it was trained in.
@@ -8201,7 +9762,7 @@ static int write_run(Trainer *t, const char *directory) {
               buffer_printf(&b, t->err, ",\n  \"model\": ") ||
               json_write_string(&b, t->q->directory, strlen(t->q->directory), t->err) ||
               buffer_printf(&b, t->err, ",\n  \"data\": ") ||
-              json_write_string(&b, t->path, strlen(t->path), t->err) ||
+              write_paths(&b, &t->paths, t->err) ||
               buffer_printf(&b, t->err, ",\n  \"template\": \"%s\",\n  \"quant\": \"%s\",\n"
                             "  \"double_quant\": %s,\n  \"seed\": %llu,\n  \"settings\": ",
                             t->q->chat.row->name, quant, w->absmax8 ? "true" : "false",
@@ -8285,8 +9846,9 @@ static int write_state(Trainer *t, const char *path) {
 static int save_outputs(Trainer *t, const char *directory) {
     return qlora_save_adapter(t->q, directory, t->err) ||
            copy_side_files(t->q->directory, directory, &t->region, t->err) ||
+           write_added_tokens(t->q->tokenizer, directory, &t->region, t->err) ||
            copy_file(t->q->directory, directory, "config.json", &t->region, t->err) ||
-           write_chat_template(&t->q->chat, t->q->tokenizer, directory, &t->region, t->err) ||
+           write_chat_template(&t->q->chat, directory, &t->region, t->err) ||
            write_run(t, directory) ? -1 : 0;
 }
 
@@ -8491,7 +10053,9 @@ static int read_back(Trainer *t) {
         p->seconds = seconds;
         if (record->refused)
             return not_finite(t, isfinite(record->loss) ? "gradient" : "loss", step,
-                              t->order + first, min_size(per_step, t->train.n - first));
+                              t->order + t->pack[first],
+                              t->pack[min_size(first + per_step, t->train.n_packs)] -
+                                  t->pack[first]);
         if (log_step(t, p)) return -1;
     }
     return 0;
@@ -8549,15 +10113,15 @@ static int train_loop(Trainer *t) {
     int bad;
     while (!(bad = after_step(t)) && t->step < t->steps) {
         size_t first = t->step % t->steps_per_epoch * per_step;
+        size_t n = min_size(per_step, t->train.n_packs - first);
         qlora_progress p = {.step = t->step + 1, .steps = t->steps,
                             .epoch = (double)(t->step + 1) / (double)t->steps_per_epoch};
         if (t->step / t->steps_per_epoch != epoch) {
             epoch = t->step / t->steps_per_epoch;
-            shuffle(t->order, t->train.n, o->seed, epoch);
-            for (size_t i = 0; i < t->train.n; i++) t->order[i] = t->train.index[t->order[i]];
+            order_epoch(t, epoch);
         }
         if (!t->n_pending) t->window_began = now_seconds();
-        bad = train_step(t, t->step, t->order + first, min_size(per_step, t->train.n - first), &p);
+        bad = train_step(t, t->step, t->pack + first, n, &p);
         if (bad) break;
         t->step++;
         t->evaluated = false;
@@ -8568,49 +10132,57 @@ static int train_loop(Trainer *t) {
 
 // --------------------------------------------------------------------------------------- preparing
 
-// Holds out a share of the samples, chosen by the seed alone, or takes all of --val.
+// A list with room for n samples, each a pack of its own.
+static int new_list(Trainer *t, SampleList *list, const Dataset *data, size_t n) {
+    *list = (SampleList){data, region_alloc(&t->region, n, sizeof *list->index, t->err),
+                         region_alloc(&t->region, n + 1, sizeof *list->pack, t->err), 0, 0};
+    return list->index && list->pack ? 0 : -1;
+}
+
+static void list_sample(SampleList *list, size_t i) {
+    list->index[list->n] = (uint32_t)i;
+    list->pack[++list->n] = ++list->n_packs;
+}
+
+// Holds out a share of the samples, chosen by the seed alone, or takes all of the files for it.
 static int split_samples(Trainer *t) {
     const qlora_train_options *o = t->options;
-    size_t n = t->data.n, held = (size_t)((double)n * o->val_split + 0.5);
+    bool files = t->val_paths.size > 0;
+    size_t n = t->data.n, held = files ? 0 : (size_t)((double)n * o->val_split + 0.5);
     uint32_t *order = region_alloc(&t->region, n, sizeof *order, t->err);
     uint8_t *is_held = region_alloc(&t->region, n, 1, t->err);
-    if (!order || !is_held) return -1;
-    if (o->val_file) held = 0;
-    held = min_size(held, n - 1);
+    held = n ? min_size(held, n - 1) : 0;
+    if (!order || !is_held || new_list(t, &t->train, &t->data, n) ||
+        new_list(t, &t->val, files ? &t->val_data : &t->data, files ? t->val_data.n : held))
+        return -1;
     shuffle(order, n, o->seed, UINT32_MAX);
     for (size_t i = 0; i < held; i++) is_held[order[i]] = 1;
-    t->train = (SampleList){&t->data, region_alloc(&t->region, n, sizeof *order, t->err), 0};
-    size_t n_val = o->val_file ? t->val_data.n : held;
-    t->val = (SampleList){o->val_file ? &t->val_data : &t->data,
-                          region_alloc(&t->region, n_val, sizeof *order, t->err), 0};
-    if (!t->train.index || !t->val.index) return -1;
-    for (size_t i = 0; i < n; i++) {
-        SampleList *list = is_held[i] ? &t->val : &t->train;
-        list->index[list->n++] = (uint32_t)i;
-    }
-    for (size_t i = 0; o->val_file && i < t->val_data.n; i++)
-        t->val.index[t->val.n++] = (uint32_t)i;
-    return 0;
+    for (size_t i = 0; i < n; i++) list_sample(is_held[i] ? &t->val : &t->train, i);
+    for (size_t i = 0; i < t->val_data.n; i++) list_sample(&t->val, i);
+    if (!t->packing || !n) return 0;
+    memset(t->train.pack, 0, (n + 1) * sizeof *t->train.pack);
+    return pack_samples(&t->train, t->how.max_length, &t->region, t->err);
 }
 
 static int prepare_training(Trainer *t) {
     const qlora_train_options *o = t->options;
-    if (split_samples(t)) return -1;
-    t->batch = min_size(o->per_device_train_batch_size, max_size(t->train.n, t->val.n));
+    size_t batch = min_size(o->per_device_train_batch_size, max_size(t->train.n, t->val.n));
     size_t per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
-    t->steps_per_epoch = ceil_div(t->train.n, per_step);
+    t->steps_per_epoch = ceil_div(t->train.n_packs, per_step);
     double steps = ceil(o->num_train_epochs * (double)t->steps_per_epoch - 1e-9);
     t->steps = o->max_steps ? o->max_steps : (size_t)fmin(steps, 1e9);
     t->warmup = (size_t)ceil((double)o->warmup_ratio * (double)t->steps - 1e-9);
     t->best_loss = INFINITY;
-    if (largest_batch(t, &t->train, t->batch) || largest_batch(t, &t->val, t->batch)) return -1;
+    if (largest_batch(t, &t->train, batch) || largest_batch(t, &t->val, batch)) return -1;
+    t->shuffled = region_alloc(&t->region, t->train.n_packs, sizeof *t->shuffled, t->err);
     t->order = region_alloc(&t->region, t->train.n, sizeof *t->order, t->err);
+    t->pack = region_alloc(&t->region, t->train.n_packs + 1, sizeof *t->pack, t->err);
     t->nll = region_alloc(&t->region, t->S, sizeof *t->nll, t->err);
     t->hit = region_alloc(&t->region, t->S, 1, t->err);
     t->window = t->q->device.ops->host ? 1 : min_size(o->logging_steps, MAX_PENDING);
     t->pending = region_alloc(&t->region, t->window, sizeof *t->pending, t->err);
     t->seen = region_alloc(&t->region, t->window, sizeof *t->seen, t->err);
-    return t->order && t->nll && t->hit && t->pending && t->seen ? 0 : -1;
+    return t->shuffled && t->order && t->pack && t->nll && t->hit && t->pending && t->seen ? 0 : -1;
 }
 
 // Before anything long begins: can the output be written, and is nothing of the user's overwritten?
@@ -8655,6 +10227,13 @@ static int check_disk(Trainer *t) {
                 o->output_dir, room * 1e-6, saves, need * 1e-6);
 }
 
+// The finding after this one, or the first; NULL at the end.
+static const Finding *next_finding(const Trainer *t, const Finding *f) {
+    const Finding *first = (const Finding *)(const void *)t->findings.data;
+    f = f ? f + 1 : first;
+    return f == first + t->findings.size / sizeof *f ? NULL : f;
+}
+
 static void tell_plan(const Trainer *t) {
     const qlora_train_options *o = t->options;
     const Dataset *d = &t->data;
@@ -8663,43 +10242,105 @@ static void tell_plan(const Trainer *t) {
         o,
         "data: %zu samples (%zu held out), %zu tokens, %zu supervised, %zu ends of turn among them",
         d->n, t->val.n, d->tokens, d->supervised, d->ends);
-    if (d->too_long)
-        tell(o, "  left out: %zu samples longer than --max-length %zu (the longest has %zu)",
-             d->too_long, o->max_length, d->longest);
-    if (d->unsupervised)
-        tell(o, "  left out: %zu samples without a supervised token", d->unsupervised);
-    if (d->bad_lines) tell(o, "  left out: %zu malformed records, the first: %s", d->bad_lines,
-                           d->first_bad.text);
-    if (d->doubled_ends)
-        tell(o, "  warning: %zu answers bring an end token of their own: it is doubled",
-             d->doubled_ends);
+    for (const Finding *f = next_finding(t, NULL); f; f = next_finding(t, f))
+        tell(o, "  %s: %s", severity_names[f->severity], f->text);
+    if (t->packing)
+        tell(o, "packing: %zu samples in %zu packs of at most %zu tokens", t->train.n,
+             t->train.n_packs, t->how.max_length);
     tell(o, "adapter: r %zu, alpha %g on %s: %zu parameters", o->lora_r, (double)o->lora_alpha,
          o->target_modules, count_parameters(&t->q->transformer));
     tell(o,
-         "steps: %zu of %zu x %zu samples, %zu an epoch; learning rate %g, %s, %zu steps of warmup",
+         "steps: %zu of %zu x %zu %s, %zu an epoch; learning rate %g, %s, %zu steps of warmup",
          t->steps, o->per_device_train_batch_size, o->gradient_accumulation_steps,
-         t->steps_per_epoch, (double)o->learning_rate, o->lr_scheduler_type, t->warmup);
+         t->packing ? "packs" : "samples", t->steps_per_epoch, (double)o->learning_rate, o->lr_scheduler_type, t->warmup);
     tell(o, "memory: %zu MB weights, %zu MB activations (%zu of %zu layers kept, %zu recomputed)",
          t->q->weight_bytes >> 20, t->session.bytes >> 20, t->session.w.kept,
          t->q->transformer.config.L, t->q->transformer.config.L - t->session.w.kept);
 }
 
-static int open_data(Trainer *t, int mask) {
+// How the data is to be read, as the options say.
+static int read_data_options(Trainer *t) {
+    static const char *const packings[] = {"none", "bfd"};
     const qlora_train_options *o = t->options;
-    qlora_model *q = t->q;
-    DatasetOptions how = {.max_length = min_size(o->max_length, q->transformer.config.context),
-                          .mask = (MaskKind)mask, .skip_bad_lines = o->skip_bad_lines != 0,
-                          .allocator = &q->allocator, .pool = q->device.pool};
-    if (dataset_open(&t->data, t->path, &q->chat, q->tokenizer, how, t->err)) return -1;
-    return o->val_file
-               ? dataset_open(&t->val_data, o->val_file, &q->chat, q->tokenizer, how, t->err)
-               : 0;
+    const char *masks[N_MASK_ROWS];
+    for (size_t i = 0; i < N_MASK_ROWS; i++) masks[i] = mask_rows[i].name;
+    int mask = find_name(masks, N_MASK_ROWS, o->mask, "mask", t->err);
+    int truncate = mask < 0 ? -1 : find_name(truncate_names, 3, o->truncate, "truncate", t->err);
+    int packing = truncate < 0 ? -1 : find_name(packings, 2, o->packing, "packing", t->err);
+    if (packing < 0) return -1;
+    if (!o->field_user != !o->field_assistant)
+        return fail(t->err, "field-user and field-assistant: expected both or none");
+    t->packing = packing == 1;
+    t->how = (DatasetOptions){
+        .max_length = min_size(o->max_length, t->q->transformer.config.context),
+        .truncate = (Truncate)truncate, .mask = mask_rows[mask].kind,
+        .mask_last = mask_rows[mask].last,
+        .fields = {.name = "--field-user", .user = o->field_user, .assistant = o->field_assistant},
+        .system = o->field_system, .max_samples = o->max_samples ? o->max_samples : SIZE_MAX,
+        .skip_bad_lines = o->skip_bad_lines != 0, .allocator = &t->q->allocator,
+        .pool = t->q->host.pool};
+    return parse_take(o->take, &t->how, t->err);
+}
+
+// Finds, reads and splits the data. Scoring wants the test split of a directory, training the
+// others.
+static int open_data(Trainer *t, const char *data, bool scoring) {
+    const qlora_train_options *o = t->options;
+    const qlora_model *q = t->q;
+    int split = scoring ? SPLIT_TEST : SPLIT_TRAIN, bad = 0;
+    for (size_t i = 0; data && !bad; data = o->more_data ? o->more_data[i++] : NULL) {
+        bad = add_data_path(&t->paths, data, split, true, &t->region, t->err);
+        if (!bad && !scoring && !o->val_file)
+            bad = add_data_path(&t->val_paths, data, SPLIT_VALID, false, &t->region, t->err);
+    }
+    if (!bad && !scoring && o->val_file)
+        bad = add_data_path(&t->val_paths, o->val_file, SPLIT_VALID, true, &t->region, t->err);
+    if (bad || dataset_open(&t->data, (const char *const *)(void *)t->paths.data,
+                            t->paths.size / sizeof(char *), &q->chat, q->tokenizer, &t->how,
+                            t->err))
+        return -1;
+    DatasetOptions how = t->how;
+    how.take_from = 0;
+    how.take_to = how.max_samples = SIZE_MAX;
+    if (t->val_paths.size &&
+        dataset_open(&t->val_data, (const char *const *)(void *)t->val_paths.data,
+                     t->val_paths.size / sizeof(char *), &q->chat, q->tokenizer, &how, t->err))
+        return -1;
+    return split_samples(t);
+}
+
+// Fills t->findings with what speaks against training on this data.
+static int check_data(Trainer *t) {
+    Region scratch = {.allocator = &t->q->allocator};
+    int bad = check_counts(&t->findings, &t->data, &t->how, "", t->err) ||
+              (t->val_paths.size &&
+               check_counts(&t->findings, &t->val_data, &t->how, "held-out data: ", t->err)) ||
+              check_duplicates(&t->findings, &t->train, &t->val, &scratch, t->err);
+    region_free(&scratch);
+    return bad ? -1 : 0;
+}
+
+// Fails with the first of the findings that is an error.
+static int refuse_errors(const Trainer *t) {
+    for (const Finding *f = next_finding(t, NULL); f; f = next_finding(t, f))
+        if (f->severity == ERROR) return fail(t->err, "%s", f->text);
+    return 0;
+}
+
+static void trainer_close(Trainer *t) {
+    dataset_close(&t->data);
+    dataset_close(&t->val_data);
+    buffer_free(&t->paths);
+    buffer_free(&t->val_paths);
+    buffer_free(&t->findings);
+    buffer_free(&t->log);
+    region_free(&t->region);
 }
 
 // The run itself, when all is checked.
 static int run_training(Trainer *t) {
     const qlora_train_options *o = t->options;
-    SessionShape shape = {.T = t->T, .S = t->S, .n_spans = t->batch, .max_span = t->T,
+    SessionShape shape = {.T = t->T, .S = t->S, .n_spans = t->n_spans, .max_span = t->T,
                           .training = true};
     Device *dev = &t->q->device;
     size_t bytes = t->window * sizeof *t->records;
@@ -8719,25 +10360,26 @@ static int run_training(Trainer *t) {
     return bad;
 }
 
+static Trainer new_trainer(qlora_model *q, const qlora_train_options *o, qlora_error *err) {
+    const qlora_allocator *a = &q->allocator;
+    return (Trainer){.q = q, .options = o, .err = err, .region.allocator = a, .log.allocator = a,
+                     .paths.allocator = a, .val_paths.allocator = a, .findings.allocator = a};
+}
+
 int qlora_train(qlora_model *q, const char *data, const qlora_train_options *options,
                 qlora_error *err) {
-    static const char *const masks[] = {"content", "turn", "all"};
     qlora_train_options o = options ? *options : qlora_default_train_options();
-    Trainer t = {.q = q, .options = &o, .path = data, .err = err, .region.allocator = &q->allocator,
-                 .log.allocator = &q->allocator, .data.id_buffer.allocator = &q->allocator};
-    int mask = find_name(masks, 3, o.mask, "mask", err);
-    int schedule = mask < 0 ? -1 : find_name(schedule_names, 4, o.lr_scheduler_type,
-                                             "lr_scheduler_type", err);
-    if (schedule < 0 || check_train_options(&o, err) || need_chat(q, err)) return -1;
+    Trainer t = new_trainer(q, &o, err);
+    int schedule = find_name(schedule_names, 4, o.lr_scheduler_type, "lr_scheduler_type", err);
+    if (schedule < 0 || check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err))
+        return -1;
     t.schedule = (Schedule)schedule;
     q->lora_dropout = o.lora_dropout;
-    int bad = check_output(&t) || open_data(&t, mask) || prepare_training(&t) ||
+    int bad = check_output(&t) || open_data(&t, data, false) || check_data(&t) ||
+              refuse_errors(&t) || prepare_training(&t) ||
               new_adapter(&q->transformer, o.target_modules, o.lora_r, o.lora_alpha, o.lora_dropout,
                           o.seed, err) || run_training(&t);
-    dataset_close(&t.data);
-    dataset_close(&t.val_data);
-    buffer_free(&t.log);
-    region_free(&t.region);
+    trainer_close(&t);
     return bad ? -1 : 0;
 }
 
@@ -8763,20 +10405,18 @@ static int supervised_bytes(const Trainer *t, size_t *bytes) {
 
 int qlora_evaluate(qlora_model *q, const char *data, const qlora_train_options *options,
                    qlora_score *result, qlora_error *err) {
-    static const char *const masks[] = {"content", "turn", "all"};
     qlora_train_options o = options ? *options : qlora_default_train_options();
-    Trainer t = {
-        .q = q, .options = &o, .path = data, .err = err, .region.allocator = &q->allocator};
-    int mask = find_name(masks, 3, o.mask, "mask", err);
+    Trainer t = new_trainer(q, &o, err);
     Score score;
     size_t bytes = 0;
-    o.val_file = NULL;
     o.val_split = 0;
+    o.packing = "none";
     *result = (qlora_score){0};
-    if (mask < 0 || check_train_options(&o, err) || need_chat(q, err)) return -1;
-    int bad = open_data(&t, mask) || prepare_training(&t) || supervised_bytes(&t, &bytes);
+    if (check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err)) return -1;
+    int bad = open_data(&t, data, true) || dataset_usable(&t.data, &t.how, err) ||
+              prepare_training(&t) || supervised_bytes(&t, &bytes);
     if (!bad) {
-        SessionShape shape = {.T = t.T, .S = t.S, .n_spans = t.batch, .max_span = t.T,
+        SessionShape shape = {.T = t.T, .S = t.S, .n_spans = t.n_spans, .max_span = t.T,
                               .training = true};
         bad = session_open(&t.session, q, shape, err);
         if (!bad) {
@@ -8791,8 +10431,7 @@ int qlora_evaluate(qlora_model *q, const char *data, const qlora_train_options *
                                 bytes ? score.nll / log(2) / (double)bytes : 0,
                                 (double)score.hits / (double)score.tokens, score.tokens, t.train.n};
     }
-    dataset_close(&t.data);
-    region_free(&t.region);
+    trainer_close(&t);
     return bad ? -1 : 0;
 }
 // =================================================================================================
@@ -9123,7 +10762,8 @@ int qlora_chat(qlora_model *q, const qlora_message *messages, size_t n, const ql
     Message *list = region_alloc(&region, n, sizeof *list, err);
     int bad = !list || need_chat(q, err) ? -1 : 0;
     for (size_t i = 0; i < n && !bad; i++)
-        list[i] = (Message){messages[i].role, messages[i].content, strlen(messages[i].content)};
+        list[i] = (Message){.role = messages[i].role, .content = messages[i].content,
+                            .length = strlen(messages[i].content)};
     if (!bad)
         bad = template_apply(&q->chat, q->tokenizer, list, n, MASK_CONTENT, true, &ids, &learn,
                              err);
@@ -9225,6 +10865,374 @@ static void print_banner(const qlora_model *q) {
     fflush(stdout);
 }
 
+// ----------------------------------------------------------------------------------------- inspect
+//
+// What a training would see. The data is read, split and checked by the trainer's own code; only
+// the weights are never opened.
+
+enum { MAX_BINS = 14, MAX_LIMITS = 20 };
+
+// The lengths of all records in tokens, before truncation.
+typedef struct {
+    size_t *sorted, n;
+    size_t width, bins[MAX_BINS], n_bins;   // a histogram; the last bin has no upper end
+    size_t limits[MAX_LIMITS], over[MAX_LIMITS], n_limits;
+    size_t suggested, fit;                  // a --max-length, and how many samples it holds
+} Lengths;
+
+static size_t quantile(const Lengths *l, double share) {
+    return l->n ? l->sorted[min_size(l->n - 1, (size_t)(share * (double)l->n))] : 0;
+}
+
+// The suggestion holds everything, unless a rare few would double it.
+static int measure_lengths(Lengths *l, Trainer *t) {
+    const Dataset *d = &t->data;
+    size_t context = t->q->transformer.config.context, most, p99;
+    *l = (Lengths){.sorted = region_alloc(&t->region, d->n_lengths, sizeof *l->sorted, t->err),
+                   .n = d->n_lengths, .width = 1};
+    if (!l->sorted) return -1;
+    if (l->n) memcpy(l->sorted, d->lengths, l->n * sizeof *l->sorted);
+    qsort(l->sorted, l->n, sizeof *l->sorted, by_number);
+    p99 = quantile(l, 0.99);
+    for (size_t i = 0; l->width * (MAX_BINS - 2) < p99; i++)          // 1, 2, 5, 10, 20, ...
+        l->width = i % 3 == 1 ? l->width / 2 * 5 : l->width * 2;
+    l->n_bins = min_size(MAX_BINS, d->longest / l->width + 1);
+    for (size_t i = 0; i < l->n; i++) l->bins[min_size(l->sorted[i] / l->width, l->n_bins - 1)]++;
+    for (size_t limit = 128; l->n_limits < MAX_LIMITS; limit *= 2) {
+        size_t over = 0;
+        while (over < l->n && l->sorted[l->n - 1 - over] > limit) over++;
+        l->limits[l->n_limits] = limit;
+        l->over[l->n_limits++] = over;
+        if (!over || limit >= context) break;
+    }
+    most = round_up(max_size(d->longest, 1), 64);
+    l->suggested = most <= 2 * round_up(p99, 64) ? most : round_up(p99, 64);
+    l->suggested = min_size(l->suggested, context);
+    while (l->fit < l->n && l->sorted[l->fit] <= l->suggested) l->fit++;
+    return 0;
+}
+
+static double percent(size_t part, size_t all) {
+    return all ? 100 * (double)part / (double)all : 0;
+}
+
+static void print_lengths(const Lengths *l) {
+    enum { WIDTH = 40 };
+    size_t most = 1, first = 0;
+    printf("length: shortest %zu tokens, median %zu, 90 %% up to %zu, 99 %% up to %zu, longest "
+           "%zu\n", quantile(l, 0), quantile(l, 0.5), quantile(l, 0.9), quantile(l, 0.99),
+           quantile(l, 1));
+    for (size_t i = 0; i < l->n_bins; i++) most = max_size(most, l->bins[i]);
+    while (!l->bins[first]) first++;
+    for (size_t i = first; i < l->n_bins; i++) {
+        if (i + 1 < l->n_bins) printf("  %6zu - %-6zu ", i * l->width, (i + 1) * l->width - 1);
+        else printf("  %6zu and up  ", i * l->width);
+        size_t bar = l->bins[i] * WIDTH / most;
+        for (size_t k = 0; k < bar + (l->bins[i] && !bar); k++) putchar('#');
+        printf(" %zu\n", l->bins[i]);
+    }
+    for (size_t i = 0; i < l->n_limits; i++)
+        printf("  %zu (%.1f %%) do not fit into %zu\n", l->over[i], percent(l->over[i], l->n),
+               l->limits[i]);
+    printf("  suggested: --max-length %zu holds %zu of %zu (%.1f %%)\n", l->suggested, l->fit,
+           l->n, percent(l->fit, l->n));
+}
+
+// What the records were recognised by, as "messages" or "prompt" and "completion".
+static void format_keys(const Trainer *t, size_t format, char out[300]) {
+    const RecordFormat *f = format < N_RECORD_FORMATS ? &record_formats[format] : &t->how.fields;
+    const char *one = f->list ? f->list : f->text;
+    if (one) snprintf(out, 300, "\"%s\"", one);
+    else if (f->user) snprintf(out, 300, "\"%.100s\" and \"%.100s\"", f->user, f->assistant);
+    else snprintf(out, 300, "its fields");
+}
+
+static const char *format_name(const Trainer *t, size_t format) {
+    return format < N_RECORD_FORMATS ? record_formats[format].name
+         : t->how.fields.user        ? "--field-*" : "--prompt-template";
+}
+
+static bool only_raw_text(const Dataset *d) {
+    size_t text = 0, all = 0;
+    for (size_t i = 0; i <= N_RECORD_FORMATS; i++) {
+        all += d->formats[i];
+        if (i < N_RECORD_FORMATS && record_formats[i].text) text += d->formats[i];
+    }
+    return all && text == all;
+}
+
+static const char *template_origin(const Trainer *t) {
+    return only_raw_text(&t->data) ? "not used, the data is raw text"
+         : t->q->chat.own ? "recognised in the model's own chat template"
+         : t->q->options.chat_template || t->q->options.prompt_template
+             ? "as asked for" : "the model has no chat template of its own";
+}
+
+static void print_line(const char *text) {
+    print_safely(stdout, text, strlen(text));
+    printf("\n");
+}
+
+static void print_counts(const Trainer *t) {
+    const Dataset *d = &t->data;
+    const char *const *paths = d->paths;
+    char line[900];
+    snprintf(line, sizeof line, "model: %.700s: %s, context %zu", t->q->directory,
+             t->q->transformer.config.architecture->type, t->q->transformer.config.context);
+    print_line(line);
+    printf("template: %s, %s\n", t->q->chat.row->name, template_origin(t));
+    if (!only_raw_text(d)) print_safely(stdout, t->q->note, strlen(t->q->note));
+    for (size_t i = 0; i < t->paths.size / sizeof *paths; i++) {
+        snprintf(line, sizeof line, "data: %.880s", paths[i]);
+        print_line(line);
+    }
+    for (size_t i = 0; i <= N_RECORD_FORMATS; i++) {
+        char keys[300];
+        if (!d->formats[i]) continue;
+        format_keys(t, i, keys);
+        snprintf(line, sizeof line, "  %zu records are %s, recognised by %s", d->formats[i],
+                 format_name(t, i), keys);
+        print_line(line);
+    }
+    printf("samples: %zu of %zu records; %zu to learn from, %zu held out\n", d->n, d->records,
+           t->train.n, t->val.n);
+    printf("tokens: %zu, of which %zu are supervised (%.1f %%), %zu of these end tokens, in %zu of "
+           "%zu samples\n", d->tokens, d->supervised, percent(d->supervised, d->tokens), d->ends,
+           d->n - d->tally[TALLY_NO_END].n, d->n);
+    if (t->packing && t->train.n) {
+        size_t tokens = 0;
+        for (size_t i = 0; i < t->train.n; i++) tokens += d->samples[t->train.index[i]].length;
+        printf("packing: %zu packs, %.1f %% full\n", t->train.n_packs,
+               percent(tokens, t->train.n_packs * t->how.max_length));
+    }
+}
+
+// A sample token by token, as it was before truncation.
+typedef struct { const Trainer *t; const Dataset *shown; const Sample *sample; Kept kept; } TokenView;
+
+typedef enum { TOKEN_MASKED, TOKEN_LEARNT, TOKEN_CUT } TokenClass;
+
+static TokenClass token_class(const TokenView *v, size_t i) {
+    bool kept = i < v->kept.head || (i >= v->kept.from && i < v->kept.to);
+    return !kept ? TOKEN_CUT : v->shown->learn[v->sample->first + i] == 1 ? TOKEN_LEARNT
+                                                                          : TOKEN_MASKED;
+}
+
+static bool token_special(const TokenView *v, size_t i) {
+    int32_t id = v->shown->ids[v->sample->first + i];
+    const Token *token = vocabulary_token(&v->t->q->tokenizer->vocabulary, (size_t)id);
+    return token && (token->special || token->added);
+}
+
+static bool use_colour(void) {
+    const char *no_colour = getenv("NO_COLOR");
+    return isatty(STDOUT_FILENO) && !(no_colour && *no_colour);
+}
+
+// Newlines are shown as \n too: whether one is learnt can matter.
+static void print_token_text(const char *text, size_t n) {
+    for (size_t i = 0; i < n;) {
+        const char *newline = memchr(text + i, '\n', n - i);
+        size_t length = newline ? (size_t)(newline - text) - i : n - i;
+        print_safely(stdout, text + i, length);
+        if (newline) printf("\\n\n");
+        i += length + 1;
+    }
+}
+
+// Prints the tokens; of a long run of one class the middle is left out.
+static int print_tokens(const TokenView *v, bool colour, qlora_error *err) {
+    enum { WHOLE_RUN = 160, ENDS = 60 };
+    static const char *const colours[] = {"\033[0;2m", "\033[0;32m", "\033[0;31;9m"};
+    static const char *const open[] = {"", "[", "{"}, *const close[] = {"", "]", "}"};
+    TokenStream stream = {.open = false};
+    Buffer text = {.allocator = &v->t->q->allocator};
+    size_t n = v->sample->length, end = 0, start = 0;
+    bool was_special = false;
+    int bad = 0;
+    for (size_t i = 0; i < n && !bad; i++) {
+        TokenClass class = token_class(v, i);
+        bool special = token_special(v, i), begins = i == end;
+        if (begins) {
+            start = i;
+            while (end < n && token_class(v, end) == class) end++;
+        }
+        if (colour && (begins || special != was_special)) printf("%s", colours[class]);
+        if (colour && special && (begins || !was_special)) printf("\033[1;4m");
+        if (!colour && begins) printf("%s", open[class]);
+        was_special = special;
+        text.size = 0;
+        bad = token_stream_push(v->t->q->tokenizer, &stream, v->shown->ids[v->sample->first + i],
+                                false, &text, err);
+        if (end - start <= WHOLE_RUN || i < start + ENDS || i >= end - ENDS) {
+            if (!colour && special) printf("(");
+            print_token_text(text.data ? text.data : "", text.size);
+            if (!colour && special) printf(")");
+        } else if (i == start + ENDS) printf(" ... %zu tokens ... ", end - start - 2 * ENDS);
+        if (i + 1 == end && !colour) printf("%s", close[class]);
+    }
+    token_stream_free(&stream);
+    buffer_free(&text);
+    printf(colour ? "\033[0m\n" : "\n");
+    return bad ? -1 : 0;
+}
+
+static TokenView view_sample(const Trainer *t, const Dataset *shown, size_t i) {
+    const Sample *s = &shown->samples[i];
+    return (TokenView){t, shown, s, truncate_sample(shown->ids + s->first, s->length, &t->how,
+                                                    t->q->tokenizer)};
+}
+
+static int print_samples(const Trainer *t, const Dataset *shown, qlora_error *err) {
+    bool colour = use_colour();
+    for (size_t i = 0; i < shown->n; i++) {
+        TokenView v = view_sample(t, shown, i);
+        char line[900];
+        size_t kept = v.kept.head + v.kept.to - v.kept.from, learnt = 0;
+        for (size_t k = 0; k < v.sample->length; k++) learnt += token_class(&v, k) == TOKEN_LEARNT;
+        snprintf(line, sizeof line, "%.700s:%zu: %zu tokens, %zu learnt%s%s",
+                 shown->paths[v.sample->file], v.sample->line, v.sample->length, learnt,
+                 kept == v.sample->length ? "" : kept ? ", cut" : ", too long",
+                 learnt ? "" : ": left out");
+        printf("\n");
+        print_line(line);
+        if (print_tokens(&v, colour, err)) return -1;
+    }
+    if (shown->n)
+        printf("\n(%s)\n", colour
+                   ? "\033[2mcontext\033[0m, \033[32mlearnt\033[0m, \033[31;9mcut off\033[0m, "
+                     "\033[1;4mspecial token\033[0m"
+                   : "plain: context, [ ] learnt, { } cut off, ( ) a special token");
+    return 0;
+}
+
+static void print_findings(const Trainer *t) {
+    const Finding *f = next_finding(t, NULL);
+    if (!f) printf("checks: nothing is wrong\n");
+    for (; f; f = next_finding(t, f)) {
+        printf("%s: ", severity_names[f->severity]);
+        print_line(f->text);
+    }
+}
+
+// The same as JSON, which stays valid whatever bytes names and texts have.
+static int json_text(Buffer *b, const char *text, size_t n, qlora_error *err) {
+    Buffer valid = {.allocator = b->allocator};
+    int bad = utf8_append_lossy(&valid, text, n, NULL, err) ||
+              json_write_string(b, valid.data ? valid.data : "", valid.size, err);
+    buffer_free(&valid);
+    return bad;
+}
+
+static int json_member(Buffer *b, const char *key, const char *text, qlora_error *err) {
+    return buffer_printf(b, err, "\"%s\": ", key) || json_text(b, text, strlen(text), err) ||
+           buffer_printf(b, err, ", ");
+}
+
+static int json_lengths(Buffer *b, const Lengths *l, qlora_error *err) {
+    int bad = buffer_printf(b, err, "\"lengths\": {\"shortest\": %zu, \"median\": %zu, \"p90\": "
+                            "%zu, \"p99\": %zu, \"longest\": %zu, \"histogram\": [", quantile(l, 0),
+                            quantile(l, 0.5), quantile(l, 0.9), quantile(l, 0.99), quantile(l, 1));
+    for (size_t i = 0; i < l->n_bins && !bad; i++)
+        bad = buffer_printf(b, err, "%s{\"from\": %zu, \"samples\": %zu}", i ? ", " : "",
+                            i * l->width, l->bins[i]);
+    bad = bad || buffer_printf(b, err, "], \"over\": [");
+    for (size_t i = 0; i < l->n_limits && !bad; i++)
+        bad = buffer_printf(b, err, "%s{\"limit\": %zu, \"samples\": %zu}", i ? ", " : "",
+                            l->limits[i], l->over[i]);
+    return bad || buffer_printf(b, err, "], \"suggested_max_length\": %zu}, ", l->suggested);
+}
+
+static int json_sample(Buffer *b, const TokenView *v, qlora_error *err) {
+    static const char *const names[] = {"context", "learnt", "cut"};
+    TokenStream stream = {.open = false};
+    Buffer text = {.allocator = b->allocator};
+    int bad = buffer_printf(b, err, "{") ||
+              json_member(b, "file", v->shown->paths[v->sample->file], err) ||
+              buffer_printf(b, err, "\"line\": %zu, \"tokens\": [", v->sample->line);
+    for (size_t i = 0; i < v->sample->length && !bad; i++) {
+        int32_t id = v->shown->ids[v->sample->first + i];
+        text.size = 0;
+        bad = token_stream_push(v->t->q->tokenizer, &stream, id, false, &text, err) ||
+              buffer_printf(b, err, "%s{\"id\": %d, \"text\": ", i ? ", " : "", id) ||
+              json_text(b, text.data ? text.data : "", text.size, err) ||
+              buffer_printf(b, err, ", \"class\": \"%s\", \"special\": %s}",
+                            names[token_class(v, i)], token_special(v, i) ? "true" : "false");
+    }
+    token_stream_free(&stream);
+    buffer_free(&text);
+    return bad || buffer_printf(b, err, "]}");
+}
+
+static int json_report(Buffer *b, const Trainer *t, const Lengths *l, const Dataset *shown,
+                       qlora_error *err) {
+    const Dataset *d = &t->data;
+    const char *separator = "";
+    int bad = buffer_printf(b, err, "{") || json_member(b, "model", t->q->directory, err) ||
+              json_member(b, "template", t->q->chat.row->name, err) ||
+              json_member(b, "template_origin", template_origin(t), err) ||
+              json_member(b, "template_note", t->q->note, err) ||
+              buffer_printf(b, err, "\"files\": [");
+    for (size_t i = 0; i < t->paths.size / sizeof *d->paths && !bad; i++)
+        bad = buffer_printf(b, err, i ? ", " : "") ||
+              json_text(b, d->paths[i], strlen(d->paths[i]), err);
+    bad = bad || buffer_printf(b, err, "], \"formats\": {");
+    for (size_t i = 0; i <= N_RECORD_FORMATS && !bad; i++) {
+        if (!d->formats[i]) continue;
+        bad = buffer_printf(b, err, "%s\"%s\": %zu", separator, format_name(t, i), d->formats[i]);
+        separator = ", ";
+    }
+    bad = bad || buffer_printf(b, err, "}, \"context\": %zu, \"max_length\": %zu, \"records\": %zu, "
+                               "\"samples\": %zu, \"held_out\": %zu, \"packs\": %zu, \"tokens\": "
+                               "%zu, \"supervised_tokens\": %zu, \"supervised_ends\": %zu, ",
+                               t->q->transformer.config.context, t->how.max_length, d->records,
+                               d->n, t->val.n, t->train.n_packs, d->tokens, d->supervised,
+                               d->ends) ||
+          json_lengths(b, l, err) || buffer_printf(b, err, "\"findings\": [");
+    separator = "";
+    for (const Finding *f = next_finding(t, NULL); f && !bad; f = next_finding(t, f)) {
+        bad = buffer_printf(b, err, "%s{\"severity\": \"%s\", \"code\": \"%s\", \"count\": %zu, "
+                            "\"text\": ", separator, severity_names[f->severity], f->code, f->n) ||
+              json_text(b, f->text, strlen(f->text), err) || buffer_printf(b, err, "}");
+        separator = ", ";
+    }
+    bad = bad || buffer_printf(b, err, "], \"shown\": [");
+    for (size_t i = 0; i < shown->n && !bad; i++) {
+        TokenView v = view_sample(t, shown, i);
+        bad = buffer_printf(b, err, i ? ", " : "") || json_sample(b, &v, err);
+    }
+    return bad || buffer_printf(b, err, "]}\n") ? -1 : 0;
+}
+
+// The report on what open_data and check_data found. `show` of the first records are read once
+// more, whole: what is left out of them or cut off is shown as such.
+static int report_data(Trainer *t, size_t show, bool json, qlora_error *err) {
+    DatasetOptions how = t->how;
+    Lengths lengths;
+    Dataset shown;
+    Buffer text = {.allocator = &t->q->allocator};
+    how.max_length = SIZE_MAX;
+    how.max_samples = show;
+    how.keep_all = true;
+    if (measure_lengths(&lengths, t) ||
+        dataset_open(&shown, t->data.paths, t->paths.size / sizeof(char *), &t->q->chat,
+                     t->q->tokenizer, &how, err))
+        return -1;
+    int bad = 0;
+    if (json) {
+        bad = json_report(&text, t, &lengths, &shown, err);
+        if (!bad) fwrite(text.data, 1, text.size, stdout);
+    } else {
+        print_counts(t);
+        if (lengths.n) print_lengths(&lengths);
+        bad = print_samples(t, &shown, err);
+        print_findings(t);
+    }
+    buffer_free(&text);
+    dataset_close(&shown);
+    return bad;
+}
+
 // =================================================================================================
 //  17. Command line and chat
 //
@@ -9234,6 +11242,7 @@ static void print_banner(const qlora_model *q) {
 
 typedef struct {
     const char *path, *data, *out, *third;  // the positional arguments, by command
+    const char *const *more;                // and those after them, NULL at the end
     const char *adapter, *prompt, *ids, *output, *system, *resume;
     char command_line[2048];
     size_t max_shard;
@@ -9242,11 +11251,13 @@ typedef struct {
     qlora_train_options train;
     qlora_sampling sampling;
     bool json, ids_only, decode, double_quant;
-    bool given[64];                         // options that were set, by row of the table
+    size_t show;                            // samples to print
+    bool given[128];                        // options that were set, by row of the table
 } Arguments;
 
 enum { CMD_TRAIN = 1, CMD_GENERATE = 2, CMD_CHAT = 4, CMD_LOGITS = 8, CMD_TOKENIZE = 16,
        CMD_QUANTIZE = 32, CMD_INIT = 64, CMD_INFO = 128, CMD_EVAL = 256, CMD_MERGE = 512,
+       CMD_INSPECT = 1024, CMD_DATA = CMD_TRAIN | CMD_EVAL | CMD_INSPECT,
        CMD_RUN = CMD_GENERATE | CMD_CHAT | CMD_LOGITS | CMD_EVAL,
        CMD_COMPUTE = CMD_TRAIN | CMD_RUN | CMD_QUANTIZE | CMD_INIT };
 
@@ -9272,7 +11283,8 @@ static const Option option_table[] = {
     {"compute", NULL, OPT_TEXT, AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
     {"device", NULL, OPT_TEXT, AT(options.device), CMD_TRAIN | CMD_RUN | CMD_MERGE,
      "auto, cpu, cuda or cuda:N: where to compute"},
-    {"threads", NULL, OPT_INT, AT(options.threads), CMD_COMPUTE, "0: one for each physical core"},
+    {"threads", NULL, OPT_INT, AT(options.threads), CMD_COMPUTE | CMD_INSPECT,
+     "0: one for each physical core"},
     {"memory", NULL, OPT_BYTES, AT(options.memory), CMD_TRAIN | CMD_RUN,
      "most bytes to take, e.g. 8G; less memory only means more time"},
     {"output", "output-dir", OPT_TEXT, AT(output), CMD_TRAIN | CMD_LOGITS,
@@ -9282,8 +11294,24 @@ static const Option option_table[] = {
     {"lora-dropout", NULL, OPT_FLOAT, AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
     {"target-modules", NULL, OPT_TEXT, AT(train.target_modules), CMD_TRAIN,
      "all-linear, or names such as q_proj,v_proj,lm_head"},
-    {"mask", NULL, OPT_TEXT, AT(train.mask), CMD_TRAIN | CMD_EVAL,
-     "content, turn or all: what is learnt"},
+    {"mask", NULL, OPT_TEXT, AT(train.mask), CMD_DATA,
+     "content (answers and their end), turn (headers too), last (only the last answer) or all"},
+    {"field-user", NULL, OPT_TEXT, AT(train.field_user), CMD_DATA,
+     "the column of the question, in data with names of its own"},
+    {"field-assistant", NULL, OPT_TEXT, AT(train.field_assistant), CMD_DATA,
+     "the column of the answer"},
+    {"field-system", NULL, OPT_TEXT, AT(train.field_system), CMD_DATA,
+     "the column of the system message, if there is one"},
+    {"take", NULL, OPT_TEXT, AT(train.take), CMD_DATA,
+     "FIRST:END, the records to use, counted from 0; either may be left out"},
+    {"max-samples", NULL, OPT_SIZE, AT(train.max_samples), CMD_DATA,
+     "use no more than the first so many; 0: all"},
+    {"template", NULL, OPT_TEXT, AT(options.chat_template), CMD_DATA | CMD_RUN,
+     "a chat template by name, e.g. chatml, instead of the model's own"},
+    {"prompt-template", NULL, OPT_TEXT, AT(options.prompt_template), CMD_DATA | CMD_RUN,
+     "text with {field} holes instead, the last hole the answer"},
+    {"add-tokens", NULL, OPT_TEXT, AT(options.add_tokens), CMD_DATA | CMD_RUN,
+     "a,b: texts that become tokens of their own"},
     {"learning-rate", "lr", OPT_FLOAT, AT(train.learning_rate), CMD_TRAIN, "its peak"},
     {"lr-scheduler-type", NULL, OPT_TEXT, AT(train.lr_scheduler_type), CMD_TRAIN,
      "constant, constant_with_warmup, linear or cosine"},
@@ -9298,13 +11326,18 @@ static const Option option_table[] = {
      CMD_TRAIN | CMD_EVAL, "samples at a time"},
     {"gradient-accumulation-steps", "accum", OPT_SIZE, AT(train.gradient_accumulation_steps),
      CMD_TRAIN, "batches in a step"},
-    {"max-length", NULL, OPT_SIZE, AT(train.max_length), CMD_TRAIN | CMD_EVAL,
-     "tokens of a sample; longer ones are left out and counted"},
-    {"skip-bad-lines", NULL, OPT_FLAG, AT(train.skip_bad_lines), CMD_TRAIN | CMD_EVAL,
+    {"max-length", NULL, OPT_SIZE, AT(train.max_length), CMD_DATA,
+     "most tokens of a sample"},
+    {"truncate", NULL, OPT_TEXT, AT(train.truncate), CMD_DATA,
+     "longer samples: drop leaves them out, keep-start and keep-end cut them"},
+    {"packing", NULL, OPT_TEXT, AT(train.packing), CMD_TRAIN | CMD_INSPECT,
+     "none, or bfd: a batch counts packs of samples, filled to --max-length"},
+    {"skip-bad-lines", NULL, OPT_FLAG, AT(train.skip_bad_lines), CMD_DATA,
      "count malformed records instead of stopping"},
-    {"val-split", NULL, OPT_DOUBLE, AT(train.val_split), CMD_TRAIN,
+    {"val-split", NULL, OPT_DOUBLE, AT(train.val_split), CMD_TRAIN | CMD_INSPECT,
      "share held out for evaluation"},
-    {"val", NULL, OPT_TEXT, AT(train.val_file), CMD_TRAIN, "a file to evaluate on instead"},
+    {"val", NULL, OPT_TEXT, AT(train.val_file), CMD_TRAIN | CMD_INSPECT,
+     "a file, or a directory with valid.jsonl, to evaluate on instead"},
     {"eval-steps", NULL, OPT_SIZE, AT(train.eval_steps), CMD_TRAIN,
      "steps between evaluations; also after each epoch"},
     {"save-steps", NULL, OPT_SIZE, AT(train.save_steps), CMD_TRAIN,
@@ -9316,7 +11349,8 @@ static const Option option_table[] = {
     {"overwrite-output-dir", NULL, OPT_FLAG, AT(train.overwrite_output_dir), CMD_TRAIN,
      "replace the run that is there"},
     {"logging-steps", NULL, OPT_SIZE, AT(train.logging_steps), CMD_TRAIN, "steps between lines"},
-    {"seed", NULL, OPT_SEED, AT(train.seed), CMD_TRAIN | CMD_INIT | CMD_GENERATE | CMD_CHAT,
+    {"seed", NULL, OPT_SEED, AT(train.seed),
+     CMD_TRAIN | CMD_INSPECT | CMD_INIT | CMD_GENERATE | CMD_CHAT,
      "of all random numbers"},
     {"prompt", NULL, OPT_TEXT, AT(prompt), CMD_GENERATE, "the text to continue"},
     {"system", NULL, OPT_TEXT, AT(system), CMD_CHAT, "system message"},
@@ -9333,10 +11367,12 @@ static const Option option_table[] = {
     {"ids-only", "ids", OPT_SWITCH, AT(ids_only), CMD_TOKENIZE,
      "one line of ids for each line of text"},
     {"decode", NULL, OPT_SWITCH, AT(decode), CMD_TOKENIZE, "ids on standard input to text"},
-    {"json", NULL, OPT_SWITCH, AT(json), CMD_GENERATE | CMD_EVAL, "JSON instead of text"},
+    {"json", NULL, OPT_SWITCH, AT(json), CMD_GENERATE | CMD_EVAL | CMD_INSPECT, "JSON instead of text"},
+    {"show", NULL, OPT_SIZE, AT(show), CMD_INSPECT, "samples to print token by token"},
     {"max-shard-size", NULL, OPT_BYTES, AT(max_shard), CMD_MERGE, "most bytes of a weight file"},
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
+_Static_assert(N_OPTIONS <= sizeof ((Arguments *)0)->given, "given has a place for each option");
 
 // ---------------------------------------------------------------------------------------- signals
 
@@ -9501,6 +11537,7 @@ static int finish_arguments(Arguments *a, int command, qlora_error *err) {
         if (recorded_quant(a, &double_quant, &a->options.quant, err)) return -1;
         if (!was_given(a, "double-quant")) a->double_quant = double_quant;
     }
+    if (command & CMD_DATA) a->train.more_data = a->more;
     a->options.double_quant = a->double_quant;
     a->options.stop = stop_on_signal;
     a->sampling.seed = a->train.seed;
@@ -9738,6 +11775,24 @@ static int run_init(Arguments *a, qlora_error *err) {
     return qlora_init(a->path, a->out, a->train.seed, &a->options, err);
 }
 
+// Fails as train would, after it has shown why.
+static int run_inspect(Arguments *a, qlora_error *err) {
+    a->options.device = "cpu";
+    qlora_model *q = open_handle(a->path, &a->options, err);
+    if (!q) return -1;
+    Trainer t = new_trainer(q, &a->train, err);
+    int bad = open_text(q, a->path, err) || need_chat(q, err) ||
+              check_train_options(&a->train, err) || read_data_options(&t) ? -1 : 0;
+    if (!bad) {
+        t.how.inspecting = true;
+        bad = open_data(&t, a->data, false) || check_data(&t) ||
+              report_data(&t, a->show, a->json, err) || refuse_errors(&t) ? -1 : 0;
+        trainer_close(&t);
+    }
+    qlora_close(q);
+    return bad;
+}
+
 // ------------------------------------------------------------------------------------------- info
 
 // |B A| in the Frobenius norm, from two r x r products: |BA|^2 = trace((B^T B)(A A^T)).
@@ -9936,13 +11991,13 @@ static int run_chat(Arguments *a, qlora_error *err) {
 
 typedef struct {
     const char *name, *positional, *help;
-    int least, most;                        // positional arguments
+    int least, most;                        // positional arguments; most 0: any number
     int (*run)(Arguments *a, qlora_error *err);
 } Command;
 
 // In the order of the CMD_ bits.
 static const Command command_table[] = {
-    {"train", "MODEL DATA", "fine-tune: learn an adapter from a dataset", 2, 2, run_train},
+    {"train", "MODEL DATA...", "fine-tune: learn an adapter from a dataset", 2, 0, run_train},
     {"generate", "PATH [FILE]", "continue --prompt TEXT, or each line of a file", 1, 2,
      run_generate},
     {"chat", "[PATH]", "talk with a model or adapter; out/ if none is named", 0, 1, run_chat},
@@ -9951,8 +12006,10 @@ static const Command command_table[] = {
     {"quantize", "MODEL OUT", "write a 4-bit directory, as bitsandbytes does", 2, 2, run_quantize},
     {"init", "CONFIG OUT", "make a random model of the shape of a config.json", 2, 2, run_init},
     {"info", "PATH", "what a model or adapter directory holds", 1, 1, run_info},
-    {"eval", "PATH DATA", "loss, perplexity and accuracy on a dataset", 2, 2, run_eval},
-    {"merge", "MODEL ADAPTER OUT", "base and adapter as one model directory", 3, 3, run_merge}};
+    {"eval", "PATH DATA...", "loss, perplexity and accuracy on a dataset", 2, 0, run_eval},
+    {"merge", "MODEL ADAPTER OUT", "base and adapter as one model directory", 3, 3, run_merge},
+    {"inspect", "MODEL DATA...", "what a training would see, and what is wrong with it", 2, 0,
+     run_inspect}};
 enum { N_COMMANDS = sizeof command_table / sizeof *command_table };
 
 // The value an option has when it is not given, as text; empty when there is none.
@@ -9974,7 +12031,7 @@ static void print_usage(FILE *out, const Command *command, const Arguments *a) {
         fprintf(out, "qlora %s: QLoRA fine-tuning in one file of C\n\n"
                 "usage: qlora COMMAND PATH [...] [--option value]\n\n", QLORA_VERSION);
         for (size_t i = 0; i < N_COMMANDS; i++)
-            fprintf(out, "  %-9s %-12s %s\n", command_table[i].name, command_table[i].positional,
+            fprintf(out, "  %-9s %-18s %s\n", command_table[i].name, command_table[i].positional,
                     command_table[i].help);
         fprintf(out, "\nqlora COMMAND --help lists the options of a command.\n");
         return;
@@ -10000,9 +12057,9 @@ int main(int argc, char **argv) {
     qlora_error err = {{0}};
     Arguments a = {.options = qlora_default_options(), .train = qlora_default_train_options(),
                    .sampling = {.max_new_tokens = 256, .top_p = 1, .repetition_penalty = 1},
-                   .double_quant = true, .max_shard = (size_t)5000000000};
+                   .double_quant = true, .max_shard = (size_t)5000000000, .show = 3};
     const Command *command = NULL;
-    const char *positional[3] = {NULL, NULL, NULL};
+    char **positional = argv;               // moved to the front, which is read by then
     int n = 0;
     if (argc > 1 && strcmp(argv[1], "--version") == 0) {
         printf("qlora %s, bf16 %s\n", QLORA_VERSION, has_bf16_units() ? "in hardware" : "emulated");
@@ -10029,7 +12086,7 @@ int main(int argc, char **argv) {
         }
         if (strncmp(argv[i], "--", 2) == 0) {
             if (parse_option(&a, bit, argv, argc, &i, &err)) return usage_error(&err);
-        } else if (n < command->most) positional[n++] = argv[i];
+        } else if (!command->most || n < command->most) positional[n++] = argv[i];
         else {
             fail(&err, "%s: expected %s, found also %s", command->name, command->positional,
                  argv[i]);
@@ -10041,19 +12098,19 @@ int main(int argc, char **argv) {
              command->name);
         return usage_error(&err);
     }
+    for (int i = n; i < argc; i++) positional[i] = NULL;
     a.path = positional[0];
     a.data = a.out = positional[1];
-    a.third = positional[2];
+    a.third = n > 2 ? positional[2] : NULL;
+    a.more = (const char *const *)positional + 2;
     if (bit == CMD_CHAT && !a.path) a.path = "out";
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
-    if (finish_arguments(&a, bit, &err) || command->run(&a, &err)) {
-        fprintf(stderr, "qlora: %s\n", err.text);
-        return caught_signal ? 128 + caught_signal : 1;
-    }
-    return caught_signal ? 128 + caught_signal : 0;
+    int bad = finish_arguments(&a, bit, &err) || command->run(&a, &err);
+    if (bad) fprintf(stderr, "qlora: %s\n", err.text);
+    return caught_signal ? 128 + caught_signal : bad;
 }
 #endif // QLORA_MAIN
 // =================================================================================================

@@ -97,6 +97,9 @@ typedef struct {
     qlora_allocator allocator;      // {NULL, NULL, NULL}: malloc and free
     int (*stop)(void *user);        // polled; non-zero ends the call at the next safe point
     void *stop_user;
+    const char *chat_template;      // a template's name; NULL: the model's own, or ChatML
+    const char *prompt_template;    // instead: text with {field} holes, the last one the answer
+    const char *add_tokens;         // "a,b": made tokens of their own; must fit in the vocabulary
 } qlora_options;
 
 // NF4 with double quantisation, automatic compute type, all physical cores.
@@ -195,7 +198,14 @@ struct qlora_progress;
 typedef struct {
     const char *output_dir;         // made if missing; NULL: nothing is written
     const char *target_modules;     // "all-linear", or names: "q_proj,v_proj,lm_head"
-    const char *mask;               // what is learnt: "content", "turn" or "all"
+    const char *mask;               // what is learnt: "content", "turn", "last" or "all"
+    const char *truncate;           // samples over max_length: "drop", "keep-start" or "keep-end"
+    const char *packing;            // "none", or "bfd": batches count packs filled to max_length
+    const char *const *more_data;   // further data files, NULL at the end, or NULL
+    const char *field_user, *field_assistant;   // columns of the data, if it has its own names,
+    const char *field_system;                   // or NULL
+    const char *take;               // "a:b": records a to b-1 of all files together, or NULL
+    size_t max_samples;             // no more than the first so many; 0: all
     size_t lora_r;
     float lora_alpha, lora_dropout;
     float learning_rate, warmup_ratio, max_grad_norm, weight_decay;
@@ -203,10 +213,10 @@ typedef struct {
     double num_train_epochs;
     size_t max_steps;               // 0: as the epochs say
     size_t per_device_train_batch_size, gradient_accumulation_steps;
-    size_t max_length;              // tokens of a sample; longer ones are left out and counted
+    size_t max_length;              // tokens of a sample or a pack
     int skip_bad_lines;             // 1: malformed records are counted instead of ending the run
     double val_split;               // share of the samples that is held out for evaluation
-    const char *val_file;           // a file to evaluate on instead, or NULL
+    const char *val_file;           // a file to evaluate on instead, or NULL (see qlora_train)
     size_t eval_steps;            // evaluate every so many steps; always before the first and after
                                     // each epoch
     size_t save_steps;              // a checkpoint every so many steps; 0: after each epoch
@@ -235,8 +245,11 @@ typedef struct qlora_progress {
 // epochs, batch 4, accumulate 4; max_length 1024; 10 % held out; seed 42.
 qlora_train_options qlora_default_train_options(void);
 
-// Fine-tunes a new adapter on a dataset file (JSONL or a JSON array; messages or Alpaca records)
-// and leaves it on the model. The loss of a step is the mean over all supervised tokens of its
+// Fine-tunes a new adapter on a dataset and leaves it on the model. `data` is a file, JSONL or one
+// JSON array, of records in any of the forms that README lists, or a directory with train.jsonl and
+// perhaps valid.jsonl, which is then held out. Data that would spoil the training in silence (no
+// supervised end token, every sample too long, ...) is refused; the rest is reported to
+// options->message. A step's loss is the mean over all supervised tokens of its
 // micro-batches. output_dir gets the adapter with tokenizer and configuration, log.jsonl, loss.svg,
 // run.json and checkpoint-N/ directories. When options->stop of the model asks, the last completed
 // step is saved and -1 returned; a resumed run ends with the same bits as one never stopped.
@@ -251,8 +264,9 @@ typedef struct {
     size_t tokens, samples;         // supervised tokens, samples
 } qlora_score;
 
-// Scores the model, with its adapter if it has one, on a dataset file. Of options mask, max_length,
-// skip_bad_lines and per_device_train_batch_size are used; the batch size changes no bit.
+// Scores the model, with its adapter if it has one, on a dataset file, or the test.jsonl of a
+// directory. The options that say how data is read are used, and per_device_train_batch_size, which
+// changes no bit.
 int qlora_evaluate(qlora_model *model, const char *data, const qlora_train_options *options,
                    qlora_score *score, qlora_error *err);
 

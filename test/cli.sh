@@ -41,7 +41,7 @@ done >"$W/data.jsonl"
 echo '[{"instruction": "Say it.", "input": "now", "output": "It is said."}]' >"$W/alpaca.json"
 
 check "help" 0 "usage: qlora COMMAND" $Q --help
-for command in train generate chat logits tokenize quantize init info; do
+for command in train generate chat logits tokenize quantize init info inspect; do
     check "help of $command" 0 "usage: qlora $command" $Q $command --help
 done
 check "version" 0 "qlora 0" $Q --version
@@ -110,15 +110,94 @@ check "empty dataset" 1 "empty.jsonl" $Q train $M "$W/empty.jsonl" --output "$W/
 head -n 3 "$W/data.jsonl" >"$W/bad.jsonl"
 echo '{"messages": [{"role": "user" "content": "x"}]}' >>"$W/bad.jsonl"
 check "malformed line" 1 "bad.jsonl:4:31: expected" $Q train $M "$W/bad.jsonl" --output "$W/none"
-check "--skip-bad-lines" 0 "1 malformed record" $Q train $M "$W/bad.jsonl" --output "$W/skipped" \
+check "--skip-bad-lines" 0 "1 of 4 records: malformed" $Q train $M "$W/bad.jsonl" --output "$W/skipped" \
     --skip-bad-lines --max-steps 1
 echo '{"question": "x", "answer": "y"}' >"$W/keys.jsonl"
 check "unknown columns" 1 "question" $Q train $M "$W/keys.jsonl" --output "$W/none"
 check "samples too long" 1 "max-length" $Q train $M "$W/data.jsonl" --output "$W/none" --max-length 8
 echo '{"messages": [{"role": "user", "content": "x"}]}' >"$W/unsupervised.jsonl"
-check "nothing to learn" 1 "supervised" $Q train $M "$W/unsupervised.jsonl" --output "$W/none"
+check "nothing to learn" 1 "without a supervised token" $Q train $M "$W/unsupervised.jsonl" --output "$W/none"
 check "too little disk" 1 "MB are free" $Q train $M "$W/data.jsonl" --output "$W/none" \
     --max-steps 1000000000 --save-steps 1
+
+# What a training would see. inspect opens no weights, so a directory without them will do.
+D=data/tiny
+mkdir -p "$W/no-weights"
+cp $D/*.json "$W/no-weights"
+check "inspect" 0 "448 of these end tokens, in 448 of 448" $Q inspect "$W/no-weights" data/riddles.jsonl
+check "inspect: tokens in brackets" 0 "^\[A carpet. It covers the floor.(<|im_end|>)\]" $Q inspect \
+    "$W/no-weights" data/riddles.jsonl --show 1
+cp "$W/out" "$W/report"
+check "inspect: template" 0 "chatml, recognised in the model's own chat template" cat "$W/report"
+check "inspect: format" 0 '448 records are messages, recognised by "messages"' cat "$W/report"
+check "inspect: length" 0 "suggested: --max-length 64 holds 448 of 448" cat "$W/report"
+check "inspect: checks" 0 "nothing is wrong" cat "$W/report"
+check "inspect: what is cut off" 0 "^\[A\]{ carpet" $Q inspect $D data/riddles.jsonl --max-length 32 \
+    --truncate keep-start --show 1
+check "inspect: errors" 1 "error: .*no supervised end token" $Q inspect $D data/riddles.jsonl \
+    --max-length 33 --truncate keep-start --take 0:3
+check "train refuses the same" 1 "no supervised end token" $Q train $D data/riddles.jsonl \
+    --max-length 33 --truncate keep-start --take 0:3 --output "$W/none"
+check "inspect: malformed records are counted" 1 "error: 1 of 4 records: malformed" $Q inspect $D "$W/bad.jsonl"
+check "inspect: packs" 0 "packs, 9[0-9]" $Q inspect $D data/riddles.jsonl --packing bfd --max-length 256
+check "inspect: no model" 1 "config.json: not found" $Q inspect "$W" "$W/data.jsonl"
+check "inspect: unknown columns" 1 "perhaps --field-user question --field-assistant answer" $Q inspect \
+    $D "$W/keys.jsonl"
+check "inspect: columns by name" 0 'recognised by "question" and "answer"' $Q inspect $D "$W/keys.jsonl" \
+    --field-user question --field-assistant answer
+check "inspect: text with holes" 0 "^A:\[ y(<|im_end|>)\]\|^A:\[ y(<|endoftext|>)\]" $Q inspect $D \
+    "$W/keys.jsonl" --prompt-template 'Q: {question}
+A: {answer}'
+check "inspect: Alpaca's input has its place" 0 "^### Input:" $Q inspect $D "$W/alpaca.json" \
+    --template alpaca
+check "a column without the other" 1 "expected both or none" $Q inspect $D "$W/keys.jsonl" --field-user x
+check "inspect: several files" 0 "461 of 461 records" $Q inspect $D data/riddles.jsonl "$W/data.jsonl" \
+    "$W/alpaca.json"
+check "inspect: some records" 0 "5 of 5 records" $Q inspect $D data/riddles.jsonl --take 440:445
+check "a bad range" 1 "expected FIRST:END" $Q inspect $D data/riddles.jsonl --take 5
+# Its JSON is valid whatever the data holds: this program's own strict parser reads it back.
+printf '{"prompt": "\\u0000\\u001b[31m \\"q\\" \\\\ \342\200\250", "completion": "%s\\ud83d\\ude00"}\n' '</s><|im_end|>' \
+    >"$W/hos\"tile
+name.jsonl"
+$Q inspect $D "$W/hos\"tile
+name.jsonl" --json >"$W/report.jsonl" 2>/dev/null
+check "inspect --json" 0 '"class": "learnt", "special": true' cat "$W/report.jsonl"
+check "inspect --json is valid JSON" 1 'found the keys "model", "template"' $Q inspect $D "$W/report.jsonl"
+if command -v script >/dev/null 2>&1 && script -qc true /dev/null >/dev/null 2>&1; then
+    escape=$(printf '\033')
+    check "inspect: colours on a terminal" 0 "${escape}\[0;32mA carpet. It covers the floor." \
+        script -qc "$Q inspect $D data/riddles.jsonl --show 1" /dev/null
+    check "inspect: NO_COLOR" 0 "^\[A carpet" \
+        script -qc "NO_COLOR=1 $Q inspect $D data/riddles.jsonl --show 1" /dev/null
+else
+    skipped=$((skipped + 1))
+    echo "  skipped cli: colours (no script command here)"
+fi
+check "inspect never drives a terminal" 0 '\\x1B\[31m' $Q inspect $D "$W/hos\"tile
+name.jsonl" --show 1
+
+# Several files, packs, a directory with its own held-out set.
+check "train on packs of several files" 0 "packs of at most 96 tokens" $Q train $D data/riddles.jsonl \
+    "$W/data.jsonl" --packing bfd --max-length 96 --max-steps 2 --output "$W/packed"
+mkdir -p "$W/dir"
+head -n 40 data/riddles.jsonl >"$W/dir/train.jsonl"
+head -n 5 data/riddles.jsonl >"$W/dir/valid.jsonl"
+check "train on a directory" 0 "5 of 5 held-out samples are also learnt from" $Q train $D "$W/dir" \
+    --max-steps 1 --output "$W/from-dir"
+check "eval of a directory" 1 "without test.jsonl" $Q eval $D "$W/dir"
+check "bad truncation" 1 "drop, keep-start, keep-end" $Q train $D "$W/dir" --truncate cut
+
+# Every option that README names is one of the program's.
+for command in train generate chat eval merge quantize tokenize logits init info inspect; do
+    $Q $command --help
+done >"$W/help"
+unknown=
+for option in $(grep -o -e '--[a-z][a-z-]*' README.md | sort -u); do
+    case $option in --help|--version|--lr|--epochs|--batch|--accum) continue ;; esac
+    grep -q -e "  $option " "$W/help" || unknown="$unknown $option"
+done
+check "README names no option that there is not" 0 "" test -z "$unknown"
+[ -z "$unknown" ] || echo "    not options:$unknown"
 
 # Ctrl-C saves the last completed step; --resume goes on from it.
 $Q train $M "$W/data.jsonl" --output "$W/long" --max-steps 1000000 --save-steps 100000 >"$W/out" 2>&1 &

@@ -154,9 +154,11 @@ static void free_batch(TestBatch *b) {
 #include "test_models.c"
 #include "test_trainer.c"
 #include "test_input.c"
+#include "test_data.c"
 #ifdef QLORA_CUDA
 #include "test_gpu.c"
 #endif
+#include "test_templates.c"
 #endif
 
 // -------------------------------------------------------------------------------------- the table
@@ -173,6 +175,8 @@ static const TestRow tests[] = {
     MODEL_TESTS
     TRAINER_TESTS
     INPUT_TESTS
+    DATA_TESTS
+    TEMPLATE_TESTS
 #endif
 };
 
