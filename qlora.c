@@ -5494,6 +5494,7 @@ typedef struct {
     bool bos, wrote;                // begins with {{ bos_token }}, which is not spelled; any output
     bool joins;                     // the last thing written is an output that may be continued
     bool complex;                   // the expression is more than a sum
+    bool failed;                    // memory is short
     char blocks[MAX_JINJA_BLOCKS];  // open: 'i' an if that is not written yet, 'I' one that is, 'o'
     size_t depth;
     size_t dead;                    // blocks open in a branch that is left out, and this one itself
@@ -5505,10 +5506,13 @@ static bool is_word(char c) {
     return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
 }
 
+static int spell_text(JinjaReader *r, const char *text, size_t n) {
+    return buffer_append(r->e, text, n, r->err) ? (r->failed = true, -1) : 0;
+}
+
 // Appends a character of a string in the one spelling of strings, '...'.
 static int spell(JinjaReader *r, char c) {
-    return ((c == '\'' || c == '\\') && buffer_append(r->e, "\\", 1, r->err)) ||
-           buffer_append(r->e, &c, 1, r->err);
+    return ((c == '\'' || c == '\\') && spell_text(r, "\\", 1)) || spell_text(r, &c, 1) ? -1 : 0;
 }
 
 // Reads a string at its quote. NULL: unsupported, or out of memory.
@@ -5516,7 +5520,7 @@ static const char *read_jinja_string(JinjaReader *r, const char *p) {
     static const char from[] = "ntr\\'\"", to[] = "\n\t\r\\'\"";
     char quote = *p++;
     if (r->e->size >= 2 && memcmp(r->e->data + r->e->size - 2, "'+", 2) == 0) r->e->size -= 2;
-    else if (buffer_append(r->e, "'", 1, r->err)) return NULL;
+    else if (spell_text(r, "'", 1)) return NULL;
     for (; p < r->end && *p != quote; p++) {
         const char *escape = *p == '\\' && p + 1 < r->end && p[1] ? strchr(from, p[1]) : NULL;
         if (*p == '\\' && !escape) return NULL;
@@ -5524,7 +5528,7 @@ static const char *read_jinja_string(JinjaReader *r, const char *p) {
         if (spell(r, escape ? to[escape - from] : *p)) return NULL;
         if (escape) p++;
     }
-    return p < r->end && !buffer_append(r->e, "'", 1, r->err) ? p + 1 : NULL;
+    return p < r->end && !spell_text(r, "'", 1) ? p + 1 : NULL;
 }
 
 // The end of a subscript ['name'] at p, whose name it appends as .name, or NULL if it is none.
@@ -5540,8 +5544,7 @@ static const char *read_subscript(JinjaReader *r, const char *p) {
     if (!n || *p++ != quote) return NULL;
     while (p < r->end && is_blank(*p)) p++;
     if (p >= r->end || *p != ']') return NULL;
-    return buffer_append(r->e, ".", 1, r->err) || buffer_append(r->e, name, n, r->err) ? NULL
-                                                                                       : p + 1;
+    return spell_text(r, ".", 1) || spell_text(r, name, n) ? NULL : p + 1;
 }
 
 // Reads what stands in a tag that ends with `close` and }. Returns 1, 0 if unsupported, or -1.
@@ -5557,21 +5560,19 @@ static int read_tag(JinjaReader *r, char close) {
             r->strip = *p == '-';
             r->trim = close == '%' && *p != '+';
             r->at = q + 2;
-            return buffer_append(r->e, "", 1, r->err) ? -1 : 1;
+            return spell_text(r, "", 1) ? -1 : 1;
         }
         char c = *p, last = r->e->size ? r->e->data[r->e->size - 1] : 0;
         const char *next = c == '[' ? read_subscript(r, p) : NULL;
         if (c == '\'' || c == '"') {
             next = read_jinja_string(r, p);
-            if (!next) return 0;
+            if (!next) return r->failed ? -1 : 0;
         } else if (!next && !is_blank(c)) {
             bool apart = gap && is_word(c) && is_word(last);
             if (apart || c == '~') r->complex = true;
             braces += c == '{';
             braces -= c == '}' && braces;
-            if ((apart && buffer_append(r->e, " ", 1, r->err)) ||
-                buffer_append(r->e, &c, 1, r->err))
-                return -1;
+            if ((apart && spell_text(r, " ", 1)) || spell_text(r, &c, 1)) return -1;
         }
         gap = !next && is_blank(c);
         p = next ? next : p + 1;

@@ -317,6 +317,38 @@ static void templates_recognised(Test *t) {
     buffer_free(&b);
 }
 
+// Any allocation may fail while a template is recognised: it is said, and nothing is leaked.
+static void templates_memory(Test *t) {
+    Tokenizer *tokenizer = NULL;
+    Buffer b = {.allocator = &heap};
+    qlora_error err = {{0}};
+    ChatTemplate c = {0};
+    size_t calls = 1;
+    set_row(&c, find_row("zephyr"), false);
+    if (!check(t, !template_jinja(&c, &b, &err) && !buffer_append(&b, "", 1, &err) &&
+               (tokenizer = tokenizer_open("test/fixtures/tokenizers/spm", &heap, &err)), "%s",
+               err.text)) return;
+    for (size_t n = 1; n <= calls; n += 1 + n / 16) {
+        Ledger ledger = {.fail_at = n};
+        qlora_allocator a = {ledger_allocate, ledger_release, &ledger};
+        Region region = {.allocator = &a};
+        Buffer note = {.allocator = &a};
+        tokenizer->chat_template = n % 2 ? b.data : "{%- set qlora_prompt = 'Q: {a}' -%}";
+        err.text[0] = 0;
+        int bad = template_find(&c, NULL, NULL, tokenizer, &region, &note, &err);
+        bool said = strstr(err.text, "out of memory") != NULL;
+        check(t, ledger.failed ? bad && said : n % 2 ? !bad : bad, "call %zu: %d, \"%s\"", n, bad,
+              err.text);
+        buffer_free(&note);
+        region_free(&region);
+        check_ledger(t, &ledger, "templates");
+        if (ledger.failed) calls = n + 40;
+    }
+    printf("    %zu allocations\n", calls - 40);
+    buffer_free(&b);
+    tokenizer_close(tokenizer);
+}
+
 // ------------------------------------------------------------------------------- what is refused
 
 // Finds a template and applies it to messages; the error must hold the words given.
@@ -531,6 +563,8 @@ static void added_tokens(Test *t) {
      templates_masks},                                                                            \
     {"templates_recognised", "programs however laid out; near misses are refused",                \
      templates_recognised},                                                                       \
+    {"templates_memory", "any allocation may fail while a template is recognised",                \
+     templates_memory},                                                                           \
     {"templates_refused", "what a template cannot express, in words that help",                   \
      templates_refused},                                                                          \
     {"prompt_templates", "text with {holes}: filled, learnt, saved, found again",                 \
