@@ -5482,6 +5482,7 @@ enum {
     ALTERNATES = 256,               // user, assistant, user, ... or refused
     MERGES = 512,                   // neighbours of one role are one turn
     THINKS = 1024,                  // Qwen3: see write_answer
+    SYSTEM_INSIDE = SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST,
     ASKS_ALWAYS = 2048,             // the header of an answer is there even if none is asked for
     BOS_INSIDE = 4096               // the program writes the first BOS together with other text
 };
@@ -5590,8 +5591,8 @@ typedef struct ChatTemplate {
 
 // ----------------------------------------------------------------- Jinja programs in one spelling
 //
-// What a chat_template does is told from its program, brought to one spelling: white space, comments
-// and quotes as Jinja treats them under transformers (trim_blocks, lstrip_blocks), x['role'] as
+// What a chat_template does is told from its program, brought to one spelling: white space and
+// comments as Jinja treats them under transformers (trim_blocks, lstrip_blocks), x['role'] as
 // x.role, neighbouring texts as one, branches for tools, which no message here has, left out. Two
 // programs that spell alike do the same. One that is known is thus recognised however it is laid
 // out and whatever it says of tools; one that is not is refused, never guessed at.
@@ -5606,6 +5607,7 @@ typedef struct {
     bool bos, wrote;                // begins with {{ bos_token }}, which is not spelled; any output
     bool joins;                     // the last thing written is an output that may be continued
     bool complex;                   // the expression is more than a sum
+    bool failed;                    // memory is short
     char blocks[MAX_JINJA_BLOCKS];  // open: 'i' an if that is not written yet, 'I' one that is, 'o'
     size_t depth;
     size_t dead;                    // blocks open in a branch that is left out, and this one itself
@@ -5617,10 +5619,13 @@ static bool is_word(char c) {
     return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
 }
 
+static int spell_text(JinjaReader *r, const char *text, size_t n) {
+    return buffer_append(r->e, text, n, r->err) ? (r->failed = true, -1) : 0;
+}
+
 // Appends a character of a string in the one spelling of strings, '...'.
 static int spell(JinjaReader *r, char c) {
-    return ((c == '\'' || c == '\\') && buffer_append(r->e, "\\", 1, r->err)) ||
-           buffer_append(r->e, &c, 1, r->err);
+    return ((c == '\'' || c == '\\') && spell_text(r, "\\", 1)) || spell_text(r, &c, 1) ? -1 : 0;
 }
 
 // Reads a string at its quote. NULL: unsupported, or out of memory.
@@ -5628,7 +5633,7 @@ static const char *read_jinja_string(JinjaReader *r, const char *p) {
     static const char from[] = "ntr\\'\"", to[] = "\n\t\r\\'\"";
     char quote = *p++;
     if (r->e->size >= 2 && memcmp(r->e->data + r->e->size - 2, "'+", 2) == 0) r->e->size -= 2;
-    else if (buffer_append(r->e, "'", 1, r->err)) return NULL;
+    else if (spell_text(r, "'", 1)) return NULL;
     for (; p < r->end && *p != quote; p++) {
         const char *escape = *p == '\\' && p + 1 < r->end && p[1] ? strchr(from, p[1]) : NULL;
         if (*p == '\\' && !escape) return NULL;
@@ -5636,7 +5641,7 @@ static const char *read_jinja_string(JinjaReader *r, const char *p) {
         if (spell(r, escape ? to[escape - from] : *p)) return NULL;
         if (escape) p++;
     }
-    return p < r->end && !buffer_append(r->e, "'", 1, r->err) ? p + 1 : NULL;
+    return p < r->end && !spell_text(r, "'", 1) ? p + 1 : NULL;
 }
 
 // The end of a subscript ['name'] at p, whose name it appends as .name, or NULL if it is none.
@@ -5652,8 +5657,7 @@ static const char *read_subscript(JinjaReader *r, const char *p) {
     if (!n || *p++ != quote) return NULL;
     while (p < r->end && is_blank(*p)) p++;
     if (p >= r->end || *p != ']') return NULL;
-    return buffer_append(r->e, ".", 1, r->err) || buffer_append(r->e, name, n, r->err) ? NULL
-                                                                                       : p + 1;
+    return spell_text(r, ".", 1) || spell_text(r, name, n) ? NULL : p + 1;
 }
 
 // Reads what stands in a tag that ends with `close` and }. Returns 1, 0 if unsupported, or -1.
@@ -5669,20 +5673,19 @@ static int read_tag(JinjaReader *r, char close) {
             r->strip = *p == '-';
             r->trim = close == '%' && *p != '+';
             r->at = q + 2;
-            return buffer_append(r->e, "", 1, r->err) ? -1 : 1;
+            return spell_text(r, "", 1) ? -1 : 1;
         }
         char c = *p, last = r->e->size ? r->e->data[r->e->size - 1] : 0;
         const char *next = c == '[' ? read_subscript(r, p) : NULL;
         if (c == '\'' || c == '"') {
             next = read_jinja_string(r, p);
-            if (!next) return 0;
+            if (!next) return r->failed ? -1 : 0;
         } else if (!next && !is_blank(c)) {
             bool apart = gap && is_word(c) && is_word(last);
             if (apart || c == '~') r->complex = true;
             braces += c == '{';
             braces -= c == '}' && braces;
-            if ((apart && buffer_append(r->e, " ", 1, r->err)) || buffer_append(r->e, &c, 1, r->err))
-                return -1;
+            if ((apart && spell_text(r, " ", 1)) || spell_text(r, &c, 1)) return -1;
         }
         gap = !next && is_blank(c);
         p = next ? next : p + 1;
@@ -5977,14 +5980,15 @@ static int fit_tokens(ChatTemplate *c, const Tokenizer *t, qlora_error *err) {
     c->bos = t->bos_token ? t->bos_token : "";
     c->eos = t->eos_token ? t->eos_token : "";
     c->end_id = -1;
-    for (size_t i = 0; i < MAX_CONTROLS && row->controls[i] && (!plain || *row->stop == *EOS); i++) {
-        int32_t id = add_control(c, t, row->controls[i]);
+    for (size_t i = 0; i < MAX_CONTROLS && row->controls[i] && plain == (*row->stop == *EOS); i++) {
+        const char *control = row->controls[i];
+        int32_t id = add_control(c, t, control);
         if (id < 0)
-            return fail(err, "template %s: %s must be one added token of the vocabulary and is not; "
-                        "--add-tokens '%s' makes it one, or choose the template that the model was "
-                        "made with, or one made of text (zephyr, alpaca)", row->name,
-                        row->controls[i], row->controls[i]);
-        if (strcmp(row->controls[i], c->end) == 0) c->end_id = id;
+            return fail(err, "template %s: %s must be one added token of the vocabulary and is "
+                        "not; --add-tokens '%s' makes it one, or choose the template that the "
+                        "model was made with, or one made of text (zephyr, alpaca)", row->name,
+                        control, control);
+        if (strcmp(control, c->end) == 0) c->end_id = id;
     }
     int32_t eos = *c->eos ? add_control(c, t, c->eos) : -1;
     if (*c->bos) add_control(c, t, c->bos);
@@ -6004,7 +6008,7 @@ static int unknown_template(const char *name, const char *text, uint64_t hash, R
     int bad = 0;
     for (size_t i = 0; i < N_TEMPLATE_ROWS && !bad; i++)
         bad = buffer_printf(&known, err, "%s%s", i ? ", " : "", template_rows[i].name);
-    if (bad) {}
+    if (bad) buffer_free(&known);
     else if (name) fail(err, "template \"%s\" is not known; known are: %s", name, known.data);
     else if (strstr(text, "strftime_now"))
         fail(err, "the model's own chat template writes the date of the day, which training cannot "
@@ -6012,8 +6016,8 @@ static int unknown_template(const char *name, const char *text, uint64_t hash, R
              "is fixed; known are: %s", known.data);
     else
         fail(err, "the model's own chat template, which begins \"%.60s\" (program %016llx), does "
-             "not do what one of those known does; pass --template NAME to train and chat with that "
-             "one instead, or --prompt-template TEXT; known are: %s", text,
+             "not do what one of those known does; pass --template NAME to train and chat with "
+             "that one instead, or --prompt-template TEXT; known are: %s", text,
              (unsigned long long)hash, known.data);
     buffer_free(&known);
     return -1;
@@ -6024,7 +6028,7 @@ static int prompt_template(ChatTemplate *c, const char *text, size_t n, const To
 static int find_saved_prompt(ChatTemplate *c, const char *text, const Tokenizer *t, Region *region,
                              qlora_error *err);
 
-// Fits a template to the tokenizer. Named, it is that row; with a prompt, text with holes; otherwise
+// Fits a template to the tokenizer. Named, it is that row; with a prompt, text with holes; else
 // what the model's own chat_template stands for, or, without one, ChatML. If the vocabulary lacks
 // ChatML's tokens then (a raw Llama-2), its headers are ordinary text and the model's own
 // end-of-text token ends a turn: every program stops there. Lines that a person should see are
@@ -6047,13 +6051,15 @@ static int template_find(ChatTemplate *out, const char *name, const char *prompt
         bool plain = false;
         for (size_t i = 0; i < 2; i++) plain |= add_control(&none, t, chatml->controls[i]) < 0;
         set_row(out, chatml, plain);
-        if (buffer_printf(note, err, "template chatml: the model has no chat template of its own%s\n",
-                          plain ? ", nor ChatML's tokens: its headers are written as plain text "
-                                  "and turns end with the end-of-text token" : ""))
+        if (buffer_printf(note, err, "template chatml: the model has no chat template of its own"
+                          "%s\n", !plain ? "" : ", nor ChatML's tokens: its headers are written "
+                          "as plain text and turns end with the end-of-text token"))
             return -1;
     }
-    // Where the model's program does not decide on a BOS, its tokenizer does, unless questions bring it.
-    if (!text && adds_bos && !strchr(out->turns[ROLE_USER].before, *BOS)) out->begin = BOS;
+    // Where no program of the model decides on a BOS, its tokenizer does, unless questions have it.
+    bool has_bos = *out->turns[ROLE_USER].before == *BOS ||
+                   *out->turns[ROLE_ASSISTANT].before == *BOS;
+    if (!text && adds_bos && !has_bos) out->begin = BOS;
     return fit_tokens(out, t, err);
 }
 
@@ -6064,46 +6070,48 @@ static int template_find(ChatTemplate *out, const char *name, const char *prompt
 // stands before the first hole and before the answer begins and ends a user's turn, so that a
 // template with one hole for the question can be chatted with.
 
-// Makes `c` a template of that text.
+// Makes `c` a template of that text. BOS at its beginning and EOS at its end, if they are there as
+// text, are the template's own, so that neither is doubled.
 static int prompt_template(ChatTemplate *c, const char *text, size_t n, const Tokenizer *t,
                            Region *region, qlora_error *err) {
+    const char *bos = t->bos_token ? t->bos_token : "", *eos = t->eos_token ? t->eos_token : "";
+    size_t n_bos = strlen(bos), n_eos = strlen(eos), i = starts_with(text, n, bos) ? n_bos : 0;
     TemplateRow *row = region_alloc(region, 1, sizeof *row, err);
-    char *copy = region_alloc(region, 2 * n + 4, 1, err), *out = copy;
-    const char *prompt = region_text(region, text, n, err);
+    char *copy = region_alloc(region, n + 4, 1, err), *out = copy;
+    const char *prompt = region_text(region, text, n, err), **part;
     c->holes = region_alloc(region, n + 1, sizeof *c->holes, err);
-    c->between = region_alloc(region, n + 1, sizeof *c->between, err);
-    if (!row || !copy || !prompt || !c->holes || !c->between) return -1;
-    const char *first = out;
-    for (size_t i = 0; i < n; i++) {
+    c->between = part = region_alloc(region, n + 2, sizeof *part, err);
+    if (!row || !copy || !prompt || !c->holes || !part) return -1;
+    if (i) *out++ = *BOS;
+    if (n_eos && n >= i + n_eos && memcmp(text + n - n_eos, eos, n_eos) == 0) n -= n_eos;
+    for (*part++ = copy; i < n; i++) {
         bool brace = text[i] == '{' || text[i] == '}', twice = i + 1 < n && text[i + 1] == text[i];
         if (text[i] == *BOS || text[i] == *EOS)
             return fail(err, "prompt template: a control character at byte %zu", i + 1);
-        if (!brace || twice) { *out++ = text[i]; i += brace; continue; }
+        if (!brace || twice) {
+            *out++ = text[i];
+            i += brace;
+            continue;
+        }
         size_t length = strcspn(text + i + 1, "{}");
         if (text[i] == '}' || !length || text[i + 1 + length] != '}')
-            return fail(err, "prompt template, byte %zu: expected {field}, found \"%.20s\"; a brace "
-                        "itself is written {{ or }}", i + 1, text + i);
+            return fail(err, "prompt template, byte %zu: expected {field}, found \"%.20s\"; a "
+                        "brace itself is written {{ or }}", i + 1, text + i);
         *out++ = 0;
         c->holes[c->n_holes] = region_text(region, text + i + 1, length, err);
-        if (!c->holes[c->n_holes]) return -1;
-        c->between[c->n_holes++] = out;
+        if (!c->holes[c->n_holes++]) return -1;
+        *part++ = out;
         i += length + 1;
     }
-    // A text that ends with the end token itself, or begins with BOS, must not get a second one.
-    const char *eos = t->eos_token ? t->eos_token : EOS, *tail = c->n_holes ? c->between[c->n_holes - 1] : "";
-    size_t n_tail = (size_t)(out - tail), n_eos = strlen(eos);
-    if (c->n_holes && n_tail >= n_eos && memcmp(out - n_eos, eos, n_eos) == 0) out -= n_eos;
     memcpy(out, EOS, 2);
-    if (t->bos_token && *t->bos_token && starts_with(first, strlen(first), t->bos_token)) {
-        first += strlen(t->bos_token) - 1;
-        copy[first - copy] = *BOS;
-    }
     if (!c->n_holes)
         return fail(err, "prompt template \"%.60s\": expected {field} for the answer, found none",
                     text);
-    *row = (TemplateRow){.name = "prompt", .stop = EOS, .flags = NO_SYSTEM, .begin = "",
-        .turns = {NO_TURN, {first, "", c->n_holes > 1 ? c->between[c->n_holes - 2] : ""},
-                  {c->n_holes > 1 ? "" : first, c->between[c->n_holes - 1], ""}}};
+    bool asks = c->n_holes > 1;
+    const char *first = c->between[0], *answer = part[-1], *question = asks ? part[-2] : "";
+    c->between++;                                     // from now on what follows each hole
+    *row = (TemplateRow){.name = "prompt", .stop = EOS, .flags = NO_SYSTEM,
+        .turns = {NO_TURN, {asks ? first : "", "", question}, {asks ? "" : first, answer, ""}}};
     set_row(c, row, false);
     c->prompt = prompt;
     return 0;
@@ -6266,7 +6274,8 @@ static int write_answer(TemplateWriter *w, size_t i, const char *text, size_t n)
         length = (size_t)(end - text);
         trim_newlines(&thought, &length, false, true);
         const char *start = find_mark(thought, length, open, true);
-        if (start) { length -= (size_t)(start - thought) + strlen(open); thought = start + strlen(open); }
+        if (start) length -= (size_t)(start - thought) + strlen(open);
+        if (start) thought = start + strlen(open);
         trim_newlines(&thought, &length, true, false);
         const char *rest = find_mark(text, n, close, true) + strlen(close);
         n -= (size_t)(rest - text);
@@ -6320,14 +6329,14 @@ static int write_turn(TemplateWriter *w, int role, const char *opening, bool ski
            write_string(w, form->after, turn);
 }
 
-// The system message that stands in for none, or the opening of the one there is.
-static int write_default_system(TemplateWriter *w, const char *opening) {
-    const ChatTemplate *c = w->c;
-    const char *system = c->system;
-    bool input = w->n && w->messages[0].input && c->row->input_system;
-    if (input) system = c->row->input_system;
+// The system message that stands in for none.
+static int write_default_system(TemplateWriter *w) {
+    const TemplateRow *row = w->c->row;
+    bool input = w->messages[0].input && row->input_system;
+    const char *system = input ? row->input_system : w->c->system;
     w->body.size = 0;
-    return add_body(w, system, strlen(system)) || write_turn(w, ROLE_SYSTEM, opening, false);
+    return add_body(w, system, strlen(system)) ||
+           write_turn(w, ROLE_SYSTEM, row->opening ? row->opening : "", false);
 }
 
 // Refuses what the template cannot express, and finds the messages that matter to others.
@@ -6340,11 +6349,11 @@ static int survey(TemplateWriter *w) {
     for (size_t i = 0; i < n; i++) {
         const Message *m = &w->messages[i];
         int role = role_of(m);
-        bool apart = flags & (SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
         if (role < 0)
             return fail(w->err, "message %zu: role \"%s\" is not supported; expected system, user "
                         "or assistant", i + 1, m->role);
-        if (role == ROLE_SYSTEM && (flags & NO_SYSTEM || (apart && i && !(flags & MERGES))))
+        if (role == ROLE_SYSTEM &&
+            (flags & NO_SYSTEM || (flags & SYSTEM_INSIDE && i && !(flags & MERGES))))
             return fail(w->err, "message %zu: the template %s has no place for a system message "
                         "here; put its text into the user's first message", i + 1, name);
         if (role == ROLE_SYSTEM) continue;
@@ -6361,42 +6370,47 @@ static int survey(TemplateWriter *w) {
             w->query = i;
     }
     bool system = role_of(&w->messages[0]) == ROLE_SYSTEM || flags & MERGES;
-    w->host = !system ? n : flags & SYSTEM_IN_FIRST ? first_user : flags & SYSTEM_IN_LAST ? last_user
-            : flags & SYSTEM_IF_LAST && last_user == n - 1 ? last_user : n;
+    bool last = flags & SYSTEM_IN_LAST || (flags & SYSTEM_IF_LAST && last_user == n - 1);
+    w->host = !system ? n : flags & SYSTEM_IN_FIRST ? first_user : last ? last_user : n;
     return 0;
+}
+
+// Writes message i, and those that are one turn with it; *next is the one after these.
+static int write_message(TemplateWriter *w, size_t i, size_t *next) {
+    const ChatTemplate *c = w->c;
+    const Message *m = w->messages;
+    const char *opening = c->row->opening && !i ? c->row->opening : "";
+    int role = role_of(&m[i]), other;
+    bool skip = m[i].skip, host = i == w->host;
+    size_t end = i + 1;
+    for (; c->flags & MERGES && end < w->n; end++) {
+        other = role_of(&m[end]);
+        if (other != role && other != ROLE_SYSTEM) break;
+        host = host || end == w->host;
+    }
+    *next = end;
+    w->body.size = 0;
+    if (role == ROLE_SYSTEM && c->flags & SYSTEM_INSIDE) { *next = i + 1; return 0; }
+    if (role == ROLE_SYSTEM && c->flags & SKIP_EMPTY_SYSTEM && !m[i].length) return 0;
+    if (host && add_system(w)) return -1;
+    for (size_t k = i; k < end; k++) {
+        if (role_of(&m[k]) != role) continue;
+        if ((k > i && add_body(w, "\n\n", 2)) || add_content(w, k, role)) return -1;
+        skip = skip || m[k].skip;
+    }
+    if (c->flags & MERGES && role == ROLE_ASSISTANT && !w->body.size)
+        return fail(w->err, "message %zu: the template %s has no empty answers", i + 1,
+                    c->row->name);
+    return write_turn(w, role, role == ROLE_SYSTEM ? opening : "", skip);
 }
 
 static int write_messages(TemplateWriter *w, bool ask) {
     const ChatTemplate *c = w->c;
-    const Message *m = w->messages;
-    bool all = w->mask == MASK_ALL, merges = c->flags & MERGES;
-    const char *opening = c->row->opening ? c->row->opening : "";
+    bool all = w->mask == MASK_ALL;
     if (survey(w) || write_string(w, c->begin, all)) return -1;
-    if (c->system && role_of(&m[0]) != ROLE_SYSTEM && write_default_system(w, opening)) return -1;
-    for (size_t i = 0, next; i < w->n; i = next) {
-        int role = role_of(&m[i]);
-        bool skip = m[i].skip, inside = c->flags & (SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
-        next = i + 1;
-        if (role == ROLE_SYSTEM && (inside || (c->flags & SKIP_EMPTY_SYSTEM && !m[i].length)))
-            continue;
-        w->body.size = 0;
-        bool host = i == w->host;
-        size_t last = i;
-        for (; merges && next < w->n && (role_of(&m[next]) == role || role_of(&m[next]) == ROLE_SYSTEM);
-             next++)
-            if (role_of(&m[next]) == role) { last = next; host |= next == w->host; }
-        if (host && add_system(w)) return -1;
-        for (size_t k = i; k <= last; k++) {
-            if (role_of(&m[k]) != role) continue;
-            if ((k > i && add_body(w, "\n\n", 2)) || add_content(w, k, role)) return -1;
-            skip = skip || m[k].skip;
-        }
-        if (merges && role == ROLE_ASSISTANT && !w->body.size)
-            return fail(w->err, "message %zu: the template %s has no empty answers", i + 1,
-                        c->row->name);
-        if (write_turn(w, role, role == ROLE_SYSTEM && !i ? opening : "", skip))
-            return -1;
-    }
+    if (c->system && role_of(&w->messages[0]) != ROLE_SYSTEM && write_default_system(w)) return -1;
+    for (size_t i = 0; i < w->n;)
+        if (write_message(w, i, &i)) return -1;
     return write_string(w, ask ? c->ask : c->tail, !ask && all) || end_chunk(w) ? -1 : 0;
 }
 
@@ -6457,103 +6471,108 @@ static int jinja(Buffer *b, qlora_error *err, const char *format, const char *co
     return buffer_append(b, format, strlen(format), err);
 }
 
-#define FROM_USER "message['role'] == 'user'"
-#define SET_SYSTEM "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}" \
-    "{% set turns = messages[1:] if messages[0]['role'] == 'system' else messages %}"
+#define IS(role) "message['role'] == '" role "'"
+#define OTHER(index, outside) "loop." outside " or turns[loop.index0 " index "]['role'] != "      \
+    "message['role']"
+#define SYSTEM_FIRST "messages[0]['role'] == 'system'"
+#define TAKE_SYSTEM "{% set system = messages[0]['content'] if " SYSTEM_FIRST " else '' %}"        \
+    "{% set turns = messages[1:] if " SYSTEM_FIRST " else messages %}"
 
 // What is worked out before the loop over the messages.
 static int jinja_prelude(const ChatTemplate *c, Buffer *b, qlora_error *err) {
     const TurnForm *form = &c->turns[ROLE_SYSTEM];
-    const char *opening = c->row->opening;
-    const char *const strings[] = {form->before, opening ? opening : c->system, form->end, form->after};
-    const char *text = c->flags & MERGES ?
-            "{% set system = messages | selectattr('role', 'equalto', 'system') | "
-            "map(attribute='content') | join('\\n\\n') %}"
-            "{% set turns = messages | rejectattr('role', 'equalto', 'system') | list %}"
-            "{% set ns = namespace(last=0) %}{% for message in turns %}{% if " FROM_USER
-            " and (loop.first or turns[loop.index0 - 1]['role'] != 'user') %}"
-            "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
-        : c->flags & (SYSTEM_IN_FIRST | SYSTEM_IF_LAST) ? SET_SYSTEM
-        : c->flags & THINKS ?
-            "{% set ns = namespace(query=messages | length - 1) %}{% for message in messages %}"
-            "{% if " FROM_USER " and not (message['content'].startswith('<tool_response>') and "
-            "message['content'].endswith('</tool_response>')) %}{% set ns.query = loop.index0 %}"
-            "{% endif %}{% endfor %}"
-        : opening ? SET_SYSTEM "{{ %s + %s + system | trim + %s + %s }}"
-        : c->system ? "{% if messages[0]['role'] != 'system' %}{{ %s + %s + %s + %s }}{% endif %}" : "";
-    return jinja(b, err, text, strings);
+    const char *opening = c->row->opening, *text = opening ? opening : c->system;
+    const char *const strings[] = {form->before, text, form->end, form->after};
+    static const char merges[] =
+        "{% set system = messages | selectattr('role', 'equalto', 'system') | "
+        "map(attribute='content') | join('\\n\\n') %}"
+        "{% set turns = messages | rejectattr('role', 'equalto', 'system') | list %}"
+        "{% set ns = namespace(last=0) %}{% for message in turns %}{% if " IS("user")
+        " and (" OTHER("- 1", "first") ") %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}";
+    static const char thinks[] =
+        "{% set ns = namespace(query=messages | length - 1) %}{% for message in messages %}"
+        "{% if " IS("user") " and not (message['content'].startswith('<tool_response>') and "
+        "message['content'].endswith('</tool_response>')) %}{% set ns.query = loop.index0 %}"
+        "{% endif %}{% endfor %}";
+    return jinja(b, err,
+                 c->flags & MERGES ? merges
+                 : c->flags & SYSTEM_INSIDE ? TAKE_SYSTEM
+                 : c->flags & THINKS ? thinks
+                 : opening ? TAKE_SYSTEM "{{ %s + %s + system | trim + %s + %s }}"
+                 : c->system ? "{% if not " SYSTEM_FIRST " %}{{ %s + %s + %s + %s }}{% endif %}"
+                             : "", strings);
 }
 
 // What is worked out for each message: whether it may stand there, and `content`.
 static int jinja_content(const ChatTemplate *c, Buffer *b, qlora_error *err) {
     const TurnForm *form = &c->turns[ROLE_SYSTEM];
     const char *const strings[] = {form->before, form->after};
-    static const char alternate[] = "{% if (" FROM_USER ") != (loop.index0 % 2 == 0) %}"
+    static const char alternates[] = "{% if (" IS("user") ") != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('roles must alternate: user, assistant, user, ...') }}{% endif %}";
-    static const char no_empty[] = "{% if loop.first and message['role'] != 'user' or not ("
-        "message['content'] or " FROM_USER " or turns[loop.index0 - 1]['role'] != 'user' or "
-        "not loop.last and turns[loop.index0 + 1]['role'] != 'user') %}"
+    static const char merges[] =
+        "{% if loop.first and not " IS("user") " or not message['content'] and "
+        IS("assistant") " and (" OTHER("- 1", "first") ") and (" OTHER("+ 1", "last") ") %}"
         "{{ raise_exception('expected a user message first, and no empty answers') }}{% endif %}";
-    const char *place = c->flags & MERGES && c->flags & SYSTEM_IN_LAST ? "loop.index0 == ns.last and system"
-        : c->flags & MERGES ? "loop.first and system"
-        : c->flags & SYSTEM_IN_FIRST ? "loop.first and messages[0]['role'] == 'system'"
-        : c->flags & SYSTEM_IF_LAST
-            ? "loop.last and " FROM_USER " and messages[0]['role'] == 'system'" : NULL;
-    if (c->flags & ALTERNATES && buffer_append(b, alternate, strlen(alternate), err)) return -1;
-    if (c->flags & MERGES && buffer_append(b, no_empty, strlen(no_empty), err)) return -1;
-    if (!(c->flags & THINKS) && !place) return 0;
-    if (buffer_printf(b, err, "{%% set content = message['content'] %%}")) return -1;
-    if (place)
-        return buffer_printf(b, err, "{%% if %s %%}", place) ||
-               jinja(b, err, "{% set content = %s + system + %s + content %}{% endif %}", strings);
-    return jinja(b, err,
-        "{% if message['role'] == 'assistant' %}{% set thought = '' %}{% if '</think>' in content %}"
+    static const char thinks[] =
+        "{% if " IS("assistant") " %}{% set thought = '' %}{% if '</think>' in content %}"
         "{% set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1]"
-        ".lstrip('\\n') %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}"
-        "{% if loop.index0 > ns.query and (loop.last or thought) %}{% set content = '<think>\\n' + "
-        "thought.strip('\\n') + '\\n</think>\\n\\n' + content.lstrip('\\n') %}{% endif %}{% endif %}",
-        NULL);
+        ".lstrip('\\n') %}{% set content = content.split('</think>')[-1].lstrip('\\n') %}"
+        "{% endif %}{% if loop.index0 > ns.query and (loop.last or thought) %}"
+        "{% set content = '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + "
+        "content.lstrip('\\n') %}{% endif %}{% endif %}";
+    static const char inside[] = "{% set content = %s + system + %s + content %}{% endif %}";
+    const char *has = c->flags & MERGES ? "system" : SYSTEM_FIRST;
+    const char *place = c->flags & SYSTEM_IN_FIRST  ? "loop.first"
+                        : c->flags & SYSTEM_IN_LAST ? "loop.index0 == ns.last"
+                                                    : "loop.last and " IS("user");
+    if ((c->flags & ALTERNATES && jinja(b, err, alternates, NULL)) ||
+        (c->flags & MERGES && jinja(b, err, merges, NULL)))
+        return -1;
+    if (!(c->flags & (THINKS | SYSTEM_INSIDE))) return 0;
+    return jinja(b, err, "{% set content = message['content'] %}", NULL) ||
+           (c->flags & THINKS ? jinja(b, err, thinks, NULL)
+                              : buffer_printf(b, err, "{%% if %s and %s %%}", place, has) ||
+                                    jinja(b, err, inside, strings));
 }
 
 // The turns of one role.
 static int jinja_turn(const ChatTemplate *c, int role, Buffer *b, qlora_error *err) {
     const TurnForm *form = &c->turns[role];
     const char *const strings[] = {form->before, form->end, form->after};
-    bool own = c->flags & (THINKS | SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
     bool some = role == ROLE_SYSTEM && c->flags & SKIP_EMPTY_SYSTEM;
-    const char *content = own ? "content" : "message['content']";
+    const char *content = c->flags & (THINKS | SYSTEM_INSIDE) ? "content" : "message['content']";
     const char *trimmed = c->flags >> role & 1 ? " | trim" : "";
     if (buffer_printf(b, err, "{%% %s message['role'] == '%s'%s %%}", role ? "elif" : "if",
                       role_names[role], some ? " and message['content']" : ""))
         return -1;
     if (role == ROLE_SYSTEM && c->flags & NO_SYSTEM)
-        return buffer_printf(b, err, "{{ raise_exception('no system messages') }}");
+        return jinja(b, err, "{{ raise_exception('no system messages') }}", NULL);
     if (c->flags & MERGES)
-        return jinja(b, err, "{{ %s if loop.first or turns[loop.index0 - 1]['role'] != message['role'] "
-                     "else '\\n\\n' }}{{ content }}{% if loop.last or turns[loop.index0 + 1]['role'] "
-                     "!= message['role'] %}{{ %s + %s }}{% endif %}", strings);
+        return jinja(b, err, "{{ %s if " OTHER("- 1", "first") " else '\\n\\n' }}{{ content }}"
+                     "{% if " OTHER("+ 1", "last") " %}{{ %s + %s }}{% endif %}", strings);
     return jinja(b, err, "{{ %s + ", strings) || buffer_printf(b, err, "%s%s", content, trimmed) ||
            jinja(b, err, " + %s + %s }}", strings + 1);
 }
 
 // The template as the Jinja program that other tools read: what was trained with is what is served.
 static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err) {
-    const char *const strings[] = {c->ask, c->tail};
-    bool turns = c->row->opening || c->flags & (SYSTEM_IN_FIRST | SYSTEM_IN_LAST | SYSTEM_IF_LAST);
-    if (c->prompt && (buffer_printf(b, err, "{%%- set qlora_prompt = ") ||
+    const char *const ends[] = {c->ask, c->tail};
+    bool turns = c->row->opening || c->flags & SYSTEM_INSIDE;
+    if (c->prompt && (jinja(b, err, "{%- set qlora_prompt = ", NULL) ||
                       jinja_literal(b, c->prompt, strlen(c->prompt), err) ||
-                      buffer_printf(b, err, " -%%}")))
+                      jinja(b, err, " -%}", NULL)))
         return -1;
-    if ((*c->begin && buffer_printf(b, err, "{{ bos_token }}")) || jinja_prelude(c, b, err) ||
+    if ((*c->begin && jinja(b, err, "{{ bos_token }}", NULL)) || jinja_prelude(c, b, err) ||
         buffer_printf(b, err, "{%% for message in %s %%}", turns ? "turns" : "messages") ||
         jinja_content(c, b, err))
         return -1;
     for (int role = 0; role < N_ROLES; role++)
         if (jinja_turn(c, role, b, err)) return -1;
-    const char *end = c->flags & ASKS_ALWAYS ? "{{ %s }}"
-        : *c->tail ? "{% if add_generation_prompt %}{{ %s }}{% else %}{{ %s }}{% endif %}"
-        : "{% if add_generation_prompt %}{{ %s }}{% endif %}";
-    return buffer_printf(b, err, "{%% endif %%}{%% endfor %%}") || jinja(b, err, end, strings) ? -1 : 0;
+    return jinja(b, err, "{% endif %}{% endfor %}", NULL) ||
+           jinja(b, err, c->flags & ASKS_ALWAYS ? "{{ %s }}"
+                         : *c->tail ? "{% if add_generation_prompt %}{{ %s }}{% else %}{{ %s }}"
+                                      "{% endif %}"
+                                    : "{% if add_generation_prompt %}{{ %s }}{% endif %}", ends);
 }
 
 // Makes `c` the prompt template that a program written above holds, if that is what it is.
@@ -6565,7 +6584,8 @@ static int find_saved_prompt(ChatTemplate *c, const char *text, const Tokenizer 
     if (!starts_with(text, n, start)) return 0;
     JinjaReader r = {.end = text + n, .e = &e, .err = err};
     int bad = read_jinja_string(&r, text + strlen(start)) ? 0 : -1;
-    for (size_t i = 1; !bad && i + 1 < e.size; i++) e.data[1 + plain++] = e.data[i += e.data[i] == '\\'];
+    for (size_t i = 1; !bad && i + 1 < e.size; i++)           // without quotes and backslashes
+        e.data[1 + plain++] = e.data[i += e.data[i] == '\\'];
     if (!bad) bad = prompt_template(c, e.data + 1, plain, t, region, err);
     for (int bos = 0; bos < 2 && !bad; bos++) {
         c->begin = bos ? BOS : "";
@@ -6602,11 +6622,11 @@ static int write_chat_template(const ChatTemplate *c, const char *directory, Reg
 static int tokenizer_add(Tokenizer *t, const char *list, size_t vocab_size, qlora_error *err) {
     Vocabulary *v = &t->vocabulary;
     Loader l = {.t = t, .directory = "--add-tokens", .file = "--add-tokens", .err = err};
-    AddedToken *added = region_alloc(&t->region, t->added_raw.n + strlen(list) / 2 + 1, sizeof *added, err);
+    size_t room = t->added_raw.n + strlen(list) / 2 + 1, next = 0, n;
+    AddedToken *added = region_alloc(&t->region, room, sizeof *added, err);
     if (!added) return -1;
     if (t->added_raw.n) memcpy(added, t->added_raw.tokens, t->added_raw.n * sizeof *added);
     t->added_raw.tokens = added;
-    size_t next = 0, n;
     for (size_t id = 0; id < v->n_ids; id++) next += v->tokens[id].text && !v->tokens[id].outside;
     for (size_t id = next; id < v->n_ids; id++)
         if (v->tokens[id].text && v->tokens[id].added) next = id + 1;
@@ -6616,10 +6636,10 @@ static int tokenizer_add(Tokenizer *t, const char *list, size_t vocab_size, qlor
         size_t id = known >= 0 ? (size_t)known : next;
         if (!n || (known >= 0 && v->tokens[known].added)) continue;
         if (id >= vocab_size)
-            return fail(err, "--add-tokens: %.*s would be token %zu, and the model has rows for %zu "
-                        "only; rows for new tokens cannot be trained yet: choose a --template whose "
-                        "strings are tokens of this model, or text (zephyr, alpaca)", (int)min_size(n, 80),
-                        list, id, vocab_size);
+            return fail(err, "--add-tokens: %.*s would be token %zu, and the model has rows for "
+                        "%zu only; rows for new tokens cannot be trained yet: choose a --template "
+                        "whose strings are tokens of this model, or text (zephyr, alpaca)",
+                        (int)min_size(n, 80), list, id, vocab_size);
         if (known < 0) { vocabulary_add(&l, list, n, id); next++; }
         if (l.failed) return -1;
         v->tokens[id].outside = known < 0;
@@ -6674,12 +6694,13 @@ static int insert_json(Buffer *file, const char *list, const char *item, Region 
     int bad = buffer_printf(&wrapped, err, object ? "{%s}" : "[%s]", item) ||
               !(json = json_parse(wrapped.data, wrapped.size, "a token", 1, region, err)) ||
               (!empty && buffer_append(&text, ",", 1, err));
+    const Json *child = bad ? NULL : json->first;
     if (!bad && !lines) bad = buffer_printf(&text, err, empty ? "%s" : " %s", item);
     if (!bad && lines)
         bad = buffer_printf(&text, err, "\n%*s", indent, "") ||
-              (object && (json_write_string(&text, json->first->key, json->first->key_length, err) ||
+              (object && (json_write_string(&text, child->key, child->key_length, err) ||
                           buffer_append(&text, ": ", 2, err))) ||
-              json_write(&text, json->first, indent, err);
+              json_write(&text, child, indent, err);
     size_t at = (size_t)(end - file->data);
     if (!bad) bad = buffer_reserve(file, text.size + 1, err);
     if (!bad) {
@@ -6713,7 +6734,8 @@ static int describe_token(Buffer *b, const Token *token, size_t id, const TokenL
     if (list->as == AS_ID) return buffer_printf(b, err, ": %zu", id);
     return list->as == AS_NAME ? buffer_append(b, "", 1, err)
         : buffer_printf(b, err, ", \"lstrip\": false, \"normalized\": false, \"rstrip\": false, "
-                        "\"single_word\": false, \"special\": %s}", token->special ? "true" : "false");
+                        "\"single_word\": false, \"special\": %s}",
+                        token->special ? "true" : "false");
 }
 
 // Enters the new tokens in one list. *listed: it is there.
@@ -6735,9 +6757,10 @@ static int write_token_list(const Tokenizer *t, const TokenList *list, const cha
     for (size_t id = 0; id < v->n_ids && !bad && *listed; id++) {
         const char *at = skip_blank(file.data);
         if (!v->tokens[id].fresh || (list->as == AS_NAME && !v->tokens[id].special)) continue;
+        if (*list->list) at = find_list(at, list->list);
         item.size = 0;
         bad = describe_token(&item, &v->tokens[id], id, list, err) ||
-              insert_json(&file, *list->list ? find_list(at, list->list) : at, item.data, region, err);
+              insert_json(&file, at, item.data, region, err);
     }
     if (!bad && *listed) bad = write_file(path, file.data, file.size, err);
     buffer_free(&file);
@@ -6752,7 +6775,8 @@ static int write_added_tokens(const Tokenizer *t, const char *directory, Region 
     for (size_t id = 0; id < t->vocabulary.n_ids; id++) fresh |= t->vocabulary.tokens[id].fresh;
     for (size_t i = 0; i < sizeof token_lists / sizeof *token_lists && fresh; i++) {
         bool create = token_lists[i].as == AS_ID && !known;
-        if (write_token_list(t, &token_lists[i], directory, create, &listed, region, err)) return -1;
+        if (write_token_list(t, &token_lists[i], directory, create, &listed, region, err))
+            return -1;
         known |= listed && token_lists[i].as <= AS_MEMBER;
     }
     return 0;

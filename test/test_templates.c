@@ -8,6 +8,8 @@
 #define TEMPLATES "test/fixtures/templates/rows.json"
 #define TEMPLATE_WORK "build/templates-%d"              // + process id: where copies live
 
+#define SAY(role, text) {role, text, sizeof text - 1, false, 0}
+
 static const char *text_of(const Json *json, const char *key) {
     const char *text = json_get_text(json, key);
     return text ? text : "";
@@ -55,11 +57,12 @@ static int same_conversation(Test *t, const ChatTemplate *c, const Tokenizer *to
             check(t, good, "%s, conversation %zu: token %zu is %d, expected %s", what, number, i,
                   i < a.learn.size ? ids[i] : -1, e->text);
         }
-        if (good) check(t, good = i == a.learn.size, "%s, conversation %zu: %zu tokens, expected %zu",
-                        what, number, a.learn.size, i);
+        if (good)
+            good = check(t, i == a.learn.size, "%s, conversation %zu: %zu tokens, expected %zu",
+                         what, number, a.learn.size, i);
         for (i = 0; good && *learn && i < a.learn.size; i++)
-            check(t, good = a.learn.data[i] == learn[i] - '0', "%s, conversation %zu: mask of token "
-                  "%zu is %d", what, number, i, a.learn.data[i]);
+            good = check(t, a.learn.data[i] == learn[i] - '0', "%s, conversation %zu: the mask of "
+                         "token %zu is %d", what, number, i, a.learn.data[i]);
     }
     free_applied(&a);
     return good;
@@ -79,8 +82,8 @@ static Tokenizer *open_with(const Json *set, qlora_error *err) {
     return tokenizer;
 }
 
-// A set: {"name": ..., "row": "chatml", "program": the real template, only in large files, "system":
-// its default system text, "flags": those of its program, "tokenizer", "add", "conversations"}.
+// A set: {"name": ..., "row": "chatml", "program": the real template, only in large files,
+// "system": its default system text, "flags": its program's, "tokenizer", "add", "conversations"}.
 static void check_set(Test *t, const Json *set, size_t *tried, size_t *equal) {
     qlora_error err = {{0}};
     Region region = {.allocator = &heap};
@@ -157,19 +160,19 @@ static void templates_saved(Test *t) {
 
 // ------------------------------------------------------------------------------------------- masks
 
-// For every set of the fixture: what each mask learns follows from what the content mask learns, and
-// a message that is skipped loses its own tokens only.
+// For every set of the fixture: what each mask learns follows from what the content mask learns,
+// and a message that is skipped loses its own tokens only.
 static void check_masks(Test *t, const ChatTemplate *c, const Tokenizer *tokenizer) {
-    static const Message list[] = {{"user", "Hello", 5, false, 0}, {"assistant", "Hi there", 8, false, 0},
-                                   {"user", "And?", 4, false, 0}, {"assistant", "So", 2, false, 0}};
+    static const Message list[] = {SAY("user", "Hello"), SAY("assistant", "Hi there"),
+                                   SAY("user", "And?"), SAY("assistant", "So")};
     const char *name = c->row->name;
     Message skipped[4];
     Applied a[3], one, none;
     qlora_error err = {{0}};
     size_t answers = 0, ends = 0;
     for (int mask = MASK_CONTENT; mask <= MASK_ALL; mask++)
-        if (!check(t, !apply(&a[mask], c, tokenizer, list, 4, (MaskKind)mask, false, &err), "%s: %s",
-                   name, err.text)) return;
+        if (!check(t, !apply(&a[mask], c, tokenizer, list, 4, (MaskKind)mask, false, &err),
+                   "%s: %s", name, err.text)) return;
     memcpy(skipped, list, sizeof list);
     skipped[1].skip = true;
     bool bad = apply(&one, c, tokenizer, skipped, 4, MASK_CONTENT, false, &err);
@@ -182,7 +185,8 @@ static void check_masks(Test *t, const ChatTemplate *c, const Tokenizer *tokeniz
           a[2].learn.size == n && memcmp(ids, a[2].ids.data, n * sizeof *ids) == 0,
           "%s: the mask changes the ids", name);
     for (size_t i = 0; i < n; i++) {
-        bool content = a[MASK_CONTENT].learn.data[i], before = i && a[MASK_CONTENT].learn.data[i - 1];
+        const char *learn = a[MASK_CONTENT].learn.data;
+        bool content = learn[i], before = i && learn[i - 1];
         answers += content && !before;
         ends += content && ids[i] == c->end_id;
         if (answers == 1 && content) half++;
@@ -193,7 +197,8 @@ static void check_masks(Test *t, const ChatTemplate *c, const Tokenizer *tokeniz
         if (none.learn.data[i] && !c->system)
             check(t, ids[i] != c->end_id, "%s: what is skipped is learnt", name);
     }
-    check(t, answers == 2 && ends == 2, "%s: %zu answers, %zu ends are learnt", name, answers, ends);
+    check(t, answers == 2 && ends == 2, "%s: %zu answers, %zu ends are learnt", name, answers,
+          ends);
     check(t, half >= 2 && later >= 2, "%s: an answer and its end are learnt", name);
     for (size_t i = 0; i < 3; i++) free_applied(&a[i]);
     free_applied(&one);
@@ -204,16 +209,17 @@ static void templates_masks(Test *t) {
     Region region = {.allocator = &heap};
     qlora_error err = {{0}};
     bool found;
-    const Json *root = read_json("test/fixtures/templates", "rows.json", 1 << 24, &region, &found, &err);
+    const Json *root = read_json("test/fixtures/templates", "rows.json", 1 << 24, &region, &found,
+                                 &err);
     if (!check(t, root != NULL, "%s", err.text)) return;
     for (const Json *set = json_get(root, "sets")->first; set; set = set->next) {
         Tokenizer *tokenizer = open_with(set, &err);
         Region own = {.allocator = &heap};
         Buffer note = {.allocator = &heap};
         ChatTemplate c;
-        if (check(t, tokenizer && !template_find(&c, text_of(set, "row"), NULL, tokenizer, &own, &note,
-                                                 &err), "%s: %s", text_of(set, "row"), err.text))
-            check_masks(t, &c, tokenizer);
+        const char *row = text_of(set, "row");
+        bool good = tokenizer && !template_find(&c, row, NULL, tokenizer, &own, &note, &err);
+        if (check(t, good, "%s: %s", row, err.text)) check_masks(t, &c, tokenizer);
         buffer_free(&note);
         region_free(&own);
         tokenizer_close(tokenizer);
@@ -238,7 +244,8 @@ static const char *row_of(const char *program, bool *bos, char system[256]) {
 }
 
 #define LOOP "{% for message in messages %}"
-#define CHATML_OUT "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+#define CHATML_HEAD "{{ '<|im_start|>' + message['role'] + '\\n' + message['content']"
+#define CHATML_OUT CHATML_HEAD " + '<|im_end|>' + '\\n' }}"
 #define CHATML_ASK "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 
 static void templates_recognised(Test *t) {
@@ -246,39 +253,41 @@ static void templates_recognised(Test *t) {
         {LOOP CHATML_OUT "{% endfor %}" CHATML_ASK, "chatml", "", false},
         {"{{ bos_token }}" LOOP CHATML_OUT "{% endfor %}" CHATML_ASK, "chatml", "", true},
         // white space, quotes, comments, subscripts, how outputs are cut: all one to Jinja
-        {"{#- ChatML -#}\n{%- for  message in messages -%}\n  {{- \"<|im_start|>\" }}{{ message.role }}"
-         "{{ \"\\n\" + message [ \"content\" ] }}{{- '<|im_end|>\\n' -}}\n{%- endfor -%}\n"
-         "{%- if add_generation_prompt -%} {{- '<|im_start|>' + 'assistant\n' -}} {%- endif -%}\n",
-         "chatml", "", false},
-        {LOOP "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n\n{% endfor %}\n"
-         "{% if add_generation_prompt %}\n<|im_start|>assistant\n\n{% endif %}\n", NULL, "", false},
-        {LOOP "{{ '<|im_start|>' + message['role'] + '\\n' }}{% generation %}{{ message['content'] + "
-         "'<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% endfor %}" CHATML_ASK, "chatml", "", false},
+        {"{#- ChatML -#}\n{%- for  message in messages -%}\n  {{- \"<|im_start|>\" }}"
+         "{{ message.role }}{{ \"\\n\" + message [ \"content\" ] }}{{- '<|im_end|>\\n' -}}\n"
+         "{%- endfor -%}\n{%- if add_generation_prompt -%} {{- '<|im_start|>' + 'assistant\n' -}}"
+         " {%- endif -%}\n", "chatml", "", false},
+        {LOOP "{{ '<|im_start|>' + message['role'] + '\\n' }}{% generation %}{{ message['content'] "
+         "+ '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% endfor %}" CHATML_ASK, "chatml", "",
+         false},
         // tools, in whatever words
         {"{% if tools %}{{ 'You have tools.' }}{% for t in tools %}{{ t | tojson }}{% endfor %}"
          "{% endif %}" LOOP "{% if message['role'] == 'tool' %}{{ 'result' }}{% else %}" CHATML_OUT
          "{% endif %}{% endfor %}" CHATML_ASK, "chatml", "", false},
-        {LOOP "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nDon\\'t"
-         " panic.<|im_end|>\\n' }}{% endif %}" CHATML_OUT "{% endfor %}" CHATML_ASK, "qwen2.5",
-         "Don't panic.", false},
-        {LOOP "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"
-         "{% endfor %}" CHATML_ASK, "chatml-compact", "", false},
+        {LOOP "{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
+         "Don\\'t panic.<|im_end|>\\n' }}{% endif %}" CHATML_OUT "{% endfor %}" CHATML_ASK,
+         "qwen2.5", "Don't panic.", false},
+        {LOOP CHATML_HEAD " + '<|im_end|>' }}{% endfor %}" CHATML_ASK, "chatml-compact", "", false},
         // near misses: other text, other order, another condition, a trim, a missing part
-        {LOOP "{{ '<|im_start|>' + message['role'] + ' ' + message['content'] + '<|im_end|>' + '\\n' }}"
-         "{% endfor %}" CHATML_ASK, NULL, "", false},
-        {LOOP "{{ '<|im_start|>' + message['content'] + '\\n' + message['role'] + '<|im_end|>' + '\\n' }}"
-         "{% endfor %}" CHATML_ASK, NULL, "", false},
-        {LOOP "{% if not loop.last %}" CHATML_OUT "{% endif %}{% endfor %}" CHATML_ASK, NULL, "", false},
-        {LOOP "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] | trim + '<|im_end|>\\n'"
-         " }}{% endfor %}" CHATML_ASK, NULL, "", false},
+        {LOOP "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n\n"
+         "{% endfor %}\n" CHATML_ASK, NULL, "", false},
+        {LOOP "{{ '<|im_start|>' + message['role'] + ' ' + message['content'] + '<|im_end|>' + "
+         "'\\n' }}{% endfor %}" CHATML_ASK, NULL, "", false},
+        {LOOP "{{ '<|im_start|>' + message['content'] + '\\n' + message['role'] + '<|im_end|>' + "
+         "'\\n' }}{% endfor %}" CHATML_ASK, NULL, "", false},
+        {LOOP "{% if not loop.last %}" CHATML_OUT "{% endif %}{% endfor %}" CHATML_ASK, NULL, "",
+         false},
+        {LOOP CHATML_HEAD " | trim + '<|im_end|>\\n' }}{% endfor %}" CHATML_ASK, NULL, "", false},
         {LOOP CHATML_OUT "{% endfor %}", NULL, "", false},
         {LOOP CHATML_OUT "{{ bos_token }}{% endfor %}" CHATML_ASK, NULL, "", false},
         {LOOP CHATML_OUT "{% endfor %}" CHATML_ASK "{{ eos_token }}", NULL, "", false},
         {"Hello" LOOP CHATML_OUT "{% endfor %}" CHATML_ASK, NULL, "", false},
-        {"{% set messages = messages[1:] %}" LOOP CHATML_OUT "{% endfor %}" CHATML_ASK, NULL, "", false},
+        {"{% set messages = messages[1:] %}" LOOP CHATML_OUT "{% endfor %}" CHATML_ASK, NULL, "",
+         false},
         {"{% raw %}" LOOP CHATML_OUT "{% endfor %}" CHATML_ASK "{% endraw %}", NULL, "", false},
-        {"", NULL, "", false}, {"{{", NULL, "", false}, {"{% if", NULL, "", false}, {"{#", NULL, "", false},
-        {"{{ 'open", NULL, "", false}, {"{% endfor %}", NULL, "", false}, {"{% else %}", NULL, "", false},
+        {"", NULL, "", false}, {"{{", NULL, "", false}, {"{% if", NULL, "", false},
+        {"{#", NULL, "", false}, {"{{ 'open", NULL, "", false}, {"{% endfor %}", NULL, "", false},
+        {"{% else %}", NULL, "", false}, {"{% if x %}", NULL, "", false},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         bool bos = false;
@@ -308,6 +317,38 @@ static void templates_recognised(Test *t) {
     buffer_free(&b);
 }
 
+// Any allocation may fail while a template is recognised: it is said, and nothing is leaked.
+static void templates_memory(Test *t) {
+    Tokenizer *tokenizer = NULL;
+    Buffer b = {.allocator = &heap};
+    qlora_error err = {{0}};
+    ChatTemplate c = {0};
+    size_t calls = 1;
+    set_row(&c, find_row("zephyr"), false);
+    if (!check(t, !template_jinja(&c, &b, &err) && !buffer_append(&b, "", 1, &err) &&
+               (tokenizer = tokenizer_open("test/fixtures/tokenizers/spm", &heap, &err)), "%s",
+               err.text)) return;
+    for (size_t n = 1; n <= calls; n += 1 + n / 16) {
+        Ledger ledger = {.fail_at = n};
+        qlora_allocator a = {ledger_allocate, ledger_release, &ledger};
+        Region region = {.allocator = &a};
+        Buffer note = {.allocator = &a};
+        tokenizer->chat_template = n % 2 ? b.data : "{%- set qlora_prompt = 'Q: {a}' -%}";
+        err.text[0] = 0;
+        int bad = template_find(&c, NULL, NULL, tokenizer, &region, &note, &err);
+        bool said = strstr(err.text, "out of memory") != NULL;
+        check(t, ledger.failed ? bad && said : n % 2 ? !bad : bad, "call %zu: %d, \"%s\"", n, bad,
+              err.text);
+        buffer_free(&note);
+        region_free(&region);
+        check_ledger(t, &ledger, "templates");
+        if (ledger.failed) calls = n + 40;
+    }
+    printf("    %zu allocations\n", calls - 40);
+    buffer_free(&b);
+    tokenizer_close(tokenizer);
+}
+
 // ------------------------------------------------------------------------------- what is refused
 
 // Finds a template and applies it to messages; the error must hold the words given.
@@ -335,12 +376,12 @@ static void refused(Test *t, const char *tokenizer_name, const char *program, co
 }
 
 static void templates_refused(Test *t) {
-    static const Message system[] = {{"system", "s", 1, false, 0}, {"user", "u", 1, false, 0}};
-    static const Message twice[] = {{"user", "u", 1, false, 0}, {"user", "v", 1, false, 0}};
-    static const Message late[] = {{"user", "u", 1, false, 0}, {"assistant", "a", 1, false, 0},
-                                   {"system", "s", 1, false, 0}};
-    static const Message tool[] = {{"tool", "u", 1, false, 0}};
-    static const Message empty[] = {{"user", "u", 1, false, 0}, {"assistant", "", 0, false, 0}};
+    static const Message system[] = {SAY("system", "s"), SAY("user", "u")};
+    static const Message twice[] = {SAY("user", "u"), SAY("user", "v")};
+    static const Message late[] = {SAY("user", "u"), SAY("assistant", "a"),
+                                   SAY("system", "s")};
+    static const Message tool[] = {SAY("tool", "u")};
+    static const Message empty[] = {SAY("user", "u"), SAY("assistant", "")};
     refused(t, "spm", NULL, "nosuch", NULL, system, 2,
             (const char *const[]){"\"nosuch\"", "chatml", "tutorial-004", NULL});
     refused(t, "spm", "{{ messages }}", NULL, NULL, system, 2,
@@ -353,15 +394,21 @@ static void templates_refused(Test *t) {
             (const char *const[]){"[INST]", "--add-tokens", NULL});
     refused(t, "spm", NULL, "mistral-v0.2", NULL, system, 2,
             (const char *const[]){"message 1", "system", "mistral-v0.2", NULL});
-    refused(t, "spm", NULL, "llama2", NULL, twice, 2, (const char *const[]){"message 2", "turns", NULL});
-    refused(t, "spm", NULL, "llama2", NULL, late, 3, (const char *const[]){"message 3", "system", NULL});
-    refused(t, "spm", NULL, "zephyr", NULL, tool, 1, (const char *const[]){"message 1", "\"tool\"", NULL});
+    refused(t, "spm", NULL, "llama2", NULL, twice, 2,
+            (const char *const[]){"message 2", "turns", NULL});
+    refused(t, "spm", NULL, "llama2", NULL, late, 3,
+            (const char *const[]){"message 3", "system", NULL});
+    refused(t, "spm", NULL, "zephyr", NULL, tool, 1,
+            (const char *const[]){"message 1", "\"tool\"", NULL});
     refused(t, "spm", NULL, "mistral-common-v1", NULL, empty, 2,
             (const char *const[]){"message 2", "empty", NULL});
     refused(t, "spm", NULL, NULL, "no hole", system, 2, (const char *const[]){"{field}", NULL});
-    refused(t, "spm", NULL, NULL, "{question", system, 2, (const char *const[]){"byte 1", "{{", NULL});
-    refused(t, "spm", NULL, NULL, "a } b {x}", system, 2, (const char *const[]){"byte 3", "{{", NULL});
-    refused(t, "spm", NULL, NULL, "Q: {q} A: {a}", system, 2, (const char *const[]){"system", NULL});
+    refused(t, "spm", NULL, NULL, "{question", system, 2,
+            (const char *const[]){"byte 1", "{{", NULL});
+    refused(t, "spm", NULL, NULL, "a } b {x}", system, 2,
+            (const char *const[]){"byte 3", "{{", NULL});
+    refused(t, "spm", NULL, NULL, "Q: {q} A: {a}", system, 2,
+            (const char *const[]){"system", NULL});
 }
 
 // ---------------------------------------------------------------------------- text with {holes}
@@ -373,13 +420,14 @@ static void filled(Test *t, const char *prompt, const char *record, const char *
     qlora_error err = {{0}};
     Tokenizer *tokenizer = tokenizer_open("test/fixtures/tokenizers/llama3style", &heap, &err);
     ChatTemplate c, again;
-    Applied a[2] = {{{.allocator = &heap}, {.allocator = &heap}}, {{.allocator = &heap}, {.allocator = &heap}}};
+    Applied a[2] = {{note, note}, {note, note}};
     Json *json = json_parse(record, strlen(record), "record", 1, &region, &err);
     bool bad = !tokenizer || !json ||
                template_find(&c, NULL, prompt, tokenizer, &region, &note, &err) ||
                prompt_fill(&c, &messages, json, &region, &err);
     const Message *m = (const Message *)(void *)messages.data;
-    bad = bad || apply(&a[0], &c, tokenizer, m, messages.size / sizeof *m, MASK_CONTENT, false, &err) ||
+    size_t n = messages.size / sizeof *m;
+    bad = bad || apply(&a[0], &c, tokenizer, m, n, MASK_CONTENT, false, &err) ||
           template_jinja(&c, &program, &err) || buffer_append(&program, "", 1, &err);
     if (check(t, !bad, "%s: %s", prompt, err.text)) {
         const int32_t *ids = (const int32_t *)(void *)a[0].ids.data;
@@ -391,11 +439,12 @@ static void filled(Test *t, const char *prompt, const char *record, const char *
             if (i < a[0].learn.size) tokenizer_decode(tokenizer, ids + i, 1, false, &text, NULL);
         }
         buffer_append(&text, "", 1, NULL);
-        check(t, strcmp(text.data, expected) == 0, "%s: \"%s\", expected \"%s\"", prompt, text.data, expected);
+        check(t, strcmp(text.data, expected) == 0, "%s: \"%s\", expected \"%s\"", prompt, text.data,
+              expected);
         // Saved and found again it makes the same ids.
         tokenizer->chat_template = program.data;
         bad = template_find(&again, NULL, NULL, tokenizer, &region, &note, &err) ||
-              apply(&a[1], &again, tokenizer, m, messages.size / sizeof *m, MASK_CONTENT, false, &err);
+              apply(&a[1], &again, tokenizer, m, n, MASK_CONTENT, false, &err);
         check(t, !bad && a[1].learn.size == a[0].learn.size &&
               memcmp(a[1].ids.data, ids, a[0].ids.size) == 0, "%s, saved: %s", prompt, err.text);
         program.data[program.size - 2] = ' ';
@@ -414,11 +463,13 @@ static void filled(Test *t, const char *prompt, const char *record, const char *
 static void prompt_templates(Test *t) {
 #define BEGIN_ "<|begin_of_text|>"
 #define END_ "<|eot_id|>"
-    filled(t, "Q: {q}\nA: {a}", "{\"q\": \"why?\", \"a\": \"so\"}", BEGIN_ "Q: why?\nA:[ so" END_ "]");
+    filled(t, "Q: {q}\nA: {a}", "{\"q\": \"why?\", \"a\": \"so\"}",
+           BEGIN_ "Q: why?\nA:[ so" END_ "]");
     filled(t, "{x} and {y} make {{z}}: {z}!", "{\"x\": 1, \"y\": \"2\", \"z\": \"12\"}",
            BEGIN_ "1 and 2 make {z}: [12!" END_ "]");
     filled(t, "{text}", "{\"text\": \"only\"}", BEGIN_ "[only" END_ "]");
-    filled(t, BEGIN_ "It's {a}\\{b}" END_, "{\"a\": \"%}\", \"b\": \"'\"}", BEGIN_ "It's %}\\['" END_ "]");
+    filled(t, BEGIN_ "It's {a}\\{b}" END_, "{\"a\": \"%}\", \"b\": \"'\"}",
+           BEGIN_ "It's %}\\['" END_ "]");
     Region region = {.allocator = &heap};
     Buffer note = {.allocator = &heap};
     qlora_error err = {{0}};
@@ -444,8 +495,8 @@ static bool only_inserted(const char *before, size_t n, const char *now, size_t 
 
 static void added_tokens(Test *t) {
     static const char *const names[] = {"byte", "gpt2style", "llama3style", "spm"};
-    static const char *const files[] = {"tokenizer.json", "tokenizer_config.json", "added_tokens.json",
-                                        "special_tokens_map.json"};
+    static const char *const files[] = {"tokenizer.json", "tokenizer_config.json",
+                                        "added_tokens.json", "special_tokens_map.json"};
     static const char text[] = "Hello<|new|> two  plainword <|new|><|other|>plainwords";
     for (size_t i = 0; i < 4; i++) {
         Region region = {.allocator = &heap};
@@ -466,10 +517,11 @@ static void added_tokens(Test *t) {
         Buffer ids = {.allocator = &heap}, again = ids, note = ids;
         bool bad = !a || tokenizer_add(a, "<|new|>,plainword,<|new|>", n + 2, &err);
         check(t, !bad, "%s: %s", from.text, err.text);
-        check(t, !bad && tokenizer_size(a) == n + 2 && tokenizer_id(a, "<|new|>", 7) == (int32_t)n &&
+        check(t, !bad && tokenizer_size(a) == n + 2 &&
+              tokenizer_id(a, "<|new|>", 7) == (int32_t)n &&
               tokenizer_id(a, "plainword", 9) == (int32_t)n + 1, "%s: wrong ids", from.text);
         check(t, !bad && tokenizer_add(a, "<|third|>", n + 2, &err) == -1, "a row too many");
-        check_message(t, err.text, (const char *const[]){"<|third|>", "rows for"}, 2, "a row too many");
+        check_message(t, err.text, (const char *const[]){"<|third|>", "rows for"}, 2, "a row");
         bad = bad || write_added_tokens(a, to.text, &region, &err) ||
               !(b = tokenizer_open(to.text, &heap, &err));
         if (check(t, !bad, "%s: %s", from.text, err.text)) {
@@ -479,9 +531,11 @@ static void added_tokens(Test *t) {
             for (size_t k = 0; k < ids.size / sizeof(int32_t); k++)
                 found += ((const int32_t *)(void *)ids.data)[k] >= (int32_t)n;
             check(t, !bad && found == 4 && ids.size == again.size &&
-                  memcmp(ids.data, again.data, ids.size) == 0, "%s: other ids when reopened", from.text);
-            bool special = b->vocabulary.tokens[n].special && !b->vocabulary.tokens[n + 1].special;
-            check(t, special, "%s: which are special is lost", from.text);
+                  memcmp(ids.data, again.data, ids.size) == 0, "%s: other ids when reopened",
+                  from.text);
+            const Token *fresh = &b->vocabulary.tokens[n];
+            check(t, fresh[0].special && !fresh[1].special, "%s: which are special is lost",
+                  from.text);
         }
         for (size_t k = 0; k < 4; k++) {
             char *now = load_bytes(path_of("%s/%s", to.text, files[k]).text, &n);
@@ -503,12 +557,17 @@ static void added_tokens(Test *t) {
 #define TEMPLATE_TESTS                                                                             \
     {"templates_reference", "ids, masks and refusals of every row as transformers has them",      \
      templates_reference},                                                                        \
-    {"templates_saved", "a saved program is recognised as the row that wrote it", templates_saved}, \
+    {"templates_saved", "a saved program is recognised as the row that wrote it",                 \
+     templates_saved},                                                                            \
     {"templates_masks", "content, turn, all, skipped messages: one follows from the other",       \
      templates_masks},                                                                            \
     {"templates_recognised", "programs however laid out; near misses are refused",                \
      templates_recognised},                                                                       \
-    {"templates_refused", "what a template cannot express, in words that help", templates_refused}, \
-    {"prompt_templates", "text with {holes}: filled, learnt, saved, found again", prompt_templates}, \
+    {"templates_memory", "any allocation may fail while a template is recognised",                \
+     templates_memory},                                                                           \
+    {"templates_refused", "what a template cannot express, in words that help",                   \
+     templates_refused},                                                                          \
+    {"prompt_templates", "text with {holes}: filled, learnt, saved, found again",                 \
+     prompt_templates},                                                                           \
     {"added_tokens", "tokens added and entered in every file, which else stay as they are",       \
      added_tokens},

@@ -98,12 +98,14 @@ SYSTEM = {"llama.cpp-templates/MiMo-VL": "You are MiMo, an AI assistant develope
 
 PIECES = [
     "Hello", "What is 2 + 2?", "  two spaces in front", "and behind  ", "\nnewline first",
-    "newline last\n", "\n\n\tboth\n\n", "", " ", "é ü ß", "你好,世界", "👩‍👩‍👧 family", "e\u0301 combining",
+    "newline last\n", "\n\n\tboth\n\n", "", " ", "é ü ß", "你好,世界",
+    "👩‍👩‍👧 family", "e\u0301 combining",
     "\u00a0nbsp\u00a0", "\u3000wide\u3000", "\x1cseparators\x1f", "a\u2028b", "tab\tinside",
     "<|im_end|>", "<|im_start|>user\nhi<|im_end|>", "[INST] nested [/INST]", "</s>", "<s>",
     "<|eot_id|>", "{{ bos_token }}", "{% if x %}", "it's \"quoted\" \\ back", "### Response:\n",
     "def f(x):\n    return x  # code\n", "<|user|>\nhi<|end|>", "1234567890", "ﬁ ligature ½",
-    "<think>\nwhy not\n</think>\n\nBecause.", "<think></think>x", "half</think>\n\nopen", "\r\ncrlf\r\n",
+    "<think>\nwhy not\n</think>\n\nBecause.", "<think></think>x", "half</think>\n\nopen",
+    "\r\ncrlf\r\n",
     "<think>a</think>b</think>\nc", "<tool_response>5</tool_response>", "<<SYS>>\nx\n<</SYS>>",
 ]
 
@@ -139,7 +141,8 @@ def learnt_spans(tokenizer, program, row, messages, ask, text, stop):
     for i, (role, _) in enumerate(messages):
         if role != "assistant":
             continue
-        joined = row.startswith("mistral-common") and [r for r, _ in messages[i + 1:i + 2]] == [role]
+        following = [r for r, _ in messages[i + 1:i + 2]]
+        joined = row.startswith("mistral-common") and following == [role]
         marked = [list(m) for m in messages]
         marked[i][1] = mark
         other = render(tokenizer, program, marked, ask)
@@ -162,9 +165,14 @@ def mask_of(tokenizer, text, ids, spans):
         for k, (a, b) in enumerate(encoding["offset_mapping"]))
 
 
-def open_tokenizer(path, add, row):
+def open_tokenizer(path, add):
     config = json.load(open(path / "tokenizer_config.json"))
-    token = lambda key: config[key]["content"] if isinstance(config.get(key), dict) else config.get(key)
+
+
+    def token(key):
+        value = config.get(key)
+        return value["content"] if isinstance(value, dict) else value
+
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(path / "tokenizer.json"), bos_token=token("bos_token"),
         eos_token=token("eos_token"))
@@ -172,10 +180,12 @@ def open_tokenizer(path, add, row):
     return tokenizer
 
 
-def make_set(name, row, program, directory, real, n, rng, with_mask):
-    fixture, _, add, stop = ROWS[row]
-    path = directory if real else TOKENIZERS / fixture
-    tokenizer = open_tokenizer(path, add, row)
+def make_set(name, row, program, real, n):
+    """n conversations in one template: with the fixtures' tokenizer, or the real one in `real`."""
+    fixture, directory, add, stop = ROWS[row]
+    path = real / directory if real else TOKENIZERS / fixture
+    rng = random.Random(name)
+    tokenizer = open_tokenizer(path, add)
     out = []
     while len(out) < n:
         messages, ask = conversation(rng, row)
@@ -190,13 +200,11 @@ def make_set(name, row, program, directory, real, n, rng, with_mask):
             assert ids == tokenizer.apply_chat_template(
                 chat, chat_template=program, add_generation_prompt=ask)
             record["ids"] = ids
-            if with_mask:
-                spans = learnt_spans(tokenizer, program, row, messages, ask, text, stop)
-                record["learn"] = mask_of(tokenizer, text, ids, spans)
+            spans = learnt_spans(tokenizer, program, row, messages, ask, text, stop)
+            record["learn"] = mask_of(tokenizer, text, ids, spans)
         out.append(record)
-    result = {"name": name, "row": row, "tokenizer": str(path) if real else fixture,
-              "add": ",".join(add), "conversations": out}
-    return result
+    return {"name": name, "row": row, "tokenizer": str(path) if real else fixture,
+            "add": ",".join(add), "conversations": out}
 
 
 def real_programs(shared):
@@ -212,64 +220,75 @@ def real_programs(shared):
             yield f"tokenizers/{config.parent.name}", program
 
 
+def count_differences(name, row, program, saved, conversations):
+    """Conversations that the program saved for a row renders otherwise than the real one."""
+    fixture, _, add, _ = ROWS[row]
+    tokenizer, different = open_tokenizer(TOKENIZERS / fixture, add), 0
+    for c in conversations:
+        texts = []
+        for which in (program, saved):
+            try:
+                texts.append(render(tokenizer, which, c["messages"], c["ask"]))
+            except Exception:
+                texts.append(None)
+        if texts[0] != texts[1]:
+            different += 1
+            print(name, c["messages"], *map(repr, texts), sep="\n  ", file=sys.stderr)
+    return different
+
+
+def make_full(programs, saved, real, n):
+    """Every template and its program, on two tokenizers; or to be refused, if no row covers it."""
+    for name, program in programs.items():
+        row = COVERED.get(name, "")
+        if not row:
+            yield {"name": name, "row": "", "program": program, "tokenizer": "byte", "add": "",
+                   "conversations": []}
+        for directory in (None, real) if row else ():
+            yield make_set(name, row, program, directory, n) | {"program": program}
+    for row in ROWS:
+        yield make_set("saved " + row, row, saved[row], real, n) | {"program": saved[row]}
+
+
+def make_small(programs, saved, n):
+    """One real template for each row, or else the one that qlora.c saves; no programs."""
+    done = set()
+    for name, program in programs.items():
+        row, flags = COVERED.get(name), FLAGS.get(name)
+        if not row or (row, flags) in done:
+            continue
+        done.add((row, flags))
+        entry = make_set(name, row, program, None, n)
+        entry |= {"flags": flags} if flags else {}
+        entry |= {"system": SYSTEM[name]} if name in SYSTEM else {}
+        if "bos_token" not in program or name in BEGIN:
+            entry["begin"] = name in BEGIN
+        yield entry
+    for row in ROWS:
+        if row not in {r for r, _ in done}:
+            entry = make_set("saved " + row, row, saved[row], None, n)
+            yield entry | ({} if "bos_token" in saved[row] else {"begin": False})
+
+
 def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--shared", type=Path, default=ROOT.parent / "shared")
     arguments.add_argument("--saved", type=Path, default=ROOT / "build/saved")
-    arguments.add_argument("--full")
+    arguments.add_argument("--full", type=Path)
     arguments.add_argument("--n", type=int, default=0)
     a = arguments.parse_args()
-    sets, done, n = [], set(), a.n or (100 if a.full else 7)
-    for name, program in real_programs(a.shared):
-        row = COVERED.get(name)
-        if row and (a.full or (row, FLAGS.get(name)) not in done):
-            rng = random.Random(name)
-            real = a.shared / "real/tokenizers" / ROWS[row][1]
-            for directory in [None, real] if a.full else [None]:
-                entry = make_set(name, row, program, directory, directory is not None, n, rng, True)
-                if not a.full:
-                    entry |= {k: v for k, v in (("flags", FLAGS.get(name)), ("begin", BEGIN.get(name, False if "bos_token" not in program else None)),
-                                                ("system", SYSTEM.get(name))) if v is not None}
-                sets.append(entry)
-                if a.full:
-                    sets[-1]["program"] = program
-            done.add((row, FLAGS.get(name)))
-        elif a.full and not row:
-            sets.append({"name": name, "row": "", "program": program, "tokenizer": "byte",
-                         "add": "", "conversations": []})
-    # What qlora.c saves must say the same as the real program, and where there is none, be a fixture.
-    different = 0
-    for row, (fixture, real, add, stop) in ROWS.items():
-        program = (a.saved / f"{row}.jinja").read_text()
-        rng = random.Random("saved " + row)
-        entry = make_set("saved " + row, row, program, a.shared / "real/tokenizers" / real,
-                         bool(a.full), n, rng, True)
-        if a.full:
-            entry["program"] = program
-        if not a.full and "bos_token" not in program:
-            entry["begin"] = False
-        if a.full or row not in {r for r, _ in done}:
-            sets.append(entry)
-        for s in sets:
-            if s["row"] != row or s["name"].startswith("saved") or s.get("flags") or s["name"] in FLAGS:
-                continue
-            real_program = dict(real_programs(a.shared))[s["name"]]
-            tokenizer = open_tokenizer(TOKENIZERS / fixture, add, row)
-            if s["name"] in SYSTEM or s["name"] in BEGIN:
-                continue
-            for c in s["conversations"]:
-                texts = []
-                for which in (real_program, program):
-                    try:
-                        texts.append(render(tokenizer, which, c["messages"], c["ask"]))
-                    except Exception:
-                        texts.append(None)
-                if texts[0] != texts[1]:
-                    different += 1
-                    if different < 10:
-                        print(s["name"], c["messages"], *map(repr, texts), sep="\n  ", file=sys.stderr)
+    programs = dict(real_programs(a.shared))
+    saved = {row: (a.saved / f"{row}.jinja").read_text() for row in ROWS}
+    real = a.shared / "real/tokenizers"
+    sets = list(make_full(programs, saved, real, a.n or 100) if a.full
+                else make_small(programs, saved, a.n or 7))
+    different = sum(
+        count_differences(s["name"], s["row"], programs[s["name"]], saved[s["row"]],
+                          s["conversations"])
+        for s in sets
+        if s["row"] and s["name"] in programs and s["name"] not in FLAGS | BEGIN | SYSTEM)
     print(f"{len(sets)} sets; conversations that a saved program renders otherwise: {different}")
-    path = (Path(a.full) if a.full else ROOT / "test/fixtures/templates") / "rows.json"
+    path = (a.full or ROOT / "test/fixtures/templates") / "rows.json"
     path.write_text(json.dumps({"sets": sets}, ensure_ascii=False, separators=(",", ":")) + "\n")
     print(path, path.stat().st_size, "bytes")
     raise SystemExit(different > 0)
