@@ -2235,6 +2235,13 @@ static int read_whole_file(const char *path, size_t most, Buffer *out, qlora_err
     return bad;
 }
 
+// Whether a directory holds a file of that name.
+static bool directory_has(const char *directory, const char *name) {
+    char path[PATH_MAX];
+    int n = snprintf(path, sizeof path, "%s/%s", directory, name);
+    return n > 0 && (size_t)n < sizeof path && file_exists(path);
+}
+
 // Joins a directory and a name; the result lives in the region.
 static char *path_join(Region *region, const char *directory, const char *name, qlora_error *err) {
     size_t n = strlen(directory), m = strlen(name);
@@ -2309,11 +2316,9 @@ static int writer_write(Writer *w, const void *data, size_t n) {
 static void sync_directory(const char *path) {
     char directory[PATH_MAX];
     const char *slash = strrchr(path, '/');
-    size_t n = slash ? (size_t)(slash - path) : 0;
-    if (n >= sizeof directory) return;
-    memcpy(directory, path, n);
-    directory[n] = 0;
-    int fd = open(!slash ? "." : n ? directory : "/", O_RDONLY | O_CLOEXEC);
+    int n = slash ? (int)(slash - path) + 1 : 1;
+    snprintf(directory, sizeof directory, "%.*s", n, slash ? path : ".");
+    int fd = open(directory, O_RDONLY | O_CLOEXEC);
     if (fd < 0) return;                                       // some file systems cannot: no harm
     (void)!fsync(fd);
     close(fd);
@@ -2350,11 +2355,10 @@ static int write_text(const char *path, Buffer *text, int bad, qlora_error *err)
 // Copies a file if it exists; one that does not is fine.
 static int copy_file(const char *from_dir, const char *to_dir, const char *name, Region *region,
                      qlora_error *err) {
+    Buffer content = {.allocator = region->allocator};
+    if (!directory_has(from_dir, name)) return 0;
     const char *from = path_join(region, from_dir, name, err);
     const char *to = path_join(region, to_dir, name, err);
-    if (!from || !to) return -1;
-    if (!file_exists(from)) return 0;
-    Buffer content = {.allocator = region->allocator};
     return write_text(to, &content, read_whole_file(from, SIZE_MAX / 4, &content, err), err);
 }
 
@@ -2399,31 +2403,25 @@ typedef struct {
     Buffer list;                    // of TensorInfo while reading
 } TensorFiles;
 
-static int tensor_type(const char *name) {
-    for (int i = 0; name && i < N_SAFETENSORS_TYPES; i++)
-        if (strcmp(safetensors_types[i].name, name) == 0) return i;
-    return -1;
-}
-
 static int parse_tensor(TensorInfo *t, const Json *entry, const char *path, qlora_error *err) {
     const Json *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
+    const char *type = json_get_text(entry, "dtype");
     size_t end;
     if (entry->key_length > MAX_TENSOR_NAME || strlen(entry->key) != entry->key_length)
         return fail(err, "%s: a tensor name is longer than 1024 bytes or holds a NUL", path);
     t->name = entry->key;
-    t->type = tensor_type(json_get_text(entry, "dtype"));
-    if (t->type < 0)
+    while (type && t->type < N_SAFETENSORS_TYPES && strcmp(safetensors_types[t->type].name, type))
+        t->type++;
+    if (!type || t->type == N_SAFETENSORS_TYPES)
         return fail(err, "%s: tensor %s: expected a known \"dtype\", found %s", path, t->name,
-                    json_get_text(entry, "dtype") ? json_get_text(entry, "dtype") : "none");
+                    type ? type : "none");
     if (!json_is(shape, JSON_ARRAY) || shape->count > MAX_RANK)
         return fail(err, "%s: tensor %s: expected a \"shape\" of at most 8 numbers", path, t->name);
     t->elements = 1;
-    for (const Json *size = shape->first; size; size = size->next) {
+    for (const Json *size = shape->first; size; size = size->next, t->rank++)
         if (!json_to_size(size, &t->shape[t->rank]) ||
             mul_overflows(t->elements, t->shape[t->rank], &t->elements))
             return fail(err, "%s: tensor %s: shape overflows or is no whole number", path, t->name);
-        t->rank++;
-    }
     if (!json_is(offsets, JSON_ARRAY) || offsets->count != 2 ||
         !json_to_size(offsets->first, &t->begin) || !json_to_size(offsets->first->next, &end) ||
         end < t->begin)
@@ -2431,7 +2429,7 @@ static int parse_tensor(TensorInfo *t, const Json *entry, const char *path, qlor
     if (mul_overflows(t->elements, safetensors_types[t->type].size, &t->bytes) ||
         t->bytes != end - t->begin)
         return fail(err, "%s: tensor %s: %s with %zu elements expected, %zu bytes found", path,
-                    t->name, safetensors_types[t->type].name, t->elements, end - t->begin);
+                    t->name, type, t->elements, end - t->begin);
     return 0;
 }
 
@@ -2527,11 +2525,9 @@ static int open_shard(TensorFiles *t, const char *directory, const char *name, q
 static int open_shards(TensorFiles *t, const char *directory, const char *single,
                        qlora_error *err) {
     static const char index_name[] = "model.safetensors.index.json";
-    const char *path = path_join(&t->region, directory, single, err);
     const Json *map = NULL;
-    bool found;
-    if (!path) return -1;
-    if (!file_exists(path)) {
+    if (!directory_has(directory, single)) {
+        bool found;
         const Json *index = read_json(directory, index_name, MAX_HEADER, &t->region, &found, err);
         if (!found)
             return fail(err, "%s: no %s (nor %s) in this directory", directory, single, index_name);
@@ -2590,11 +2586,13 @@ static int by_writing_order(const void *a, const void *b) {
     return x->type != y->type ? x->type - y->type : strcmp(x->name, y->name);
 }
 
+// A tensor to write: `data` is for write_tensors, which says what it must be.
 static void describe_tensor(TensorInfo *t, const char *name, int type, size_t rank, size_t rows,
-                            size_t columns) {
+                            size_t columns, const void *data) {
     *t = (TensorInfo){.name = name, .type = type, .rank = rank, .shape = {rows, columns}};
-    t->elements = (rank > 0 ? rows : 1) * (rank > 1 ? columns : 1);
+    t->elements = rows * (rank > 1 ? columns : 1);
     t->bytes = t->elements * safetensors_types[type].size;
+    t->data = data;
 }
 
 // Writes a safetensors file as the reference library does: header sorted by type and name, padded
@@ -5071,7 +5069,8 @@ static int list_slots(SlotList *list, Transformer *m, const bool has_bias[N_LINE
     }
     m->head.lora.module = (uint32_t)(c->L * N_LINEARS + 1);
     add_slot(list, SLOT_VECTOR, c->D, 1, &m->final_norm, "model.norm.weight");
-    if (!c->tied) add_slot(list, SLOT_MATRIX, c->V, c->D, &m->head.weight, "lm_head.weight");
+    if (c->tied) m->head.weight = m->embedding;               // its shape: the values come later
+    else add_slot(list, SLOT_MATRIX, c->V, c->D, &m->head.weight, "lm_head.weight");
     return 0;
 }
 
@@ -5355,8 +5354,8 @@ static int place_slot(WeightLoader *l, Slot *slot, Arena *arena) {
     return 0;
 }
 
-// n values of a slot from number `at` on, in bf16: random ones of a matrix, ones of a norm, zeros of
-// a bias.
+// n values of a slot from number `at` on, in bf16: random ones for a matrix, ones for a norm, zeros
+// for a bias.
 static void make_values(WeightLoader *l, const Slot *slot, uint16_t *out, size_t at, size_t n) {
     RandomTask a = {l->seed, l->slot, at, n, out};
     bool bias = strstr(slot->name, ".bias") != NULL;
@@ -5375,21 +5374,6 @@ static const char *load_values(WeightLoader *l, const Slot *slot, const TensorIn
     if (to && raw != to)
         upload(l->dev, to, raw, n * safetensors_types[t ? t->type : slot->file_type].size);
     return raw;
-}
-
-// One tensor of a stored 4-bit linear, of exactly this type and size.
-static int load_part(WeightLoader *l, const Slot *slot, const WeightPart *part) {
-    const TensorInfo *t = loader_find(l, slot->name, part->suffix);
-    if (!t || t->type != part->type || t->elements != part->n)
-        return fail(l->err, "%s: tensor %s%s: %zu values of type %s expected, found %s",
-                    l->files->files[t ? t->file : 0].path, slot->name, part->suffix, part->n,
-                    safetensors_types[part->type].name, t ? "others" : "none");
-    for (size_t at = 0; at < part->n; at += STAGING_VALUES) {
-        char *to = (char *)(uintptr_t)part->data + at * (t->bytes / part->n);
-        size_t n = min_size(STAGING_VALUES, part->n - at);
-        if (!load_values(l, slot, t, at, n, to, l->staging)) return -1;
-    }
-    return 0;
 }
 
 // Reads what bitsandbytes wrote: the quant_state JSON, cross-checked, then codes and scales.
@@ -5422,9 +5406,19 @@ static int load_4bit(WeightLoader *l, const Slot *slot) {
                     "nested_offset", path, slot->name);
     w->offset = (float)offset;
     WeightPart parts[MAX_WEIGHT_PARTS];
-    size_t n = list_weight_parts(w, parts);
-    for (size_t i = 0; i < n; i++)
-        if (load_part(l, slot, &parts[i])) return -1;
+    size_t n_parts = list_weight_parts(w, parts);
+    for (const WeightPart *part = parts; part < parts + n_parts; part++) {
+        const TensorInfo *t = loader_find(l, slot->name, part->suffix);
+        if (!t || t->type != part->type || t->elements != part->n)
+            return fail(l->err, "%s: tensor %s%s: %zu values of type %s expected, found %s", path,
+                        slot->name, part->suffix, part->n, safetensors_types[part->type].name,
+                        t ? "others" : "none");
+        for (size_t at = 0; at < part->n; at += STAGING_VALUES) {
+            char *to = (char *)(uintptr_t)part->data + at * safetensors_types[part->type].size;
+            size_t n = min_size(STAGING_VALUES, part->n - at);
+            if (!load_values(l, slot, t, at, n, to, l->staging)) return -1;
+        }
+    }
     return 0;
 }
 
@@ -6310,8 +6304,6 @@ static bool is_target(const char *target, size_t n, const char *module) {
 
 enum { PIECE = 4096 };              // parameters that travel between host and device at a time
 
-// Gives every adapted linear (lora.r > 0) its place in the flat buffers; training also gets
-// gradients and moments, zeroed. Replaces what was there.
 static void free_parameters(Transformer *m) {
     size_t copies = m->gradients ? 4 : 1;
     m->dev->ops->release(m->dev, m->parameters, m->n_parameters * copies * sizeof(real));
@@ -6319,16 +6311,29 @@ static void free_parameters(Transformer *m) {
     m->n_parameters = 0;
 }
 
+// Carves A and B of every adapted linear (lora.r > 0) from the flat buffers, as far as there are
+// any. Returns how many parameters they are, padding included.
+static size_t carve_parameters(Transformer *m) {
+    Arena values = {(char *)m->parameters, 0}, gradients = {(char *)m->gradients, 0};
+    for (size_t i = 0; i < n_modules(m); i++) {
+        Linear *linear = module_linear(m, i);
+        Lora *lora = &linear->lora;
+        size_t a = round_up(lora->r * linear->weight.K, PARAMETER_ALIGNMENT);
+        size_t b = round_up(lora->r * linear->weight.N, PARAMETER_ALIGNMENT);
+        lora->A = arena_alloc(&values, a, sizeof(real));
+        lora->B = arena_alloc(&values, b, sizeof(real));
+        lora->dA = arena_alloc(&gradients, a, sizeof(real));
+        lora->dB = arena_alloc(&gradients, b, sizeof(real));
+    }
+    return values.used / sizeof(real);
+}
+
+// Makes room for the adapter, zeroed; training also gets gradients and moments. Replaces what was
+// there.
 static int allocate_parameters(Transformer *m, bool training, qlora_error *err) {
     Device *dev = m->dev;
     free_parameters(m);
-    size_t n = 0;
-    for (size_t i = 0; i < n_modules(m); i++) {
-        const Linear *linear = module_linear(m, i);
-        n += round_up(linear->lora.r * linear->weight.K, PARAMETER_ALIGNMENT);
-        n += round_up(linear->lora.r * linear->weight.N, PARAMETER_ALIGNMENT);
-    }
-    size_t bytes = n * (training ? 4 : 1) * sizeof(real);
+    size_t n = carve_parameters(m), bytes = n * (training ? 4 : 1) * sizeof(real);
     m->parameters = dev->ops->allocate(dev, bytes, err);
     if (!m->parameters) return -1;
     dev->ops->zero(dev, m->parameters, bytes);
@@ -6338,17 +6343,7 @@ static int allocate_parameters(Transformer *m, bool training, qlora_error *err) 
         m->moment1 = m->parameters + 2 * n;
         m->moment2 = m->parameters + 3 * n;
     }
-    size_t at = 0;
-    for (size_t i = 0; i < n_modules(m); i++) {
-        Linear *linear = module_linear(m, i);
-        Lora *lora = &linear->lora;
-        lora->A = m->parameters + at;
-        lora->dA = training ? m->gradients + at : NULL;
-        at += round_up(lora->r * linear->weight.K, PARAMETER_ALIGNMENT);
-        lora->B = m->parameters + at;
-        lora->dB = training ? m->gradients + at : NULL;
-        at += round_up(lora->r * linear->weight.N, PARAMETER_ALIGNMENT);
-    }
+    carve_parameters(m);
     find_lowest_adapter(m);
     return 0;
 }
@@ -6672,10 +6667,10 @@ static int save_adapter(Transformer *m, const char *directory, const char *base,
             int length = snprintf(name, sizeof name, "base_model.model.%s.lora_%c.weight", module,
                                   "AB"[part]);
             const char *copy = region_text(&region, name, (size_t)length, err);
+            TensorInfo *t = &tensors[n++];
+            if (part) describe_tensor(t, copy, ST_F32, 2, linear->weight.N, lora->r, lora->B);
+            else describe_tensor(t, copy, ST_F32, 2, lora->r, linear->weight.K, lora->A);
             bad = !copy;
-            if (part) describe_tensor(&tensors[n], copy, ST_F32, 2, linear->weight.N, lora->r);
-            else describe_tensor(&tensors[n], copy, ST_F32, 2, lora->r, linear->weight.K);
-            tensors[n++].data = part ? lora->B : lora->A;
         }
     }
     bad = bad || make_directory(directory, err) ||
@@ -6734,8 +6729,8 @@ static int describe_slot(TensorInfo *out, size_t *n, const Slot *slot, Region *r
         if (vector && !values) return -1;
         if (vector)
             narrow_values(values, *slot->vector, safetensors_types[type].dtype, slot->rows);
-        describe_tensor(t, slot->name, type, vector ? 1 : 2, slot->rows, slot->columns);
-        t->data = vector ? values : w->data;
+        describe_tensor(t, slot->name, type, vector ? 1 : 2, slot->rows, slot->columns,
+                        vector ? values : w->data);
         *n += 1;
         return 0;
     }
@@ -6749,8 +6744,7 @@ static int describe_slot(TensorInfo *out, size_t *n, const Slot *slot, Region *r
         int bytes = snprintf(name, sizeof name, "%s%s", slot->name, parts[i].suffix);
         const char *copy = region_text(region, name, (size_t)bytes, err);
         if (!copy) return -1;
-        describe_tensor(&t[i], copy, parts[i].type, i ? 1 : 2, parts[i].n, 1);
-        t[i].data = parts[i].data;
+        describe_tensor(&t[i], copy, parts[i].type, i ? 1 : 2, parts[i].n, 1, parts[i].data);
     }
     *n += n_parts;
     return 0;
@@ -6758,9 +6752,9 @@ static int describe_slot(TensorInfo *out, size_t *n, const Slot *slot, Region *r
 
 // config.json, with a bitsandbytes quantization_config if the linears are 4-bit and without one if
 // they are not (linear may be NULL then).
-static int write_config(const char *path, const Json *config, const Weight *linear,
-                        const qlora_allocator *allocator, qlora_error *err) {
-    Buffer b = {.allocator = allocator};
+static int write_config(const char *directory, const Json *config, const Weight *linear,
+                        Region *region, qlora_error *err) {
+    Buffer b = {.allocator = region->allocator};
     bool quantised = linear && is_4bit(linear->dtype), first = true;
     int bad = buffer_append(&b, "{", 1, err);
     for (const Json *child = config->first; child && !bad; child = child->next) {
@@ -6784,7 +6778,8 @@ static int write_config(const char *path, const Json *config, const Weight *line
             "    \"load_in_8bit\": false,\n    \"quant_method\": \"bitsandbytes\"\n  }",
             first ? "" : ",", linear->dtype == DT_NF4 ? "nf4" : "fp4",
             linear->absmax8 ? "true" : "false");
-    return write_text(path, &b, bad || buffer_printf(&b, err, "\n}\n"), err);
+    bad = bad || buffer_printf(&b, err, "\n}\n");
+    return write_text(path_join(region, directory, "config.json", err), &b, bad, err);
 }
 
 // -------------------------------------------------------------------------------- the model handle
@@ -6938,19 +6933,13 @@ void qlora_close(qlora_model *q) {
 
 // Tokenizer, template and generation settings. A model without tokenizer files still computes.
 static int open_text(qlora_model *q, qlora_error *err) {
-    static const char *const names[] = {"tokenizer.json", "tokenizer.model", "vocab.json"};
     const char *directory = q->directory;
     bool found;
     q->generation = read_json(directory, "generation_config.json", 1 << 24, &q->region, &found,
                               err);
     if (found && !q->generation) return -1;
-    found = false;
-    for (size_t i = 0; i < 3 && !found; i++) {
-        const char *path = path_join(&q->region, directory, names[i], err);
-        if (!path) return -1;
-        found = file_exists(path);
-    }
-    if (!found) return 0;
+    if (!directory_has(directory, "tokenizer.json") && !directory_has(directory, "vocab.json") &&
+        !directory_has(directory, "tokenizer.model")) return 0;
     q->tokenizer = tokenizer_open(directory, &q->allocator, err);
     if (!q->tokenizer) return -1;
     if (tokenizer_size(q->tokenizer) > q->transformer.config.V)
@@ -6966,13 +6955,10 @@ static const char *find_base(const char *directory, Region *region, qlora_error 
     bool found;
     const Json *json = read_json(directory, "adapter_config.json", 1 << 24, region, &found, err);
     const char *base = json_get_text(json, "base_model_name_or_path");
-    if (!json) return NULL;
     const char *inside = base ? path_join(region, directory, base, err) : NULL;
-    for (int i = 0; base && i < 2; i++) {
-        const char *candidate = i ? base : inside;
-        const char *config = candidate ? path_join(region, candidate, "config.json", err) : NULL;
-        if (config && file_exists(config)) return candidate;
-    }
+    if (!json || (base && !inside)) return NULL;
+    if (base && directory_has(inside, "config.json")) return inside;
+    if (base && directory_has(base, "config.json")) return base;
     fail(err,
          "%s/adapter_config.json: base model \"%s\" is not here; open the base model's directory "
          "and give the adapter with --adapter",
@@ -6998,9 +6984,8 @@ static int need_weights(qlora_model *q, qlora_error *err) {
 qlora_model *qlora_open(const char *path, const qlora_options *options, qlora_error *err) {
     qlora_options opt = complete_options(options);
     Region region = {.allocator = &opt.allocator};
-    const char *adapter = path_join(&region, path, "adapter_config.json", err);
-    bool is_adapter = adapter && file_exists(adapter);
-    const char *base = !adapter ? NULL : is_adapter ? find_base(path, &region, err) : path;
+    bool is_adapter = directory_has(path, "adapter_config.json");
+    const char *base = is_adapter ? find_base(path, &region, err) : path;
     qlora_model *q = base ? open_handle(base, &opt, err) : NULL;
     if (q && (open_text(q, err) || read_weights(q, true, err) ||
               ((is_adapter || !opt.defer_weights) && need_weights(q, err)) ||
@@ -7028,17 +7013,12 @@ int qlora_save_adapter(qlora_model *q, const char *directory, qlora_error *err) 
 
 qlora_model_info qlora_info(const qlora_model *q) {
     const Config *c = &q->transformer.config;
-    qlora_model_info info = {c->architecture->type,
-                             c->L,
-                             c->D,
-                             c->V,
-                             c->context,
-                             0,
-                             q->weight_bytes,
-                             count_parameters((Transformer *)(uintptr_t)&q->transformer),
-                             q->device.act == DT_BF16 ? QLORA_COMPUTE_BF16 : QLORA_COMPUTE_F32,
-                             q->host.pool->threads,
-                             q->device_name};
+    qlora_model_info info = {
+        .architecture = c->architecture->type, .layers = c->L, .hidden = c->D, .vocab = c->V,
+        .context = c->context, .weight_bytes = q->weight_bytes,
+        .adapter_parameters = count_parameters((Transformer *)(uintptr_t)&q->transformer),
+        .compute = q->device.act == DT_BF16 ? QLORA_COMPUTE_BF16 : QLORA_COMPUTE_F32,
+        .threads = q->host.pool->threads, .device = q->device_name};
     for (size_t i = 0; i < q->slots.n; i++)
         info.parameters += q->slots.slots[i].rows * q->slots.slots[i].columns;
     return info;
@@ -7064,11 +7044,9 @@ void qlora_free(qlora_model *q, void *memory) {
 }
 
 static int need_tokenizer(const qlora_model *q, qlora_error *err) {
-    return q->tokenizer ? 0
-                        : fail(err,
-                               "%s: no tokenizer.json (nor tokenizer.model, nor vocab.json) in "
-                               "this directory",
-                               q->directory);
+    if (q->tokenizer) return 0;
+    return fail(err, "%s: no tokenizer.json (nor tokenizer.model, nor vocab.json) in this "
+                "directory", q->directory);
 }
 
 // The chat template is looked for when something needs it: a base model that only continues text
@@ -7127,16 +7105,15 @@ static int write_model(qlora_model *q, const char *out, qlora_error *err) {
     size_t n = 0;
     TensorInfo *tensors = region_alloc(&q->region, q->slots.n * MAX_WEIGHT_PARTS, sizeof *tensors,
                                        err);
-    const char *weights = path_join(&q->region, out, "model.safetensors", err);
-    const char *config = path_join(&q->region, out, "config.json", err);
-    if (!tensors || !weights || !config) return -1;
-    if (file_exists(weights) || file_exists(config))
+    if (!tensors) return -1;
+    if (directory_has(out, "model.safetensors") || directory_has(out, "config.json"))
         return fail(err, "%s: there is a model in this directory already; choose another", out);
     for (size_t i = 0; i < q->slots.n; i++)
         if (describe_slot(tensors, &n, &q->slots.slots[i], &q->region, err)) return -1;
-    return write_tensors(weights, tensors, n, NULL, NULL, &q->allocator, err) ||
-           write_config(config, q->config, &q->transformer.layers[0].linear[0].weight,
-                        &q->allocator, err) ||
+    return write_tensors(path_join(&q->region, out, "model.safetensors", err), tensors, n, NULL,
+                         NULL, &q->allocator, err) ||
+           write_config(out, q->config, &q->transformer.layers[0].linear[0].weight, &q->region,
+                        err) ||
            copy_side_files(q->directory, out, &q->region, err);
 }
 
@@ -7223,15 +7200,6 @@ static void carve_batch(BatchArrays *b, const SessionShape *shape, Arena *arena)
     b->target = arena_alloc(arena, shape->S, sizeof *b->target);
 }
 
-static void carve_text(Sequence *text, size_t room, size_t V, Arena *arena) {
-    text->ids = arena_alloc(arena, room, sizeof *text->ids);
-    text->n = arena_alloc(arena, 1, sizeof *text->n);
-    text->id = arena_alloc(arena, 1, sizeof *text->id);
-    text->position = arena_alloc(arena, 1, sizeof *text->position);
-    text->span = arena_alloc(arena, 1, sizeof *text->span);
-    text->work = arena_alloc(arena, sample_bytes(V), 1);
-}
-
 static void session_carve(Session *s, const SessionShape *shape, Arena *arena) {
     qlora_model *q = s->q;
     const Config *c = &q->transformer.config;
@@ -7247,9 +7215,15 @@ static void session_carve(Session *s, const SessionShape *shape, Arena *arena) {
     carve_batch(&s->there, shape, arena);
     s->batch_bytes = arena->used - before;
     s->cache_rows = shape->cache_rows;
-    for (size_t i = 0; s->cache_rows && i < 2 * c->L; i++)
-        s->cache[i] = arena_alloc(arena, shape->cache_rows * c->G * c->hd, size);
-    if (s->cache_rows) carve_text(&s->text, s->cache_rows, c->V, arena);
+    if (!s->cache_rows) return;
+    for (size_t i = 0; i < 2 * c->L; i++)
+        s->cache[i] = arena_alloc(arena, s->cache_rows * c->G * c->hd, size);
+    s->text.ids = arena_alloc(arena, s->cache_rows, sizeof *s->text.ids);
+    s->text.n = arena_alloc(arena, 1, sizeof *s->text.n);
+    s->text.id = arena_alloc(arena, 1, sizeof *s->text.id);
+    s->text.position = arena_alloc(arena, 1, sizeof *s->text.position);
+    s->text.span = arena_alloc(arena, 1, sizeof *s->text.span);
+    s->text.work = arena_alloc(arena, sample_bytes(c->V), 1);
 }
 
 static void session_close(Session *s) {
@@ -7476,11 +7450,10 @@ static int write_merged_shards(Merger *a, const char *out, size_t most, Region *
     for (size_t i = 0; i < list->n; i++) {
         const Slot *slot = &list->slots[i];
         describe_tensor(&tensors[i], slot->name, slot->file_type,
-                        slot->kind == SLOT_VECTOR ? 1 : 2, slot->rows, slot->columns);
+                        slot->kind == SLOT_VECTOR ? 1 : 2, slot->rows, slot->columns, slot);
         if (bytes && bytes + tensors[i].bytes > most) { shards++; bytes = 0; }
         bytes += tensors[i].bytes;
         tensors[i].file = shards - 1;
-        tensors[i].data = slot;
     }
     for (size_t first = 0; first < list->n; first = end) {
         for (end = first; end < list->n && tensors[end].file == tensors[first].file;) end++;
@@ -7496,16 +7469,14 @@ static int write_merged_shards(Merger *a, const char *out, size_t most, Region *
 }
 
 // What merging would lose or overwrite is refused before anything is written.
-static int check_merge(qlora_model *q, const char *out, Region *region, qlora_error *err) {
+static int check_merge(qlora_model *q, const char *out, qlora_error *err) {
     char from[PATH_MAX], to[PATH_MAX];
-    const char *config = path_join(region, out, "config.json", err);
     if (q->transformer.config.tied && q->transformer.head.lora.r)
-        return fail(
-            err, "the adapter changes lm_head, which is the embedding of this model too: merging "
-                 "would change both; use the adapter as it is");
-    if (!config || make_directory(out, err)) return -1;
+        return fail(err, "the adapter changes lm_head, which is the embedding of this model too: "
+                    "merging would change both; use the adapter as it is");
+    if (make_directory(out, err)) return -1;
     bool same = realpath(q->directory, from) && realpath(out, to) && strcmp(from, to) == 0;
-    if (!same && file_exists(config))
+    if (!same && directory_has(out, "config.json"))
         return fail(err, "%s: there is a model in this directory already; choose another", out);
     return 0;
 }
@@ -7541,10 +7512,9 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
     a.loader.files = tensors_open(model_dir, "model.safetensors", &q->allocator, err);
     int bad =
         !a.loader.files || load_adapter(&q->transformer, adapter_dir, &q->allocator, err) ||
-        open_text(q, err) || check_merge(q, out_dir, &q->region, err) || prepare_merge(&a, err) ||
+        open_text(q, err) || check_merge(q, out_dir, err) || prepare_merge(&a, err) ||
         write_merged_shards(&a, out_dir, max_size(max_shard_bytes, 1), &q->region, err) ||
-        write_config(path_join(&q->region, out_dir, "config.json", err), q->config, NULL,
-                     &q->allocator, err) ||
+        write_config(out_dir, q->config, NULL, &q->region, err) ||
         (strcmp(model_dir, out_dir) && copy_side_files(model_dir, out_dir, &q->region, err)) ||
         (q->tokenizer && !open_chat(q, NULL, NULL) &&
          write_chat_template(&q->chat, q->tokenizer, out_dir, &q->region, err));
@@ -9411,10 +9381,6 @@ static int parse_ids(const char *text, Buffer *ids, qlora_error *err) {
     return 0;
 }
 
-static int fill_logits(void *user, const TensorInfo *tensor, Writer *w) {
-    return writer_write(w, user, tensor->bytes);
-}
-
 static int run_logits(Arguments *a, qlora_error *err) {
     if (!a->ids || !a->output) return fail(err, "logits: expected --ids 1,2,3 and --output FILE");
     qlora_model *q = open_model(a, err);
@@ -9426,9 +9392,9 @@ static int run_logits(Arguments *a, qlora_error *err) {
     int bad = parse_ids(a->ids, &ids, err);
     n = ids.size / sizeof(int32_t);
     if (!bad) logits = mem_reserve(&q->allocator, n * V, sizeof *logits, err);
-    describe_tensor(&tensor, "logits", ST_F32, 2, n, V);
+    describe_tensor(&tensor, "logits", ST_F32, 2, n, V, logits);
     bad = !logits || qlora_logits(q, (const int32_t *)(const void *)ids.data, n, logits, err) ||
-          write_tensors(a->output, &tensor, 1, fill_logits, logits, &q->allocator, err);
+          write_tensors(a->output, &tensor, 1, NULL, NULL, &q->allocator, err);
     mem_free(&q->allocator, logits, n * V, sizeof *logits);
     buffer_free(&ids);
     qlora_close(q);
