@@ -2572,6 +2572,11 @@ static TensorFiles *tensors_open(const char *directory, const char *single,
     return NULL;
 }
 
+// The file a tensor is in.
+static const char *tensor_path(const TensorFiles *t, const TensorInfo *tensor) {
+    return t->files[tensor->file].path;
+}
+
 // n bytes of a tensor from the offset on.
 static int tensor_read(const TensorFiles *t, const TensorInfo *tensor, void *out, size_t offset,
                        size_t n, qlora_error *err) {
@@ -5183,7 +5188,7 @@ static bool all_finite(const void *raw, DType type, size_t n) {
 // this program computes with.
 static int check_tensor(const TensorFiles *files, const TensorInfo *t, size_t rank, size_t rows,
                         size_t columns, qlora_error *err) {
-    const char *path = files->files[t->file].path;
+    const char *path = tensor_path(files, t);
     if (t->rank != rank || t->shape[0] != rows || (rank > 1 && t->shape[1] != columns))
         return fail(err, "%s: tensor %s: shape [%zu, %zu] expected, found [%zu, %zu]: does it "
                     "belong to another model?", path, t->name, rows, columns,
@@ -5201,7 +5206,7 @@ static int read_values(const TensorFiles *files, const TensorInfo *t, void *raw,
     if (tensor_read(files, t, raw, at * size, n * size, err)) return -1;
     if (type == DT_OTHER || all_finite(raw, type, n)) return 0;
     return fail(err, "%s: tensor %s holds NaN or infinity: the file is damaged or the model was "
-                "trained to pieces", files->files[t->file].path, t->name);
+                "trained to pieces", tensor_path(files, t), t->name);
 }
 
 // Quantises part of a tensor: `count` values in their file's type, starting at a block boundary.
@@ -5321,10 +5326,6 @@ static const TensorInfo *loader_find(WeightLoader *l, const char *name, const ch
     return t;
 }
 
-static const char *tensor_path(const WeightLoader *l, const TensorInfo *t) {
-    return l->files->files[t->file].path;
-}
-
 // Whether a linear is stored 4-bit by bitsandbytes: the name of its type, or DT_OTHER.
 static DType stored_4bit(WeightLoader *l, const Slot *slot) {
     if (slot->kind != SLOT_LINEAR) return DT_OTHER;
@@ -5339,9 +5340,8 @@ static int place_slot(WeightLoader *l, Slot *slot, Arena *arena) {
     if (type != DT_OTHER) nested = loader_find(l, slot->name, ".nested_absmax") != NULL;
     else {
         const TensorInfo *t = loader_find(l, slot->name, "");
-        if (l->files && !t)
-            return fail(l->err, "%s: tensor %s expected, not found", l->files->files[0].path,
-                        slot->name);
+        if (l->files && !t) return fail(l->err, "%s: tensor %s expected, not found",
+                                        l->files->files[0].path, slot->name);
         if (t && check_tensor(l->files, t, vector ? 1 : 2, slot->rows, slot->columns, l->err))
             return -1;
         if (t) slot->file_type = t->type;
@@ -5381,7 +5381,7 @@ static int load_4bit(WeightLoader *l, const Slot *slot) {
     Weight *w = slot->weight;
     const char *type = w->dtype == DT_NF4 ? "nf4" : "fp4";
     const TensorInfo *state = loader_find(l, slot->name, quant_state_suffix(w->dtype));
-    const char *path = tensor_path(l, state);
+    const char *path = tensor_path(l->files, state);
     Region *region = &l->files->region;
     size_t number = 0, rows = 0, columns = 0;
     double offset = 0;
@@ -5458,7 +5458,7 @@ static int refuse_unused(const WeightLoader *l, bool tied) {
         if (t->used || strstr(t->name, "rotary_emb.inv_freq")) continue;    // recomputed
         if (tied && strcmp(t->name, "lm_head.weight") == 0) continue;       // the embedding again
         return fail(l->err, "%s: tensor %s is not part of this architecture as implemented here",
-                    tensor_path(l, t), t->name);
+                    tensor_path(l->files, t), t->name);
     }
     return 0;
 }
@@ -6943,10 +6943,9 @@ static int open_text(qlora_model *q, qlora_error *err) {
     q->tokenizer = tokenizer_open(directory, &q->allocator, err);
     if (!q->tokenizer) return -1;
     if (tokenizer_size(q->tokenizer) > q->transformer.config.V)
-        return fail(err,
-                    "%s: the tokenizer has ids up to %zu, but config.json says vocab_size %zu: do "
-                    "these files belong together?",
-                    directory, tokenizer_size(q->tokenizer) - 1, q->transformer.config.V);
+        return fail(err, "%s: the tokenizer has ids up to %zu, but config.json says vocab_size %zu: "
+                    "do these files belong together?", directory, tokenizer_size(q->tokenizer) - 1,
+                    q->transformer.config.V);
     return 0;
 }
 
@@ -6959,10 +6958,8 @@ static const char *find_base(const char *directory, Region *region, qlora_error 
     if (!json || (base && !inside)) return NULL;
     if (base && directory_has(inside, "config.json")) return inside;
     if (base && directory_has(base, "config.json")) return base;
-    fail(err,
-         "%s/adapter_config.json: base model \"%s\" is not here; open the base model's directory "
-         "and give the adapter with --adapter",
-         directory, base ? base : "(none)");
+    fail(err, "%s/adapter_config.json: base model \"%s\" is not here; open the base model's "
+         "directory and give the adapter with --adapter", directory, base ? base : "(none)");
     return NULL;
 }
 
@@ -7299,7 +7296,7 @@ typedef struct {
     double totals[4];
     // of the tensor at work
     const Slot *slot;
-    const Lora *lora;
+    const Lora *lora;                       // or NULL
     const real *change;                     // the delta as the host sees it
     size_t first, n_rows;
 } Merger;
@@ -7368,29 +7365,27 @@ static const Lora *slot_lora(qlora_model *q, const Slot *slot) {
     return NULL;
 }
 
-// Reads rows of the slot, from the file or, for a 4-bit base, from the weight loaded into `packed`.
-static int read_rows(Merger *a, const Weight *packed) {
-    size_t K = a->slot->columns, n = a->n_rows * K;
-    real *row = (real *)(void *)a->raw;
-    if (!packed) {
-        const TensorInfo *t = loader_find(&a->loader, a->slot->name, "");
-        if (read_values(a->loader.files, t, a->raw, a->first * K, n, a->loader.err)) return -1;
-        widen_values(a->rows, a->raw, safetensors_types[t->type].dtype, n);
-    } else for (size_t i = 0; i < a->n_rows; i++) {
-        weight_row(row, packed, a->first + i, 0, K, DT_REAL);
-        for (size_t k = 0; k < K; k++) a->rows[i * K + k] = (float)row[k];
-    }
-    return 0;
-}
-
-static int merge_rows(Merger *a, const Weight *packed, Writer *w) {
-    size_t K = a->slot->columns, at_once = a->values / K, type = (size_t)a->slot->file_type;
-    a->lora = slot_lora(a->q, a->slot);
-    for (a->first = 0; a->first < a->slot->rows; a->first += a->n_rows) {
-        a->n_rows = min_size(at_once, a->slot->rows - a->first);
-        if (read_rows(a, packed) || (a->lora && add_adapter(a))) return -1;
-        narrow_values(a->raw, a->rows, safetensors_types[type].dtype, a->n_rows * K);
-        if (writer_write(w, a->raw, a->n_rows * K * safetensors_types[type].size)) return -1;
+// Writes the merged tensor of a->slot, some rows at a time. They are read from the file, those of a
+// 4-bit slot from its weight.
+static int merge_rows(Merger *a, Writer *w) {
+    const Slot *slot = a->slot;
+    bool packed = slot->weight && is_4bit(slot->weight->dtype);
+    DType type = safetensors_types[slot->file_type].dtype;
+    const TensorInfo *t = packed ? NULL : loader_find(&a->loader, slot->name, "");
+    size_t K = slot->columns;
+    for (a->first = 0; a->first < slot->rows; a->first += a->n_rows) {
+        a->n_rows = min_size(a->values / K, slot->rows - a->first);
+        size_t n = a->n_rows * K;
+        if (t && read_values(a->loader.files, t, a->raw, a->first * K, n, a->loader.err)) return -1;
+        if (t) widen_values(a->rows, a->raw, type, n);
+        for (size_t i = 0; packed && i < a->n_rows; i++) {
+            real *row = (real *)(void *)a->raw;
+            weight_row(row, slot->weight, a->first + i, 0, K, DT_REAL);
+            for (size_t k = 0; k < K; k++) a->rows[i * K + k] = (float)row[k];
+        }
+        if (a->lora && add_adapter(a)) return -1;
+        narrow_values(a->raw, a->rows, type, n);
+        if (writer_write(w, a->raw, n * dtype_size(type))) return -1;
     }
     return 0;
 }
@@ -7400,17 +7395,18 @@ static int fill_merged(void *user, const TensorInfo *tensor, Writer *w) {
     Merger *a = user;
     WeightLoader *l = &a->loader;
     a->slot = tensor->data;
-    if (stored_4bit(l, a->slot) == DT_OTHER) return merge_rows(a, NULL, w);
-    Weight packed = *a->slot->weight;
+    a->lora = slot_lora(a->q, a->slot);
+    if (!a->slot->weight || !is_4bit(a->slot->weight->dtype)) return merge_rows(a, w);
     Slot slot = *a->slot;
-    slot.weight = &packed;
+    Weight packed = *slot.weight;
     Arena arena = {NULL, 0};
-    int bad = place_slot(l, &slot, &arena);
+    slot.weight = &packed;
+    a->slot = &slot;
+    if (place_slot(l, &slot, &arena)) return -1;
     size_t bytes = arena.used;
-    char *memory = bad ? NULL : host_allocate(l->dev, bytes, l->err);
+    char *memory = host_allocate(l->dev, bytes, l->err);
     arena = (Arena){memory, 0};
-    bad = !memory || place_slot(l, &slot, &arena) || load_4bit(l, &slot) ||
-          merge_rows(a, &packed, w);
+    int bad = !memory || place_slot(l, &slot, &arena) || load_4bit(l, &slot) || merge_rows(a, w);
     host_release(l->dev, memory, bytes);
     return bad ? -1 : 0;
 }
@@ -7438,9 +7434,9 @@ static int write_merged_index(const SlotList *list, const TensorInfo *tensors, s
 }
 
 // Writes the tensors of all slots in shards of at most `most` bytes, at least one tensor each.
-static int write_merged_shards(Merger *a, const char *out, size_t most, Region *region,
-                               qlora_error *err) {
+static int write_merged_shards(Merger *a, const char *out, size_t most, qlora_error *err) {
     const SlotList *list = &a->q->slots;
+    Region *region = &a->q->region;
     size_t shards = 1, bytes = 0, end;
     char name[64];
     TensorInfo *tensors = region_alloc(region, list->n, sizeof *tensors, err);
@@ -7513,7 +7509,7 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
     int bad =
         !a.loader.files || load_adapter(&q->transformer, adapter_dir, &q->allocator, err) ||
         open_text(q, err) || check_merge(q, out_dir, err) || prepare_merge(&a, err) ||
-        write_merged_shards(&a, out_dir, max_size(max_shard_bytes, 1), &q->region, err) ||
+        write_merged_shards(&a, out_dir, max_size(max_shard_bytes, 1), err) ||
         write_config(out_dir, q->config, NULL, &q->region, err) ||
         (strcmp(model_dir, out_dir) && copy_side_files(model_dir, out_dir, &q->region, err)) ||
         (q->tokenizer && !open_chat(q, NULL, NULL) &&
