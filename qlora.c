@@ -5144,16 +5144,12 @@ static uint16_t float_to_f16(float x) {
     float magnitude = fabsf(x);
     if (isnan(x)) return (uint16_t)(sign | 0x7E00);
     if (magnitude >= 65520.0f) return (uint16_t)(sign | 0x7C00);
-    // Below 2^-14 float16 is a fixed-point number of step 2^-24; above, 11 significant bits are
-    // kept. Adding and subtracting 1.5 * 2^23 steps lets the float unit round to nearest, ties to
-    // even.
-    int exponent;
-    frexpf(magnitude, &exponent);
-    float step = ldexpf(1, exponent - 11 > -24 ? exponent - 11 : -24);
-    float rounded = (magnitude / step + 12582912.0f - 12582912.0f) * step;
-    uint32_t bits = float_bits(rounded);
-    if (rounded < 0x1p-14f) return (uint16_t)(sign | (uint32_t)(rounded * 0x1p24f));
-    return (uint16_t)(sign | ((bits >> 13) - (112u << 10)));
+    // Below 2^-14 float16 counts steps of 2^-24, and so does float32 between 0.5 and 1.
+    if (magnitude < 0x1p-14f)
+        return (uint16_t)(sign | (float_bits(magnitude + 0.5f) - float_bits(0.5f)));
+    // Above, 13 bits of the fraction are rounded away, ties to even, and the exponent is 112 less.
+    uint32_t bits = float_bits(magnitude);
+    return (uint16_t)(sign | (((bits + 0xFFF + (bits >> 13 & 1)) >> 13) - (112u << 10)));
 }
 
 // Widens n values of a file's type.
@@ -6382,9 +6378,8 @@ static int new_adapter(Transformer *m, const char *targets, size_t r, float alph
         }
         if (found) continue;
         remove_adapter(m);
-        return fail(err,
-                    "target_modules: \"%.*s\" names no linear of this model (all-linear, q_proj, "
-                    "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head do)",
+        return fail(err, "target_modules: \"%.*s\" names no linear of this model (all-linear, "
+                    "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head do)",
                     (int)n, at);
     }
     if (allocate_parameters(m, true, err)) { remove_adapter(m); return -1; }
@@ -6587,38 +6582,29 @@ static int fill_adapter(void *user, const TensorInfo *tensor, Writer *w) {
     return dev->ops->check(dev, w->err);
 }
 
-// target_modules as PEFT reads them: short names where every layer has the same, else whole paths.
-static int write_targets(Buffer *b, Transformer *m, qlora_error *err) {
-    bool uniform = true, first = true;
+static double lora_rank(const Lora *lora) { return (double)lora->r; }
+static double lora_alpha(const Lora *lora) { return (double)lora->scale * (double)lora->r; }
+
+// Lists adapted modules as PEFT reads them. Without a number this is target_modules: short names if
+// every layer has the same, else whole paths. With one it is rank_pattern or alpha_pattern: whole
+// paths and numbers of the modules whose number is not the usual one.
+static int write_modules(Buffer *b, Transformer *m, double (*number)(const Lora *lora),
+                         const Lora *usual, qlora_error *err) {
+    bool uniform = !number, first = true;
+    size_t in_layers = n_modules(m) - 1;
     char name[128];
-    for (size_t i = 0; i < m->config.L * N_LINEARS; i++)
+    for (size_t i = 0; i < in_layers; i++)
         uniform &= !module_linear(m, i)->lora.r == !module_linear(m, i % N_LINEARS)->lora.r;
     for (size_t i = 0; i < n_modules(m); i++) {
-        bool head = i == m->config.L * N_LINEARS;
-        if (!module_linear(m, i)->lora.r || (uniform && !head && i >= N_LINEARS)) continue;
-        module_name(m, i, uniform, name);
-        if (buffer_printf(b, err, "%s\n    \"%s\"", first ? "" : ",", name)) return -1;
-        first = false;
-    }
-    return 0;
-}
-
-// PEFT's rank_pattern or alpha_pattern: the modules that differ from the first adapted one.
-static int write_pattern(Buffer *b, Transformer *m, const Lora *usual, bool alpha,
-                         qlora_error *err) {
-    bool first = true;
-    char name[128];
-    if (buffer_append(b, "{", 1, err)) return -1;
-    for (size_t i = 0; i < n_modules(m); i++) {
         const Lora *lora = &module_linear(m, i)->lora;
-        double value = alpha ? (double)lora->scale * (double)lora->r : (double)lora->r;
-        double expected = alpha ? (double)usual->scale * (double)usual->r : (double)usual->r;
-        if (!lora->r || value == expected) continue;
-        module_name(m, i, false, name);
-        if (buffer_printf(b, err, "%s\n    \"%s\": %.9g", first ? "" : ",", name, value)) return -1;
+        bool repeated = uniform && i >= N_LINEARS && i < in_layers;
+        if (!lora->r || repeated || (number && number(lora) == number(usual))) continue;
+        module_name(m, i, uniform, name);
+        if (buffer_printf(b, err, "%s\n    \"%s\"", first ? "" : ",", name) ||
+            (number && buffer_printf(b, err, ": %.9g", number(lora)))) return -1;
         first = false;
     }
-    return buffer_append(b, first ? "}" : "\n  }", first ? 1 : 4, err);
+    return first ? 0 : buffer_append(b, "\n  ", 3, err);
 }
 
 // The classic keys, sorted: older versions of peft refuse keys they do not know.
@@ -6630,9 +6616,9 @@ static int write_adapter_config(const char *directory, Transformer *m, const cha
         if (module_linear(m, i)->lora.r) lora = &module_linear(m, i)->lora;
     if (!lora) return fail(err, "the model has no adapter to save");
     int bad =
-        buffer_printf(&b, err, "{\n  \"alpha_pattern\": ") ||
-        write_pattern(&b, m, lora, true, err) ||
-        buffer_printf(&b, err, ",\n  \"base_model_name_or_path\": ") ||
+        buffer_printf(&b, err, "{\n  \"alpha_pattern\": {") ||
+        write_modules(&b, m, lora_alpha, lora, err) ||
+        buffer_printf(&b, err, "},\n  \"base_model_name_or_path\": ") ||
         json_write_string(&b, base, strlen(base), err) ||
         buffer_printf(
             &b, err,
@@ -6640,13 +6626,12 @@ static int write_adapter_config(const char *directory, Transformer *m, const cha
             "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
             "  \"layers_pattern\": null,\n  \"layers_to_transform\": null,\n"
             "  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n  \"modules_to_save\": null,\n"
-            "  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  \"rank_pattern\": ",
-            (double)lora->scale * (double)lora->r, (double)dropout, lora->r) ||
-        write_pattern(&b, m, lora, false, err) ||
-        buffer_printf(&b, err, ",\n  \"revision\": null,\n  \"target_modules\": [") ||
-        write_targets(&b, m, err) ||
-        buffer_printf(&b, err,
-                      "\n  ],\n  \"task_type\": \"CAUSAL_LM\",\n  \"use_dora\": false,\n"
+            "  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  \"rank_pattern\": {",
+            lora_alpha(lora), (double)dropout, lora->r) ||
+        write_modules(&b, m, lora_rank, lora, err) ||
+        buffer_printf(&b, err, "},\n  \"revision\": null,\n  \"target_modules\": [") ||
+        write_modules(&b, m, NULL, NULL, err) ||
+        buffer_printf(&b, err, "],\n  \"task_type\": \"CAUSAL_LM\",\n  \"use_dora\": false,\n"
                       "  \"use_rslora\": false\n}\n");
     return write_text(path_join(region, directory, "adapter_config.json", err), &b, bad, err);
 }
@@ -6942,10 +6927,10 @@ static int open_text(qlora_model *q, qlora_error *err) {
         !directory_has(directory, "tokenizer.model")) return 0;
     q->tokenizer = tokenizer_open(directory, &q->allocator, err);
     if (!q->tokenizer) return -1;
-    if (tokenizer_size(q->tokenizer) > q->transformer.config.V)
-        return fail(err, "%s: the tokenizer has ids up to %zu, but config.json says vocab_size %zu: "
-                    "do these files belong together?", directory, tokenizer_size(q->tokenizer) - 1,
-                    q->transformer.config.V);
+    size_t ids = tokenizer_size(q->tokenizer), V = q->transformer.config.V;
+    if (ids > V)
+        return fail(err, "%s: the tokenizer has ids up to %zu, but config.json says vocab_size "
+                    "%zu: do these files belong together?", directory, ids - 1, V);
     return 0;
 }
 
