@@ -2182,8 +2182,10 @@ static int json_write(Buffer *b, const Json *value, int indent, qlora_error *err
 
 typedef struct { int fd; size_t size; const char *path; } File;     // path: the caller's
 
+// A path that is NULL is one that path_join had no memory for, and has said so.
 static int file_open(File *file, const char *path, qlora_error *err) {
     struct stat info;
+    if (!path) return -1;
     file->path = path;
     file->fd = open(path, O_RDONLY | O_CLOEXEC);
     if (file->fd < 0) return fail(err, "%s: cannot open: %s", path, strerror(errno));
@@ -2220,19 +2222,25 @@ static bool file_exists(const char *path) { return access(path, F_OK) == 0; }
 
 // The whole file into the buffer, which must be empty; refuses files larger than `most` bytes.
 static int read_whole_file(const char *path, size_t most, Buffer *out, qlora_error *err) {
-    File file = {0};
+    File file;
     if (file_open(&file, path, err)) return -1;
     int bad = file.size > most
-                  ? fail(err, "%s: %zu bytes, expected at most %zu", path, file.size, most)
-              : buffer_reserve(out, file.size + 1, err)
-                  ? -1
-                  : file_read(&file, out->data, file.size, 0, err);
+            ? fail(err, "%s: %zu bytes, expected at most %zu", path, file.size, most)
+            : buffer_reserve(out, file.size + 1, err) ||
+              file_read(&file, out->data, file.size, 0, err);
     if (!bad) {
         out->size = file.size;
         out->data[file.size] = 0;                             // handy for text, not counted
     }
     file_close(&file);
     return bad;
+}
+
+// Whether a directory holds a file of that name.
+static bool directory_has(const char *directory, const char *name) {
+    char path[PATH_MAX];
+    int n = snprintf(path, sizeof path, "%s/%s", directory, name);
+    return n > 0 && (size_t)n < sizeof path && file_exists(path);
 }
 
 // Joins a directory and a name; the result lives in the region.
@@ -2254,7 +2262,7 @@ static const Json *read_json(const char *directory, const char *name, size_t mos
     const char *path = path_join(region, directory, name, err);
     const Json *json = NULL;
     *found = !path || file_exists(path);                      // out of memory is not "missing"
-    if (path && *found && !read_whole_file(path, most, &text, err))
+    if (*found && !read_whole_file(path, most, &text, err))
         json = json_parse(text.data, text.size, path, 1, region, err);
     buffer_free(&text);
     return json;
@@ -2276,6 +2284,7 @@ static int writer_open(Writer *w, const char *path, qlora_error *err) {
     w->path = path;
     w->held = 0;
     w->err = err;
+    if (!path) return -1;
     int n = snprintf(w->temporary, sizeof w->temporary, "%s.tmp", path);
     if (n < 0 || (size_t)n >= sizeof w->temporary) return fail(err, "%s: path is too long", path);
     w->fd = open(w->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
@@ -2308,11 +2317,9 @@ static int writer_write(Writer *w, const void *data, size_t n) {
 static void sync_directory(const char *path) {
     char directory[PATH_MAX];
     const char *slash = strrchr(path, '/');
-    size_t n = slash ? (size_t)(slash - path) : 0;
-    if (n >= sizeof directory) return;
-    memcpy(directory, path, n);
-    directory[n] = 0;
-    int fd = open(!slash ? "." : n ? directory : "/", O_RDONLY | O_CLOEXEC);
+    int n = slash ? (int)(slash - path) + 1 : 1;
+    snprintf(directory, sizeof directory, "%.*s", n, slash ? path : ".");
+    int fd = open(directory, O_RDONLY | O_CLOEXEC);
     if (fd < 0) return;                                       // some file systems cannot: no harm
     (void)!fsync(fd);
     close(fd);
@@ -2339,18 +2346,21 @@ static int write_file(const char *path, const void *data, size_t n, qlora_error 
     return writer_close(&w, writer_write(&w, data, n));
 }
 
+// Writes a text put together in a buffer, unless `bad` says that this failed, and frees the buffer.
+static int write_buffer(const char *path, Buffer *text, int bad, qlora_error *err) {
+    bad = bad || write_file(path, text->data, text->size, err);
+    buffer_free(text);
+    return bad ? -1 : 0;
+}
+
 // Copies a file if it exists; one that does not is fine.
 static int copy_file(const char *from_dir, const char *to_dir, const char *name, Region *region,
                      qlora_error *err) {
+    Buffer content = {.allocator = region->allocator};
+    if (!directory_has(from_dir, name)) return 0;
     const char *from = path_join(region, from_dir, name, err);
     const char *to = path_join(region, to_dir, name, err);
-    if (!from || !to) return -1;
-    if (!file_exists(from)) return 0;
-    Buffer content = {.allocator = region->allocator};
-    int bad = read_whole_file(from, SIZE_MAX / 4, &content, err);
-    if (!bad) bad = write_file(to, content.data, content.size, err);
-    buffer_free(&content);
-    return bad;
+    return write_buffer(to, &content, read_whole_file(from, SIZE_MAX / 4, &content, err), err);
 }
 
 static int make_directory(const char *path, qlora_error *err) {
@@ -2363,7 +2373,8 @@ static int make_directory(const char *path, qlora_error *err) {
 // Eight bytes of length, a JSON header {"name": {"dtype", "shape", "data_offsets"}}, the data. The
 // ranges must tile the data without hole or overlap, and every size must equal its shape's.
 
-enum { MAX_RANK = 8, MAX_TENSORS = 1 << 20, MAX_TENSOR_NAME = 1024, MAX_HEADER = 100000000 };
+enum { MAX_RANK = 8, MAX_TENSORS = 1 << 20, MAX_TENSOR_NAME = 1024, MAX_HEADER = 100000000,
+       MAX_SHARDS = 4096 };
 
 // In the order in which the reference library writes them: larger alignment first.
 static const struct { const char *name; size_t size; DType dtype; } safetensors_types[] = {
@@ -2381,6 +2392,8 @@ typedef struct {
     size_t rank, shape[MAX_RANK];
     size_t elements, bytes, begin;  // begin: from the start of the file
     size_t file;                    // index of the shard
+    bool used;                      // somebody has asked for it
+    const void *data;               // of a tensor that is to be written: see write_tensors
 } TensorInfo;
 
 typedef struct {
@@ -2391,31 +2404,25 @@ typedef struct {
     Buffer list;                    // of TensorInfo while reading
 } TensorFiles;
 
-static int tensor_type(const char *name) {
-    for (int i = 0; name && i < N_SAFETENSORS_TYPES; i++)
-        if (strcmp(safetensors_types[i].name, name) == 0) return i;
-    return -1;
-}
-
 static int parse_tensor(TensorInfo *t, const Json *entry, const char *path, qlora_error *err) {
     const Json *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
+    const char *type = json_get_text(entry, "dtype");
     size_t end;
     if (entry->key_length > MAX_TENSOR_NAME || strlen(entry->key) != entry->key_length)
         return fail(err, "%s: a tensor name is longer than 1024 bytes or holds a NUL", path);
     t->name = entry->key;
-    t->type = tensor_type(json_get_text(entry, "dtype"));
-    if (t->type < 0)
+    while (type && t->type < N_SAFETENSORS_TYPES && strcmp(safetensors_types[t->type].name, type))
+        t->type++;
+    if (!type || t->type == N_SAFETENSORS_TYPES)
         return fail(err, "%s: tensor %s: expected a known \"dtype\", found %s", path, t->name,
-                    json_get_text(entry, "dtype") ? json_get_text(entry, "dtype") : "none");
+                    type ? type : "none");
     if (!json_is(shape, JSON_ARRAY) || shape->count > MAX_RANK)
         return fail(err, "%s: tensor %s: expected a \"shape\" of at most 8 numbers", path, t->name);
     t->elements = 1;
-    for (const Json *size = shape->first; size; size = size->next) {
+    for (const Json *size = shape->first; size; size = size->next, t->rank++)
         if (!json_to_size(size, &t->shape[t->rank]) ||
             mul_overflows(t->elements, t->shape[t->rank], &t->elements))
             return fail(err, "%s: tensor %s: shape overflows or is no whole number", path, t->name);
-        t->rank++;
-    }
     if (!json_is(offsets, JSON_ARRAY) || offsets->count != 2 ||
         !json_to_size(offsets->first, &t->begin) || !json_to_size(offsets->first->next, &end) ||
         end < t->begin)
@@ -2423,7 +2430,7 @@ static int parse_tensor(TensorInfo *t, const Json *entry, const char *path, qlor
     if (mul_overflows(t->elements, safetensors_types[t->type].size, &t->bytes) ||
         t->bytes != end - t->begin)
         return fail(err, "%s: tensor %s: %s with %zu elements expected, %zu bytes found", path,
-                    t->name, safetensors_types[t->type].name, t->elements, end - t->begin);
+                    t->name, type, t->elements, end - t->begin);
     return 0;
 }
 
@@ -2501,80 +2508,74 @@ static const TensorInfo *tensors_find(const TensorFiles *t, const char *name) {
     return t->n_tensors ? bsearch(&key, t->tensors, t->n_tensors, sizeof key, by_name) : NULL;
 }
 
-// The distinct shard names of an index file, each checked to be a plain name in the same directory.
-static int read_index(TensorFiles *t, const Json *index, const char *directory, const char **names,
-                      size_t *n, qlora_error *err) {
-    const Json *map = json_get(index, "weight_map");
-    if (!json_is(map, JSON_OBJECT) || !map->count)
-        return fail(err, "%s/model.safetensors.index.json: expected a \"weight_map\" object",
-                    directory);
-    *n = 0;
-    for (const Json *entry = map->first; entry; entry = entry->next) {
-        if (entry->kind != JSON_STRING || !entry->text[0] || strchr(entry->text, '/') ||
-            entry->text[0] == '.' || strlen(entry->text) != entry->length)
-            return fail(err, "%s/model.safetensors.index.json: %s: expected a plain file name",
-                        directory, entry->key);
-        size_t i = 0;
-        while (i < *n && strcmp(names[i], entry->text)) i++;
-        if (i == *n) names[(*n)++] = entry->text;
-        if (*n > 4096) return fail(err, "%s: more than 4096 shards", directory);
+// The name of a file in its directory.
+static const char *file_name(const File *file) { return strrchr(file->path, '/') + 1; }
+
+// Opens a file and reads its header, unless that was done before.
+static int open_shard(TensorFiles *t, const char *directory, const char *name, qlora_error *err) {
+    for (size_t i = 0; i < t->n_files; i++)
+        if (strcmp(file_name(&t->files[i]), name) == 0) return 0;
+    if (t->n_files == MAX_SHARDS) return fail(err, "%s: more than 4096 shards", directory);
+    const char *path = path_join(&t->region, directory, name, err);
+    if (file_open(&t->files[t->n_files], path, err)) return -1;
+    return read_shard(t, t->n_files++, err);
+}
+
+// Opens directory/single, or if that does not exist the shards that the index names. Its names must
+// be plain ones in the same directory, and every tensor must be in the shard where it says.
+static int open_shards(TensorFiles *t, const char *directory, const char *single,
+                       qlora_error *err) {
+    static const char index_name[] = "model.safetensors.index.json";
+    const Json *map = NULL;
+    if (!directory_has(directory, single)) {
+        bool found;
+        const Json *index = read_json(directory, index_name, MAX_HEADER, &t->region, &found, err);
+        if (!found)
+            return fail(err, "%s: no %s (nor %s) in this directory", directory, single, index_name);
+        if (!index) return -1;
+        map = json_get(index, "weight_map");
+        if (!json_is(map, JSON_OBJECT) || !map->count)
+            return fail(err, "%s/%s: expected a \"weight_map\" object", directory, index_name);
     }
-    (void)t;
+    const Json *first = map ? map->first : NULL;
+    t->files = region_alloc(&t->region, map ? map->count : 1, sizeof *t->files, err);
+    if (!t->files || (!map && open_shard(t, directory, single, err))) return -1;
+    for (const Json *e = first; e; e = e->next) {
+        if (e->kind != JSON_STRING || !e->text[0] || strchr(e->text, '/') || e->text[0] == '.' ||
+            strlen(e->text) != e->length)
+            return fail(err, "%s/%s: %s: expected a plain file name", directory, index_name,
+                        e->key);
+        if (open_shard(t, directory, e->text, err)) return -1;
+    }
+    t->tensors = (TensorInfo *)(void *)t->list.data;
+    t->n_tensors = t->list.size / sizeof *t->tensors;
+    if (t->n_tensors) qsort(t->tensors, t->n_tensors, sizeof *t->tensors, by_name);
+    for (size_t i = 1; i < t->n_tensors; i++)
+        if (strcmp(t->tensors[i - 1].name, t->tensors[i].name) == 0)
+            return fail(err, "%s: tensor %s appears twice", t->files[t->tensors[i].file].path,
+                        t->tensors[i].name);
+    for (const Json *e = first; e; e = e->next) {
+        const TensorInfo *tensor = tensors_find(t, e->key);
+        if (!tensor || strcmp(file_name(&t->files[tensor->file]), e->text))
+            return fail(err, "%s/%s: tensor %s expected here by %s, not found", directory, e->text,
+                        e->key, index_name);
+    }
     return 0;
 }
 
-// Opens directory/single, or if that does not exist the shards of model.safetensors.index.json.
 static TensorFiles *tensors_open(const char *directory, const char *single,
                                  const qlora_allocator *allocator, qlora_error *err) {
     TensorFiles *t = mem_alloc(allocator, 1, sizeof *t, err);
     if (!t) return NULL;
     t->region.allocator = t->list.allocator = allocator;
-    const char **names = region_alloc(&t->region, 4098, sizeof *names, err);
-    const char *path = path_join(&t->region, directory, single, err);
-    const Json *index = NULL;
-    size_t n = 1;
-    bool found = false;
-    if (!names || !path) goto failed;
-    names[0] = single;
-    if (!file_exists(path)) {
-        index = read_json(directory, "model.safetensors.index.json", MAX_HEADER, &t->region, &found,
-                          err);
-        if (!found) {
-            fail(err, "%s: no %s (nor model.safetensors.index.json) in this directory", directory,
-                 single);
-            goto failed;
-        }
-        if (!index || read_index(t, index, directory, names, &n, err)) goto failed;
-    }
-    t->files = region_alloc(&t->region, n, sizeof *t->files, err);
-    if (!t->files) goto failed;
-    for (; t->n_files < n; t->n_files++) {
-        path = path_join(&t->region, directory, names[t->n_files], err);
-        if (!path || file_open(&t->files[t->n_files], path, err)) goto failed;
-    }
-    for (size_t i = 0; i < n; i++)
-        if (read_shard(t, i, err)) goto failed;
-    t->tensors = (TensorInfo *)(void *)t->list.data;
-    t->n_tensors = t->list.size / sizeof *t->tensors;
-    if (t->n_tensors) qsort(t->tensors, t->n_tensors, sizeof *t->tensors, by_name);
-    for (size_t i = 1; i < t->n_tensors; i++)
-        if (strcmp(t->tensors[i - 1].name, t->tensors[i].name) == 0) {
-            fail(err, "%s: tensor %s appears twice", t->files[t->tensors[i].file].path,
-                 t->tensors[i].name);
-            goto failed;
-        }
-    for (const Json *e = index ? json_get(index, "weight_map")->first : NULL; e; e = e->next) {
-        const TensorInfo *tensor = tensors_find(t, e->key);
-        if (!tensor || strcmp(names[tensor->file], e->text)) {
-            fail(err, "%s/%s: tensor %s expected here by model.safetensors.index.json, not found",
-                 directory, e->text, e->key);
-            goto failed;
-        }
-    }
-    return t;
-failed:
+    if (!open_shards(t, directory, single, err)) return t;
     tensors_close(t);
     return NULL;
+}
+
+// The file a tensor is in.
+static const char *tensor_path(const TensorFiles *t, const TensorInfo *tensor) {
+    return t->files[tensor->file].path;
 }
 
 // n bytes of a tensor from the offset on.
@@ -2583,7 +2584,7 @@ static int tensor_read(const TensorFiles *t, const TensorInfo *tensor, void *out
     return file_read(&t->files[tensor->file], out, n, tensor->begin + offset, err);
 }
 
-// What is written: name, type and shape; `fill` later writes exactly `bytes` bytes of each.
+// Writes the tensor->bytes bytes of a tensor, made from tensor->data.
 typedef int (*TensorFill)(void *user, const TensorInfo *tensor, Writer *w);
 
 static int by_writing_order(const void *a, const void *b) {
@@ -2591,44 +2592,47 @@ static int by_writing_order(const void *a, const void *b) {
     return x->type != y->type ? x->type - y->type : strcmp(x->name, y->name);
 }
 
+// A tensor to write: `data` is for write_tensors, which says what it must be.
 static void describe_tensor(TensorInfo *t, const char *name, int type, size_t rank, size_t rows,
-                            size_t columns) {
+                            size_t columns, const void *data) {
     *t = (TensorInfo){.name = name, .type = type, .rank = rank, .shape = {rows, columns}};
-    t->elements = (rank > 0 ? rows : 1) * (rank > 1 ? columns : 1);
+    t->elements = rows * (rank > 1 ? columns : 1);
     t->bytes = t->elements * safetensors_types[type].size;
+    t->data = data;
 }
 
 // Writes a safetensors file as the reference library does: header sorted by type and name, padded
-// to eight bytes, {"format": "pt"}. Sorts `tensors`.
+// to eight bytes, {"format": "pt"}. Sorts `tensors`. Without a `fill` their data are the bytes.
 static int write_tensors(const char *path, TensorInfo *tensors, size_t n, TensorFill fill,
                          void *user, const qlora_allocator *allocator, qlora_error *err) {
-    Buffer header = {.allocator = allocator};
+    Buffer b = {.allocator = allocator};
+    Writer w;
     size_t at = 0;
     qsort(tensors, n, sizeof *tensors, by_writing_order);
-    int bad = buffer_printf(&header, err, "{\"__metadata__\":{\"format\":\"pt\"}");
+    int bad = buffer_append(&b, "length..", 8, err) ||
+              buffer_printf(&b, err, "{\"__metadata__\":{\"format\":\"pt\"}");
     for (size_t i = 0; i < n && !bad; i++) {
-        TensorInfo *t = &tensors[i];
-        bad = buffer_append(&header, ",", 1, err) ||
-              json_write_string(&header, t->name, strlen(t->name), err) ||
-              buffer_printf(&header, err, ":{\"dtype\":\"%s\",\"shape\":[",
+        const TensorInfo *t = &tensors[i];
+        bad = buffer_append(&b, ",", 1, err) ||
+              json_write_string(&b, t->name, strlen(t->name), err) ||
+              buffer_printf(&b, err, ":{\"dtype\":\"%s\",\"shape\":[",
                             safetensors_types[t->type].name);
         for (size_t d = 0; d < t->rank && !bad; d++)
-            bad = buffer_printf(&header, err, "%s%zu", d ? "," : "", t->shape[d]);
-        if (!bad)
-            bad = buffer_printf(&header, err, "],\"data_offsets\":[%zu,%zu]}", at, at + t->bytes);
+            bad = buffer_printf(&b, err, "%s%zu", d ? "," : "", t->shape[d]);
+        bad = bad || buffer_printf(&b, err, "],\"data_offsets\":[%zu,%zu]}", at, at + t->bytes);
         at += t->bytes;
     }
-    if (!bad) bad = buffer_append(&header, "}", 1, err);
-    while (!bad && header.size % 8) bad = buffer_append(&header, " ", 1, err);
-    Writer w;
+    bad = bad || buffer_append(&b, "}", 1, err);
+    while (!bad && b.size % 8) bad = buffer_append(&b, " ", 1, err);
+    for (int i = 0; i < 8 && !bad; i++) b.data[i] = (char)((b.size - 8) >> (8 * i));
     if (!bad && !(bad = writer_open(&w, path, err))) {
-        unsigned char length[8];
-        for (int i = 0; i < 8; i++) length[i] = (unsigned char)(header.size >> (8 * i));
-        bad = writer_write(&w, length, 8) || writer_write(&w, header.data, header.size);
-        for (size_t i = 0; i < n && !bad; i++) bad = fill(user, &tensors[i], &w);
+        bad = writer_write(&w, b.data, b.size);
+        for (size_t i = 0; i < n && !bad; i++)
+            bad = fill ? fill(user, &tensors[i], &w)
+                       : writer_write(&w, tensors[i].data, tensors[i].bytes);
         bad = writer_close(&w, bad);
     }
-    buffer_free(&header);
+    buffer_free(&b);
     return bad ? -1 : 0;
 }
 // =================================================================================================
@@ -4842,7 +4846,8 @@ enum { N_ARCHITECTURES = sizeof architectures / sizeof *architectures };
 
 // ------------------------------------------------------------------------------------ config.json
 
-typedef struct { const Json *json; const char *directory; qlora_error *err; } ConfigReader;
+// An object of settings and where it stands, for messages: "config.json", or deeper within it.
+typedef struct { const Json *json; const char *directory, *place; qlora_error *err; } ConfigReader;
 
 // A member that is neither missing nor null.
 static const Json *config_get(const Json *json, const char *key) {
@@ -4853,8 +4858,8 @@ static const Json *config_get(const Json *json, const char *key) {
 static int config_fail(const ConfigReader *r, const char *key, const char *expected) {
     const Json *value = json_get(r->json, key);
     bool scalar = value && value->kind >= JSON_NUMBER && value->kind <= JSON_STRING;
-    return fail(r->err, "%s/config.json: %s: expected %s, found %.80s", r->directory, key, expected,
-                !value ? "nothing" : scalar ? value->text : json_kind_name(value->kind));
+    return fail(r->err, "%s/%s: %s: expected %s, found %.80s", r->directory, r->place, key,
+                expected, !value ? "nothing" : scalar ? value->text : json_kind_name(value->kind));
 }
 
 // A whole number in [1, most]; with `otherwise` non-zero the member may be missing.
@@ -4869,13 +4874,14 @@ static int config_size(const ConfigReader *r, const char *key, size_t most, size
     return config_fail(r, key, expected);
 }
 
-static int config_number(const ConfigReader *r, const Json *object, const char *key, double least,
-                         double most, double *out) {
-    const Json *value = config_get(object, key);
-    if (!value) return 0;                                     // *out keeps the default
-    if (json_to_double(value, out) && *out >= least && *out <= most) return 0;
-    return fail(r->err, "%s/config.json: %s: expected a number from %g to %g, found %.80s",
-                r->directory, key, least, most, value->text ? value->text : "something else");
+// Any number in a range; when the member is missing *out keeps its default.
+static int config_number(const ConfigReader *r, const char *key, double least, double most,
+                         double *out) {
+    char expected[64];
+    const Json *value = config_get(r->json, key);
+    if (!value || (json_to_double(value, out) && *out >= least && *out <= most)) return 0;
+    snprintf(expected, sizeof expected, "a number from %g to %g", least, most);
+    return config_fail(r, key, expected);
 }
 
 static int config_bool(const ConfigReader *r, const char *key, bool *out) {
@@ -4884,68 +4890,73 @@ static int config_bool(const ConfigReader *r, const char *key, bool *out) {
     return !value || *out || value->kind == JSON_FALSE ? 0 : config_fail(r, key, "true or false");
 }
 
+// What none of the members may ask for: each must be missing, null, false, zero or empty.
+static int config_off(const ConfigReader *r, const char *const *keys, size_t n,
+                      const char *expected) {
+    for (size_t i = 0; i < n; i++) {
+        const Json *value = config_get(r->json, keys[i]);
+        double number = 1;
+        if (!value || value->kind == JSON_FALSE) continue;
+        if (value->kind >= JSON_ARRAY ? !value->count
+                                      : json_to_double(value, &number) && number == 0) continue;
+        return config_fail(r, keys[i], expected);
+    }
+    return 0;
+}
+
 // Fields that only models of other kinds have, each with the one value that changes nothing.
 static int refuse_unknown_mathematics(const ConfigReader *r) {
     static const char *const must_be_off[] = {"attn_logit_softcapping", "final_logit_softcapping",
         "qk_layernorm", "use_qk_norm", "alibi", "logit_scale", "embedding_multiplier",
         "residual_multiplier", "attention_multiplier", "logits_scaling", "num_local_experts",
         "num_experts", "n_routed_experts", "attention_dropout", "resid_pdrop", "embd_pdrop"};
+    const Json *act = config_get(r->json, "hidden_act");
+    ConfigReader quantization = {config_get(r->json, "quantization_config"), r->directory,
+                                 "config.json: quantization_config", r->err};
+    const char *method = json_get_text(quantization.json, "quant_method");
     double factor = 1;
-    for (size_t i = 0; i < sizeof must_be_off / sizeof *must_be_off; i++) {
-        const Json *value = config_get(r->json, must_be_off[i]);
-        double number = 1;
-        if (!value || value->kind == JSON_FALSE) continue;
-        if (json_to_double(value, &number) && number == 0) continue;
-        return config_fail(r, must_be_off[i], "it to be off (not implemented)");
-    }
-    if (config_number(r, r->json, "partial_rotary_factor", 0, 1, &factor)) return -1;
-    if (factor != 1) return config_fail(r, "partial_rotary_factor", "1 (other shares are not "
-                                                                    "implemented for this model)");
-    const char *act = json_get_text(r->json, "hidden_act");
-    if (config_get(r->json, "hidden_act") &&
-        (!act || (strcmp(act, "silu") && strcmp(act, "swish"))))
+    if (config_off(r, must_be_off, sizeof must_be_off / sizeof *must_be_off,
+                   "it to be off (not implemented)") ||
+        config_number(r, "partial_rotary_factor", 0, 1, &factor)) return -1;
+    if (factor != 1)
+        return config_fail(r, "partial_rotary_factor", "1 (other shares are not implemented)");
+    if (act && (act->kind != JSON_STRING || (strcmp(act->text, "silu") &&
+                                             strcmp(act->text, "swish"))))
         return config_fail(r, "hidden_act", "\"silu\"");
-    const Json *quantization = config_get(r->json, "quantization_config");
-    const char *method = json_get_text(quantization, "quant_method");
-    if (quantization && ((method && strcmp(method, "bitsandbytes")) ||
-                         !json_get_bool(quantization, "load_in_4bit", false)))
-        return fail(r->err,
-                    "%s/config.json: quantization_config: expected bitsandbytes 4-bit, found "
-                    "%s; start from the unquantised model",
-                    r->directory, method ? method : "other");
+    if (quantization.json && ((method && strcmp(method, "bitsandbytes")) ||
+                              !json_get_bool(quantization.json, "load_in_4bit", false)))
+        return config_fail(&quantization, "quant_method",
+                           "bitsandbytes in 4 bits (or start from the unquantised model)");
     return 0;
 }
 
 // Rotation frequencies theta^(-2i/hd), slowed down for long contexts as rope_scaling says.
 static int read_rope(const ConfigReader *r, size_t hd, float *frequency) {
     const Json *rope = config_get(r->json, "rope_parameters");       // transformers 5
-    const Json *scaling = rope ? rope : config_get(r->json, "rope_scaling");
-    const char *type = json_get_text(scaling, "rope_type");
+    ConfigReader s = {rope ? rope : config_get(r->json, "rope_scaling"), r->directory,
+                      rope ? "config.json: rope_parameters" : "config.json: rope_scaling", r->err};
+    const char *type = json_get_text(s.json, "rope_type");
     double theta = 10000, factor = 1, low = 1, high = 4, original = 0;
-    if (!type) type = json_get_text(scaling, "type");
-    if (scaling && (scaling->kind != JSON_OBJECT || (!type && scaling->count)))
-        return config_fail(r, rope ? "rope_parameters" : "rope_scaling",
-                           "an object with a rope_type");
+    if (!type) type = json_get_text(s.json, "type");
+    if (s.json && (s.json->kind != JSON_OBJECT || (!type && s.json->count)))
+        return config_fail(&s, "rope_type", "default, linear or llama3");
     if (!type) type = "default";
-    if (config_number(r, r->json, "rope_theta", 1, 1e12, &theta) ||
-        config_number(r, rope, "rope_theta", 1, 1e12, &theta) ||
-        config_number(r, scaling, "factor", 1, 1e6, &factor) ||
-        config_number(r, scaling, "low_freq_factor", 1e-3, 1e6, &low) ||
-        config_number(r, scaling, "high_freq_factor", 1e-3, 1e6, &high) ||
-        config_number(r, scaling, "original_max_position_embeddings", 1, 1e9, &original))
-        return -1;
+    if (config_number(r, "rope_theta", 1, 1e12, &theta) ||
+        (rope && config_number(&s, "rope_theta", 1, 1e12, &theta)) ||
+        config_number(&s, "factor", 1, 1e6, &factor) ||
+        config_number(&s, "low_freq_factor", 1e-3, 1e6, &low) ||
+        config_number(&s, "high_freq_factor", 1e-3, 1e6, &high) ||
+        config_number(&s, "original_max_position_embeddings", 1, 1e9, &original)) return -1;
     bool llama3 = strcmp(type, "llama3") == 0, linear = strcmp(type, "linear") == 0;
     if (!llama3 && !linear && strcmp(type, "default"))
-        return fail(r->err,
-                    "%s/config.json: rope_scaling: \"%s\" is not implemented (default, linear "
-                    "and llama3 are)",
-                    r->directory, type);
-    if ((llama3 || linear) && !config_get(scaling, "factor"))
-        return fail(r->err, "%s/config.json: rope_scaling: expected a \"factor\"", r->directory);
-    if (llama3 && (original == 0 || !(high > low)))
-        return fail(r->err, "%s/config.json: rope_scaling: llama3 needs "
-                    "original_max_position_embeddings and high_freq_factor > low_freq_factor",
-                    r->directory);
+        return fail(r->err, "%s/%s: \"%s\" is not implemented (default, linear and llama3 are)",
+                    s.directory, s.place, type);
+    if ((llama3 || linear) && !config_get(s.json, "factor"))
+        return config_fail(&s, "factor", "a number");
+    if (llama3 && original == 0)
+        return config_fail(&s, "original_max_position_embeddings", "a number");
+    if (llama3 && !(high > low))
+        return config_fail(&s, "high_freq_factor", "more than low_freq_factor");
     for (size_t i = 0; i < hd / 2; i++) {
         float base = 1.0f / powf((float)theta, (float)(2 * i) / (float)hd);
         double wavelength = 6.283185307179586 / (double)base, f = (double)base;
@@ -4978,9 +4989,9 @@ static int read_windows(const ConfigReader *r, const Architecture *arch, size_t 
     for (size_t l = 0; l < L; l++) {
         bool slides = arch->window || (used && l >= from);
         if (type) {
-            slides = json_is(type, JSON_STRING) && strcmp(type->text, "sliding_attention") == 0;
-            if (!slides &&
-                !(json_is(type, JSON_STRING) && strcmp(type->text, "full_attention") == 0))
+            const char *name = json_is(type, JSON_STRING) ? type->text : "";
+            slides = strcmp(name, "sliding_attention") == 0;
+            if (!slides && strcmp(name, "full_attention"))
                 return config_fail(r, "layer_types", "full_attention or sliding_attention");
             type = type->next;
         }
@@ -5004,10 +5015,77 @@ static int read_architecture(const ConfigReader *r, const Architecture **out) {
     return config_fail(r, "model_type", "llama, qwen2 or mistral");
 }
 
-// Fills the transformer's configuration and allocates its layers in the region.
-static int parse_config(Transformer *m, bool has_bias[N_LINEARS], const Json *json,
-                       const char *directory, Region *region, qlora_error *err) {
-    ConfigReader r = {json, directory, err};
+// ---------------------------------------------------------------------------------------- tensors
+
+typedef enum { SLOT_LINEAR, SLOT_MATRIX, SLOT_VECTOR } SlotKind;    // only linears are quantised
+
+// One tensor of the model: what it is called in files, its shape, and where it goes.
+typedef struct {
+    char name[64];
+    SlotKind kind;
+    size_t rows, columns;                   // columns 1 for a vector
+    Weight *weight;                         // of a linear or matrix
+    const float **vector;
+    int file_type;                          // type of its numbers in files (ST_BF16, ...)
+} Slot;
+
+typedef struct { Slot *slots; size_t n; } SlotList;
+
+// `place`: the Weight, or of a vector the pointer that will lead to its values.
+__attribute__((format(printf, 6, 7)))
+static void add_slot(SlotList *list, SlotKind kind, size_t rows, size_t columns, void *place,
+                     const char *format, ...) {
+    Slot *slot = &list->slots[list->n++];
+    *slot = (Slot){.kind = kind, .rows = rows, .columns = columns, .file_type = ST_BF16};
+    va_list args;
+    va_start(args, format);
+    vsnprintf(slot->name, sizeof slot->name, format, args);
+    va_end(args);
+    if (kind == SLOT_VECTOR) { slot->vector = place; return; }
+    slot->weight = place;
+    slot->weight->N = rows;
+    slot->weight->K = columns;
+}
+
+// The list of all tensors, in the order in which they are used.
+static int list_slots(SlotList *list, Transformer *m, const bool has_bias[N_LINEARS],
+                      Region *region, qlora_error *err) {
+    const Config *c = &m->config;
+    size_t query = c->H * c->hd, key = c->G * c->hd;
+    const size_t rows[N_LINEARS] = {query, key, key, c->D, c->F, c->F, c->D};
+    const size_t columns[N_LINEARS] = {c->D, c->D, c->D, query, c->D, c->D, c->F};
+    list->slots = region_alloc(region, c->L * (2 * N_LINEARS + 2) + 3, sizeof(Slot), err);
+    if (!list->slots) return -1;
+    add_slot(list, SLOT_MATRIX, c->V, c->D, &m->embedding, "model.embed_tokens.weight");
+    for (size_t l = 0; l < c->L; l++) {
+        Layer *layer = &m->layers[l];
+        add_slot(list, SLOT_VECTOR, c->D, 1, &layer->attention_norm,
+                 "model.layers.%zu.input_layernorm.weight", l);
+        add_slot(list, SLOT_VECTOR, c->D, 1, &layer->mlp_norm,
+                 "model.layers.%zu.post_attention_layernorm.weight", l);
+        for (size_t i = 0; i < N_LINEARS; i++) {
+            const char *module = c->architecture->linear[i];
+            Linear *linear = &layer->linear[i];
+            linear->lora.module = (uint32_t)(l * N_LINEARS + i + 1);
+            add_slot(list, SLOT_LINEAR, rows[i], columns[i], &linear->weight,
+                     "model.layers.%zu.%s.weight", l, module);
+            if (has_bias[i])
+                add_slot(list, SLOT_VECTOR, rows[i], 1, &linear->bias, "model.layers.%zu.%s.bias",
+                         l, module);
+        }
+    }
+    m->head.lora.module = (uint32_t)(c->L * N_LINEARS + 1);
+    add_slot(list, SLOT_VECTOR, c->D, 1, &m->final_norm, "model.norm.weight");
+    if (c->tied) m->head.weight = m->embedding;               // its shape: the values come later
+    else add_slot(list, SLOT_MATRIX, c->V, c->D, &m->head.weight, "lm_head.weight");
+    return 0;
+}
+
+// Reads config.json: fills the transformer's configuration, allocates its layers in the region and
+// lists the tensors that such a model has.
+static int parse_config(Transformer *m, SlotList *list, const Json *json, const char *directory,
+                        Region *region, qlora_error *err) {
+    ConfigReader r = {json, directory, "config.json", err};
     Config *c = &m->config;
     double eps = 1e-6;
     if (json->kind != JSON_OBJECT)
@@ -5022,13 +5100,13 @@ static int parse_config(Transformer *m, bool has_bias[N_LINEARS], const Json *js
         config_size(&r, "num_key_value_heads", 1 << 12, c->H, &c->G) ||
         config_size(&r, "head_dim", 1 << 10, max_size(c->D / c->H, 1), &c->hd) ||
         config_size(&r, "max_position_embeddings", (size_t)1 << 31, 2048, &c->context) ||
-        config_number(&r, json, "rms_norm_eps", 0, 1, &eps)) return -1;
+        config_number(&r, "rms_norm_eps", 0, 1, &eps)) return -1;
     if (!config_get(json, "head_dim") && c->D % c->H)
         return config_fail(&r, "num_attention_heads", "a divisor of hidden_size");
     if (c->H % c->G) return config_fail(&r, "num_key_value_heads", "a divisor of the heads");
     if (c->hd % 2) return config_fail(&r, "head_dim", "an even number");
     c->eps = (float)eps;
-    bool attention_bias, mlp_bias;
+    bool attention_bias, mlp_bias, has_bias[N_LINEARS];
     if (config_bool(&r, "tie_word_embeddings", &c->tied) ||
         config_bool(&r, "attention_bias", &attention_bias) ||
         config_bool(&r, "mlp_bias", &mlp_bias)) return -1;
@@ -5037,70 +5115,12 @@ static int parse_config(Transformer *m, bool has_bias[N_LINEARS], const Json *js
                     : attention_bias || (i < LINEAR_O && c->architecture->qkv_bias);
     m->rope_frequency = region_alloc(region, c->hd / 2, sizeof *m->rope_frequency, err);
     m->layers = region_alloc(region, c->L, sizeof *m->layers, err);
-    if (!m->rope_frequency || !m->layers) return -1;
-    return read_rope(&r, c->hd, m->rope_frequency) || read_windows(&r, c->architecture, c->L, m->layers);
+    if (!m->rope_frequency || !m->layers || read_rope(&r, c->hd, m->rope_frequency) ||
+        read_windows(&r, c->architecture, c->L, m->layers)) return -1;
+    return list_slots(list, m, has_bias, region, err);
 }
 
-// ---------------------------------------------------------------------------------------- tensors
-
-typedef enum { SLOT_LINEAR, SLOT_MATRIX, SLOT_VECTOR } SlotKind;    // only linears are quantised
-
-// One tensor of the model: what it is called in files, its shape, and where it goes.
-typedef struct {
-    const char *name;
-    SlotKind kind;
-    size_t rows, columns;                   // columns 1 for a vector
-    Weight *weight;                         // of a linear or matrix
-    const float **vector;
-    int file_type;                          // type of its numbers in files (ST_BF16, ...)
-} Slot;
-
-typedef struct { Slot *slots; size_t n; Region *region; qlora_error *err; } SlotList;
-
-static int add_slot(SlotList *list, SlotKind kind, size_t rows, size_t columns, Weight *weight,
-                    const float **vector, const char *format, ...) {
-    char name[256];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(name, sizeof name, format, args);
-    va_end(args);
-    const char *copy = region_text(list->region, name, strlen(name), list->err);
-    if (!copy) return -1;
-    if (weight) { weight->N = rows; weight->K = columns; }
-    list->slots[list->n++] = (Slot){copy, kind, rows, columns, weight, vector, ST_BF16};
-    return 0;
-}
-
-// The list of all tensors, in the order in which they are used.
-static int list_slots(SlotList *list, Transformer *m, const bool has_bias[N_LINEARS]) {
-    const Config *c = &m->config;
-    size_t query = c->H * c->hd, key = c->G * c->hd;
-    const size_t rows[N_LINEARS] = {query, key, key, c->D, c->F, c->F, c->D};
-    const size_t columns[N_LINEARS] = {c->D, c->D, c->D, query, c->D, c->D, c->F};
-    list->slots = region_alloc(list->region, c->L * (2 * N_LINEARS + 2) + 3, sizeof(Slot),
-                               list->err);
-    if (!list->slots || add_slot(list, SLOT_MATRIX, c->V, c->D, &m->embedding, NULL,
-                                 "model.embed_tokens.weight")) return -1;
-    for (size_t l = 0; l < c->L; l++) {
-        Layer *layer = &m->layers[l];
-        if (add_slot(list, SLOT_VECTOR, c->D, 1, NULL, &layer->attention_norm,
-                     "model.layers.%zu.input_layernorm.weight", l) ||
-            add_slot(list, SLOT_VECTOR, c->D, 1, NULL, &layer->mlp_norm,
-                     "model.layers.%zu.post_attention_layernorm.weight", l)) return -1;
-        for (int i = 0; i < N_LINEARS; i++) {
-            const char *module = c->architecture->linear[i];
-            layer->linear[i].lora.module = (uint32_t)(l * N_LINEARS + (size_t)i + 1);
-            if (add_slot(list, SLOT_LINEAR, rows[i], columns[i], &layer->linear[i].weight, NULL,
-                         "model.layers.%zu.%s.weight", l, module)) return -1;
-            if (has_bias[i] && add_slot(list, SLOT_VECTOR, rows[i], 1, NULL, &layer->linear[i].bias,
-                                        "model.layers.%zu.%s.bias", l, module)) return -1;
-        }
-    }
-    m->head.lora.module = (uint32_t)(c->L * N_LINEARS + 1);
-    if (add_slot(list, SLOT_VECTOR, c->D, 1, NULL, &m->final_norm, "model.norm.weight")) return -1;
-    return c->tied ? 0 : add_slot(list, SLOT_MATRIX, c->V, c->D, &m->head.weight, NULL,
-                                  "lm_head.weight");
-}
+// -------------------------------------------------------------------------------- numbers in files
 
 // Carves a matrix of the given type. 4-bit ones get their scales too, quantised twice or not.
 static void place_weight(Weight *w, DType dtype, bool double_quant, Arena *arena) {
@@ -5121,6 +5141,19 @@ static void place_weight(Weight *w, DType dtype, bool double_quant, Arena *arena
     } else w->absmax = arena_alloc(arena, blocks, sizeof(float));
 }
 
+static uint16_t float_to_f16(float x) {
+    uint32_t sign = float_bits(x) >> 16 & 0x8000;
+    float magnitude = fabsf(x);
+    if (isnan(x)) return (uint16_t)(sign | 0x7E00);
+    if (magnitude >= 65520.0f) return (uint16_t)(sign | 0x7C00);
+    // Below 2^-14 float16 counts steps of 2^-24, and so does float32 between 0.5 and 1.
+    if (magnitude < 0x1p-14f)
+        return (uint16_t)(sign | (float_bits(magnitude + 0.5f) - float_bits(0.5f)));
+    // Above, 13 bits of the fraction are rounded away, ties to even, and the exponent is 112 less.
+    uint32_t bits = float_bits(magnitude);
+    return (uint16_t)(sign | (((bits + 0xFFF + (bits >> 13 & 1)) >> 13) - (112u << 10)));
+}
+
 // Widens n values of a file's type.
 static void widen_values(float *out, const void *raw, DType type, size_t n) {
     const uint16_t *half = raw;
@@ -5129,17 +5162,49 @@ static void widen_values(float *out, const void *raw, DType type, size_t n) {
     else for (size_t i = 0; i < n; i++) out[i] = f16_to_float(half[i]);
 }
 
+// Rounds n values to a file's type.
+static void narrow_values(void *raw, const float *values, DType type, size_t n) {
+    uint16_t *half = raw;
+    if (type == DT_F32) memcpy(raw, values, n * sizeof *values);
+    else if (type == DT_BF16) for (size_t i = 0; i < n; i++) half[i] = float_to_bf16(values[i]);
+    else for (size_t i = 0; i < n; i++) half[i] = float_to_f16(values[i]);
+}
+
 // An infinite or NaN value has all exponent bits set.
 static bool all_finite(const void *raw, DType type, size_t n) {
     const uint16_t *half = raw;
     const float *full = raw;
-    uint32_t bad = 0;
-    if (type == DT_F32) for (size_t i = 0; i < n; i++)
-        bad |= (uint32_t)((float_bits(full[i]) & 0x7F800000) == 0x7F800000);
-    else if (type == DT_BF16) for (size_t i = 0; i < n; i++)
-        bad |= (uint32_t)((half[i] & 0x7F80) == 0x7F80);
-    else for (size_t i = 0; i < n; i++) bad |= (uint32_t)((half[i] & 0x7C00) == 0x7C00);
+    uint32_t exponent = type == DT_F32 ? 0x7F800000 : type == DT_BF16 ? 0x7F80 : 0x7C00, bad = 0;
+    if (type == DT_F32)
+        for (size_t i = 0; i < n; i++)
+            bad |= (uint32_t)((float_bits(full[i]) & exponent) == exponent);
+    else for (size_t i = 0; i < n; i++) bad |= (uint32_t)((half[i] & exponent) == exponent);
     return !bad;
+}
+
+// Refuses a tensor of another shape (of rank 1 without columns) or of numbers of other kinds than
+// this program computes with.
+static int check_tensor(const TensorFiles *files, const TensorInfo *t, size_t rank, size_t rows,
+                        size_t columns, qlora_error *err) {
+    const char *path = tensor_path(files, t);
+    if (t->rank != rank || t->shape[0] != rows || (rank > 1 && t->shape[1] != columns))
+        return fail(err, "%s: tensor %s: shape [%zu, %zu] expected, found [%zu, %zu]: does it "
+                    "belong to another model?", path, t->name, rows, columns,
+                    t->rank ? t->shape[0] : 0, t->rank > 1 ? t->shape[1] : 1);
+    if (safetensors_types[t->type].dtype != DT_OTHER) return 0;
+    return fail(err, "%s: tensor %s: expected F32, F16 or BF16, found %s", path, t->name,
+                safetensors_types[t->type].name);
+}
+
+// n values of a tensor from number `at` on, as they are in the file, which must be finite.
+static int read_values(const TensorFiles *files, const TensorInfo *t, void *raw, size_t at,
+                       size_t n, qlora_error *err) {
+    size_t size = safetensors_types[t->type].size;
+    DType type = safetensors_types[t->type].dtype;
+    if (tensor_read(files, t, raw, at * size, n * size, err)) return -1;
+    if (type == DT_OTHER || all_finite(raw, type, n)) return 0;
+    return fail(err, "%s: tensor %s holds NaN or infinity: the file is damaged or the model was "
+                "trained to pieces", tensor_path(files, t), t->name);
 }
 
 // Quantises part of a tensor: `count` values in their file's type, starting at a block boundary.
@@ -5189,181 +5254,186 @@ static void finish_weight(Device *dev, Weight *w, const float *absmax) {
                                           (float *)(uintptr_t)w->absmax2, absmax, blocks, w->code8);
 }
 
+// The tensors bitsandbytes stores a 4-bit weight in (FACTS 3), by what follows the weight's name;
+// its quant_state, a JSON text, is the last.
+typedef struct { const char *suffix; int type; size_t n; const void *data; } WeightPart;
+enum { MAX_WEIGHT_PARTS = 6 };
+
+static size_t list_weight_parts(const Weight *w, WeightPart parts[MAX_WEIGHT_PARTS]) {
+    size_t n = w->N * w->K, blocks = ceil_div(n, QUANT_BLOCK);
+    parts[0] = (WeightPart){"", ST_U8, (n + 1) / 2, w->data};
+    parts[1] = (WeightPart){".quant_map", ST_F32, 16, w->code};
+    parts[2] = (WeightPart){".absmax", ST_F32, blocks, w->absmax};
+    if (!w->absmax8) return 3;
+    parts[2] = (WeightPart){".absmax", ST_U8, blocks, w->absmax8};
+    parts[3] = (WeightPart){".nested_absmax", ST_F32, ceil_div(blocks, SCALE_BLOCK), w->absmax2};
+    parts[4] = (WeightPart){".nested_quant_map", ST_F32, 256, w->code8};
+    return 5;
+}
+
+static const char *quant_state_suffix(DType type) {
+    return type == DT_NF4 ? ".quant_state.bitsandbytes__nf4" : ".quant_state.bitsandbytes__fp4";
+}
+
+// ----------------------------------------------------------------------------------- random models
+
+typedef struct { uint64_t seed; uint32_t stream; size_t at, n; uint16_t *out; } RandomTask;
+
+enum { RANDOM_PER_TASK = 1 << 16 };
+
+// Bell-shaped values with deviation 0.02, in bf16: the sum of four uniform 16-bit numbers has
+// variance 4/12 and costs no logarithm.
+static void random_values_task(void *arguments, size_t task, int thread) {
+    RandomTask *a = arguments;
+    size_t first = task * RANDOM_PER_TASK, end = min_size(a->n, first + RANDOM_PER_TASK);
+    float scale = 0.02f * 1.7320508f / 65536.0f;
+    uint32_t key[2] = {(uint32_t)a->seed, RANDOM_INIT}, bits[4] = {0};
+    (void)thread;
+    for (size_t k = first; k < end; k++) {
+        size_t i = a->at + k;
+        uint32_t counter[4] = {(uint32_t)(i / 2), (uint32_t)(i / 2 >> 32), 1, a->stream};
+        if (i % 2 == 0) philox(bits, counter, key);
+        const uint32_t *pair = bits + i % 2 * 2;
+        float sum = (float)((pair[0] & 0xFFFF) + (pair[0] >> 16) + (pair[1] & 0xFFFF) +
+                            (pair[1] >> 16));
+        a->out[k] = float_to_bf16((sum - 131070.0f) * scale);
+    }
+}
+
 // ---------------------------------------------------------------------------------------- loading
 
 enum { STAGING_VALUES = 4 << 20 };          // values read at a time while quantising
 
 typedef struct {
-    const TensorFiles *files;
+    TensorFiles *files;                     // NULL: a random model, always the same for a seed
+    uint64_t seed;
     const qlora_options *options;
     Device *dev;                            // whose memory the weights go to
     char *staging;                          // (STAGING_VALUES) values of at most 4 bytes
     void *remote;                           // the same on a device with memory of its own
     float *absmax;                          // scales of the largest linear; the device's
-    uint8_t *used;                          // (tensors of the files)
+    uint32_t slot;                          // number of the one at work
     qlora_error *err;
 } WeightLoader;
 
 static const TensorInfo *loader_find(WeightLoader *l, const char *name, const char *suffix) {
     char full[MAX_TENSOR_NAME];
     snprintf(full, sizeof full, "%s%s", name, suffix);
-    const TensorInfo *t = tensors_find(l->files, full);
-    if (t) l->used[t - l->files->tensors] = 1;
-    return t;
-}
-
-static const char *tensor_path(const WeightLoader *l, const TensorInfo *t) {
-    return l->files->files[t->file].path;
-}
-
-// The tensor of a slot with the right shape and a type of numbers this program computes with.
-static const TensorInfo *find_slot(WeightLoader *l, const Slot *slot) {
-    const TensorInfo *t = loader_find(l, slot->name, "");
-    bool vector = slot->kind == SLOT_VECTOR;
-    if (!t) {
-        fail(l->err, "%s: tensor %s expected, not found", l->files->files[0].path, slot->name);
-        return NULL;
-    }
-    if (t->rank != (vector ? 1u : 2u) || t->shape[0] != slot->rows ||
-        (!vector && t->shape[1] != slot->columns)) {
-        fail(l->err, "%s: tensor %s: shape [%zu, %zu] expected from config.json, found [%zu, %zu]",
-             tensor_path(l, t), slot->name, slot->rows, slot->columns, t->rank ? t->shape[0] : 0,
-             t->rank > 1 ? t->shape[1] : 1);
-        return NULL;
-    }
-    if (safetensors_types[t->type].dtype == DT_OTHER) {
-        fail(l->err, "%s: tensor %s: expected F32, F16 or BF16, found %s", tensor_path(l, t),
-             slot->name, safetensors_types[t->type].name);
-        return NULL;
-    }
+    const TensorInfo *t = l->files ? tensors_find(l->files, full) : NULL;
+    if (t) l->files->tensors[t - l->files->tensors].used = true;
     return t;
 }
 
 // Whether a linear is stored 4-bit by bitsandbytes: the name of its type, or DT_OTHER.
 static DType stored_4bit(WeightLoader *l, const Slot *slot) {
     if (slot->kind != SLOT_LINEAR) return DT_OTHER;
-    if (loader_find(l, slot->name, ".quant_state.bitsandbytes__nf4")) return DT_NF4;
-    return loader_find(l, slot->name, ".quant_state.bitsandbytes__fp4") ? DT_FP4 : DT_OTHER;
+    if (loader_find(l, slot->name, quant_state_suffix(DT_NF4))) return DT_NF4;
+    return loader_find(l, slot->name, quant_state_suffix(DT_FP4)) ? DT_FP4 : DT_OTHER;
 }
 
 // First pass: decides each slot's type and carves its memory; reads nothing but headers.
 static int place_slot(WeightLoader *l, Slot *slot, Arena *arena) {
-    DType stored = stored_4bit(l, slot);
-    if (stored != DT_OTHER) {
-        bool nested = loader_find(l, slot->name, ".nested_absmax") != NULL;
-        place_weight(slot->weight, stored, nested, arena);
-        return 0;
+    DType type = stored_4bit(l, slot);
+    bool nested = l->options->double_quant != 0, vector = slot->kind == SLOT_VECTOR;
+    if (type != DT_OTHER) nested = loader_find(l, slot->name, ".nested_absmax") != NULL;
+    else {
+        const TensorInfo *t = loader_find(l, slot->name, "");
+        if (l->files && !t) return fail(l->err, "%s: tensor %s expected, not found",
+                                        l->files->files[0].path, slot->name);
+        if (t && check_tensor(l->files, t, vector ? 1 : 2, slot->rows, slot->columns, l->err))
+            return -1;
+        if (t) slot->file_type = t->type;
+        type = safetensors_types[slot->file_type].dtype;
+        if (slot->kind == SLOT_LINEAR && l->options->quant != QLORA_QUANT_NONE)
+            type = l->options->quant == QLORA_QUANT_NF4 ? DT_NF4 : DT_FP4;
     }
-    const TensorInfo *t = find_slot(l, slot);
-    if (!t) return -1;
-    slot->file_type = t->type;
-    if (slot->kind == SLOT_VECTOR) {
-        *slot->vector = arena_alloc(arena, slot->rows, sizeof(float));
-        return 0;
-    }
-    DType to = safetensors_types[t->type].dtype;
-    if (slot->kind == SLOT_LINEAR && l->options->quant != QLORA_QUANT_NONE)
-        to = l->options->quant == QLORA_QUANT_NF4 ? DT_NF4 : DT_FP4;
-    place_weight(slot->weight, to, l->options->double_quant != 0, arena);
+    if (vector) *slot->vector = arena_alloc(arena, slot->rows, sizeof(float));
+    else place_weight(slot->weight, type, nested, arena);
     return 0;
 }
 
-// n values of a tensor from number `at` on, checked: into `to`, which is the device's memory, and in
-// `staging` too if that is apart. Returns where the host sees them, NULL with a message.
-static const char *load_values(WeightLoader *l, const TensorInfo *t, size_t at, size_t n, void *to,
-                               char *staging) {
-    DType type = safetensors_types[t->type].dtype;
-    size_t size = t->bytes / t->elements;
+// n values of a slot from number `at` on, in bf16: random ones for a matrix, ones for a norm, zeros
+// for a bias.
+static void make_values(WeightLoader *l, const Slot *slot, uint16_t *out, size_t at, size_t n) {
+    RandomTask a = {l->seed, l->slot, at, n, out};
+    bool bias = strstr(slot->name, ".bias") != NULL;
+    if (slot->kind == SLOT_VECTOR)
+        for (size_t i = 0; i < n; i++) out[i] = bias ? 0 : float_to_bf16(1);
+    else parallel_for(l->dev->pool, ceil_div(n, RANDOM_PER_TASK), random_values_task, &a);
+}
+
+// n values of a slot's tensor t (NULL: a random model's) from number `at` on: into `to`, which is
+// the device's memory, and in `staging` too if that is apart. Returns where the host sees them.
+static const char *load_values(WeightLoader *l, const Slot *slot, const TensorInfo *t, size_t at,
+                               size_t n, void *to, char *staging) {
     char *raw = to && l->dev->ops->host ? to : staging;
-    if (tensor_read(l->files, t, raw, at * size, n * size, l->err)) return NULL;
-    if (type != DT_OTHER && !all_finite(raw, type, n)) {
-        fail(l->err, "%s: tensor %s holds NaN or infinity: the file is damaged or the model was "
-             "trained to pieces", tensor_path(l, t), t->name);
-        return NULL;
-    }
-    if (to && raw != to) upload(l->dev, to, raw, n * size);
+    if (!t) make_values(l, slot, (uint16_t *)(void *)raw, at, n);
+    else if (read_values(l->files, t, raw, at, n, l->err)) return NULL;
+    if (to && raw != to)
+        upload(l->dev, to, raw, n * safetensors_types[t ? t->type : slot->file_type].size);
     return raw;
 }
 
-// One tensor of a stored 4-bit linear, of exactly this type and size.
-static int load_part(WeightLoader *l, const Slot *slot, const char *suffix, int type, size_t n,
-                     const void *out) {
-    const TensorInfo *t = loader_find(l, slot->name, suffix);
-    if (!t || t->type != type || t->elements != n)
-        return fail(l->err, "%s: tensor %s%s: %zu values of type %s expected, found %s",
-                    l->files->files[t ? t->file : 0].path, slot->name, suffix, n,
-                    safetensors_types[type].name, t ? "others" : "none");
-    for (size_t at = 0; at < n; at += STAGING_VALUES) {
-        char *to = (char *)(uintptr_t)out + at * (t->bytes / n);
-        if (!load_values(l, t, at, min_size(STAGING_VALUES, n - at), to, l->staging)) return -1;
-    }
-    return 0;
-}
-
-// Reads what bitsandbytes wrote (FACTS 3): codes, scales and the quant_state JSON, cross-checked.
+// Reads what bitsandbytes wrote: the quant_state JSON, cross-checked, then codes and scales.
 static int load_4bit(WeightLoader *l, const Slot *slot) {
     Weight *w = slot->weight;
-    size_t n = w->N * w->K, blocks = ceil_div(n, QUANT_BLOCK), number = 0, rows = 0, columns = 0;
     const char *type = w->dtype == DT_NF4 ? "nf4" : "fp4";
-    char suffix[64];
-    snprintf(suffix, sizeof suffix, ".quant_state.bitsandbytes__%s", type);
-    const TensorInfo *state = loader_find(l, slot->name, suffix);
-    Region region = {.allocator = l->files->region.allocator};
+    const TensorInfo *state = loader_find(l, slot->name, quant_state_suffix(w->dtype));
+    const char *path = tensor_path(l->files, state);
+    Region *region = &l->files->region;
+    size_t number = 0, rows = 0, columns = 0;
     double offset = 0;
-    int bad = -1;
-    char *text = state->bytes <= 65536 ? region_alloc(&region, state->bytes + 1, 1, l->err) : NULL;
-    if (!text)
-        fail(l->err, "%s: tensor %s%s is too large", tensor_path(l, state), slot->name, suffix);
-    const Json *json = text && !tensor_read(l->files, state, text, 0, state->bytes, l->err)
-                     ? json_parse(text, state->bytes, state->name, 1, &region, l->err) : NULL;
+    if (state->bytes > 65536) return fail(l->err, "%s: tensor %s is too large", path, state->name);
+    char *text = region_alloc(region, state->bytes + 1, 1, l->err);
+    if (!text || tensor_read(l->files, state, text, 0, state->bytes, l->err)) return -1;
+    const Json *json = json_parse(text, state->bytes, state->name, 1, region, l->err);
     const Json *shape = json_get(json, "shape");
     const char *stored = json_get_text(json, "quant_type");
-    if (!json) goto done;
+    if (!json) return -1;
     if (!stored || strcmp(stored, type) || !json_to_size(json_get(json, "blocksize"), &number) ||
         number != QUANT_BLOCK || !json_is(shape, JSON_ARRAY) || shape->count != 2 ||
         !json_to_size(shape->first, &rows) || !json_to_size(shape->first->next, &columns) ||
-        rows != w->N || columns != w->K) {
-        fail(l->err, "%s: tensor %s: quant_state: expected %s in blocks of 64, shape [%zu, %zu], "
-             "found %.200s", tensor_path(l, state), slot->name, type, w->N, w->K, text);
-        goto done;
-    }
+        rows != w->N || columns != w->K)
+        return fail(l->err, "%s: tensor %s: quant_state: expected %s in blocks of 64, shape "
+                    "[%zu, %zu], found %.200s", path, slot->name, type, w->N, w->K, text);
     if (w->absmax8 && (!json_to_size(json_get(json, "nested_blocksize"), &number) ||
                        number != SCALE_BLOCK ||
-                       !json_to_double(json_get(json, "nested_offset"), &offset))) {
-        fail(l->err, "%s: tensor %s: quant_state: expected nested_blocksize 256 and nested_offset",
-             tensor_path(l, state), slot->name);
-        goto done;
-    }
+                       !json_to_double(json_get(json, "nested_offset"), &offset) ||
+                       !isfinite((float)offset)))
+        return fail(l->err, "%s: tensor %s: quant_state: expected nested_blocksize 256 and a "
+                    "nested_offset", path, slot->name);
     w->offset = (float)offset;
-    bad = load_part(l, slot, "", ST_U8, (n + 1) / 2, w->data) ||
-          load_part(l, slot, ".quant_map", ST_F32, 16, w->code) ||
-          (w->absmax8 ? load_part(l, slot, ".absmax", ST_U8, blocks, w->absmax8) ||
-                        load_part(l, slot, ".nested_absmax", ST_F32, ceil_div(blocks, SCALE_BLOCK),
-                                  w->absmax2) ||
-                        load_part(l, slot, ".nested_quant_map", ST_F32, 256, w->code8)
-                      : load_part(l, slot, ".absmax", ST_F32, blocks, w->absmax));
-    if (!bad && !isfinite(w->offset))
-        bad = fail(l->err, "%s: tensor %s: nested_offset is not finite", tensor_path(l, state),
-                   slot->name);
-done:
-    region_free(&region);
-    return bad;
+    WeightPart parts[MAX_WEIGHT_PARTS];
+    size_t n_parts = list_weight_parts(w, parts);
+    for (const WeightPart *part = parts; part < parts + n_parts; part++) {
+        const TensorInfo *t = loader_find(l, slot->name, part->suffix);
+        if (!t || t->type != part->type || t->elements != part->n)
+            return fail(l->err, "%s: tensor %s%s: %zu values of type %s expected, found %s", path,
+                        slot->name, part->suffix, part->n, safetensors_types[part->type].name,
+                        t ? "others" : "none");
+        for (size_t at = 0; at < part->n; at += STAGING_VALUES) {
+            char *to = (char *)(uintptr_t)part->data + at * safetensors_types[part->type].size;
+            size_t n = min_size(STAGING_VALUES, part->n - at);
+            if (!load_values(l, slot, t, at, n, to, l->staging)) return -1;
+        }
+    }
+    return 0;
 }
 
 // Second pass: reads a slot's values into its place.
 static int load_slot(WeightLoader *l, const Slot *slot) {
-    if (slot->weight && is_4bit(slot->weight->dtype) && stored_4bit(l, slot) != DT_OTHER)
-        return load_4bit(l, slot);
-    const TensorInfo *t = find_slot(l, slot);
-    DType from = safetensors_types[t->type].dtype;
+    if (stored_4bit(l, slot) != DT_OTHER) return load_4bit(l, slot);
+    const TensorInfo *t = loader_find(l, slot->name, "");
+    DType from = safetensors_types[slot->file_type].dtype;
     bool vector = slot->kind == SLOT_VECTOR, in_place = !vector && !is_4bit(slot->weight->dtype);
-    size_t size = dtype_size(from), most = vector ? STAGING_VALUES / 2 : STAGING_VALUES;
-    for (size_t at = 0; at < t->elements; at += most) {
-        size_t n = min_size(most, t->elements - at);
+    size_t most = vector ? STAGING_VALUES / 2 : STAGING_VALUES, all = slot->rows * slot->columns;
+    for (size_t at = 0; at < all; at += most) {
+        size_t n = min_size(most, all - at);
         // A vector is read into the upper half of the staging memory and widened into the lower.
         char *staging = l->staging + (vector ? most * sizeof(float) : 0);
-        char *to = in_place ? (char *)(uintptr_t)slot->weight->data + at * size : NULL;
-        const char *raw = load_values(l, t, at, n, to ? to : vector ? NULL : l->remote, staging);
+        char *place = in_place ? (char *)(uintptr_t)slot->weight->data + at * dtype_size(from)
+                    : vector ? NULL : l->remote;
+        const char *raw = load_values(l, slot, t, at, n, place, staging);
         if (!raw) return -1;
         if (vector) {
             widen_values((float *)(void *)l->staging, raw, from, n);
@@ -5381,61 +5451,58 @@ static int load_slot(WeightLoader *l, const Slot *slot) {
 
 // A tensor that no slot asked for means another model than this program would compute.
 static int refuse_unused(const WeightLoader *l, bool tied) {
-    for (size_t i = 0; i < l->files->n_tensors; i++) {
-        const char *name = l->files->tensors[i].name;
-        if (l->used[i] || strstr(name, "rotary_emb.inv_freq")) continue;    // recomputed
-        if (tied && strcmp(name, "lm_head.weight") == 0) continue;          // the embedding again
+    for (size_t i = 0; l->files && i < l->files->n_tensors; i++) {
+        const TensorInfo *t = &l->files->tensors[i];
+        if (t->used || strstr(t->name, "rotary_emb.inv_freq")) continue;    // recomputed
+        if (tied && strcmp(t->name, "lm_head.weight") == 0) continue;       // the embedding again
         return fail(l->err, "%s: tensor %s is not part of this architecture as implemented here",
-                    tensor_path(l, &l->files->tensors[i]), name);
+                    tensor_path(l->files, t), t->name);
     }
     return 0;
 }
 
 // Reads all weights into one allocation of the device, *weights of *bytes, that the caller owns. To
 // plan, weights is NULL: types and *bytes are found out from the files' headers.
-static int load_weights(Transformer *m, const SlotList *list, const char *directory,
-                        const qlora_options *options, Device *dev, void **weights, size_t *bytes,
-                        qlora_error *err) {
-    TensorFiles *files = tensors_open(directory, "model.safetensors", dev->allocator, err);
-    if (!files) return -1;
-    Region region = {.allocator = dev->allocator};
-    WeightLoader l = {.files = files, .options = options, .dev = dev, .err = err};
-    size_t blocks = 0, scales = 0, staging = STAGING_VALUES * sizeof(float);
-    int bad = -1;
-    l.used = region_alloc(&region, files->n_tensors, 1, err);
-    if (!l.used) goto done;
+static int load_weights(WeightLoader *l, Transformer *m, const SlotList *list, void **weights,
+                        size_t *bytes) {
+    Device *dev = l->dev;
+    size_t blocks = 0, staging = STAGING_VALUES * sizeof(float);
     Arena arena = {NULL, 0};
     for (size_t i = 0; i < list->n; i++) {
-        if (place_slot(&l, &list->slots[i], &arena)) goto done;
-        blocks = max_size(blocks, ceil_div(list->slots[i].rows * list->slots[i].columns,
-                                           QUANT_BLOCK));
+        Slot *slot = &list->slots[i];
+        if (place_slot(l, slot, &arena)) return -1;
+        blocks = max_size(blocks, ceil_div(slot->rows * slot->columns, QUANT_BLOCK));
     }
     size_t turns = m->config.hd / 2 * sizeof(float);
     *bytes = arena.used + turns;
+    if (weights) {
+        l->staging = mem_reserve(dev->allocator, staging, 1, l->err);
+        l->absmax = l->staging ? dev->ops->allocate(dev, blocks * sizeof(float), l->err) : NULL;
+        if (l->absmax && !dev->ops->host) l->remote = dev->ops->allocate(dev, staging, l->err);
+        bool ready = l->absmax && (dev->ops->host || l->remote);
+        *weights = ready ? dev->ops->allocate(dev, *bytes, l->err) : NULL;
+        bool bad = !*weights;
+        arena = (Arena){*weights, 0};
+        for (size_t i = 0; i < list->n && !bad; i++) {
+            l->slot = (uint32_t)i;
+            bad = place_slot(l, &list->slots[i], &arena) || load_slot(l, &list->slots[i]);
+        }
+        bad = bad || refuse_unused(l, m->config.tied);
+        if (!bad) {
+            m->frequency = arena_alloc(&arena, turns, 1);
+            upload(dev, m->frequency, m->rope_frequency, turns);
+        }
+        dev->ops->release(dev, l->remote, staging);
+        dev->ops->release(dev, l->absmax, blocks * sizeof(float));
+        mem_free(dev->allocator, l->staging, staging, 1);
+        if (bad) {
+            dev->ops->release(dev, *weights, *bytes);
+            *weights = NULL;
+            return -1;
+        }
+    }
     if (m->config.tied) m->head.weight = m->embedding;
-    bad = weights ? -1 : 0;
-    if (!weights) goto done;
-    scales = blocks * sizeof(float);
-    l.staging = mem_reserve(dev->allocator, staging, 1, err);
-    l.absmax = l.staging ? dev->ops->allocate(dev, scales, err) : NULL;
-    if (!dev->ops->host && l.absmax) l.remote = dev->ops->allocate(dev, staging, err);
-    if (!l.absmax || (!dev->ops->host && !l.remote)) goto done;
-    *weights = dev->ops->allocate(dev, *bytes, err);
-    if (!*weights) goto done;
-    arena = (Arena){*weights, 0};
-    for (size_t i = 0; i < list->n; i++)
-        if (place_slot(&l, &list->slots[i], &arena) || load_slot(&l, &list->slots[i])) goto done;
-    m->frequency = arena_alloc(&arena, turns, 1);
-    upload(dev, m->frequency, m->rope_frequency, turns);
-    if (m->config.tied) m->head.weight = m->embedding;
-    bad = refuse_unused(&l, m->config.tied);
-done:
-    dev->ops->release(dev, l.remote, staging);
-    dev->ops->release(dev, l.absmax, scales);
-    mem_free(dev->allocator, l.staging, staging, 1);
-    region_free(&region);
-    tensors_close(files);
-    return bad;
+    return 0;
 }
 // =================================================================================================
 //  11. Chat templates and loss masks
@@ -7778,10 +7845,8 @@ static bool is_target(const char *target, size_t n, const char *module) {
            (n == length || module[length - n - 1] == '.');
 }
 
-enum { PIECE = 4096 };                      // parameters that travel between host and device at a time
+enum { PIECE = 4096 };              // parameters that travel between host and device at a time
 
-// Gives every adapted linear (lora.r > 0) its place in the flat buffers; training also gets
-// gradients and moments, zeroed. Replaces what was there.
 static void free_parameters(Transformer *m) {
     size_t copies = m->gradients ? 4 : 1;
     m->dev->ops->release(m->dev, m->parameters, m->n_parameters * copies * sizeof(real));
@@ -7789,16 +7854,29 @@ static void free_parameters(Transformer *m) {
     m->n_parameters = 0;
 }
 
+// Carves A and B of every adapted linear (lora.r > 0) from the flat buffers, as far as there are
+// any. Returns how many parameters they are, padding included.
+static size_t carve_parameters(Transformer *m) {
+    Arena values = {(char *)m->parameters, 0}, gradients = {(char *)m->gradients, 0};
+    for (size_t i = 0; i < n_modules(m); i++) {
+        Linear *linear = module_linear(m, i);
+        Lora *lora = &linear->lora;
+        size_t a = round_up(lora->r * linear->weight.K, PARAMETER_ALIGNMENT);
+        size_t b = round_up(lora->r * linear->weight.N, PARAMETER_ALIGNMENT);
+        lora->A = arena_alloc(&values, a, sizeof(real));
+        lora->B = arena_alloc(&values, b, sizeof(real));
+        lora->dA = arena_alloc(&gradients, a, sizeof(real));
+        lora->dB = arena_alloc(&gradients, b, sizeof(real));
+    }
+    return values.used / sizeof(real);
+}
+
+// Makes room for the adapter, zeroed; training also gets gradients and moments. Replaces what was
+// there.
 static int allocate_parameters(Transformer *m, bool training, qlora_error *err) {
     Device *dev = m->dev;
     free_parameters(m);
-    size_t n = 0;
-    for (size_t i = 0; i < n_modules(m); i++) {
-        const Linear *linear = module_linear(m, i);
-        n += round_up(linear->lora.r * linear->weight.K, PARAMETER_ALIGNMENT);
-        n += round_up(linear->lora.r * linear->weight.N, PARAMETER_ALIGNMENT);
-    }
-    size_t bytes = n * (training ? 4 : 1) * sizeof(real);
+    size_t n = carve_parameters(m), bytes = n * (training ? 4 : 1) * sizeof(real);
     m->parameters = dev->ops->allocate(dev, bytes, err);
     if (!m->parameters) return -1;
     dev->ops->zero(dev, m->parameters, bytes);
@@ -7808,17 +7886,7 @@ static int allocate_parameters(Transformer *m, bool training, qlora_error *err) 
         m->moment1 = m->parameters + 2 * n;
         m->moment2 = m->parameters + 3 * n;
     }
-    size_t at = 0;
-    for (size_t i = 0; i < n_modules(m); i++) {
-        Linear *linear = module_linear(m, i);
-        Lora *lora = &linear->lora;
-        lora->A = m->parameters + at;
-        lora->dA = training ? m->gradients + at : NULL;
-        at += round_up(lora->r * linear->weight.K, PARAMETER_ALIGNMENT);
-        lora->B = m->parameters + at;
-        lora->dB = training ? m->gradients + at : NULL;
-        at += round_up(lora->r * linear->weight.N, PARAMETER_ALIGNMENT);
-    }
+    carve_parameters(m);
     find_lowest_adapter(m);
     return 0;
 }
@@ -7856,10 +7924,9 @@ static int new_adapter(Transformer *m, const char *targets, size_t r, float alph
             found++;
         }
         if (found) continue;
-        for (size_t i = 0; i < n_modules(m); i++) module_linear(m, i)->lora.r = 0;
-        return fail(err,
-                    "target_modules: \"%.*s\" names no linear of this model (all-linear, q_proj, "
-                    "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head do)",
+        remove_adapter(m);
+        return fail(err, "target_modules: \"%.*s\" names no linear of this model (all-linear, "
+                    "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj and lm_head do)",
                     (int)n, at);
     }
     if (allocate_parameters(m, true, err)) { remove_adapter(m); return -1; }
@@ -7883,51 +7950,34 @@ static int new_adapter(Transformer *m, const char *targets, size_t r, float alph
 // ------------------------------------------------------------------------------ reading an adapter
 
 // Refuses what an adapter may ask for and is not implemented, by name.
-static int check_adapter_config(const Json *json, const char *directory, qlora_error *err) {
-    static const char *const off[] = {"use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save",
-        "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_qalora",
-        "target_parameters", "megatron_config", "use_bdlora", "arrow_config"};
-    const char *type = json_get_text(json, "peft_type"), *bias = json_get_text(json, "bias");
-    if (!type || strcmp(type, "LORA"))
-        return fail(err, "%s/adapter_config.json: peft_type: expected \"LORA\", found %s",
-                    directory, type ? type : "none");
-    if (bias && strcmp(bias, "none"))
-        return fail(err, "%s/adapter_config.json: bias: expected \"none\", found %s", directory,
-                    bias);
-    for (size_t i = 0; i < sizeof off / sizeof *off; i++) {
-        const Json *value = config_get(json, off[i]);
-        if (!value || value->kind == JSON_FALSE) continue;
-        if ((value->kind == JSON_ARRAY || value->kind == JSON_OBJECT) && !value->count) continue;
-        return fail(err,
-                    "%s/adapter_config.json: %s is not implemented; merge this adapter with peft "
-                    "and open the merged model",
-                    directory, off[i]);
-    }
-    return 0;
+static int check_adapter_config(const ConfigReader *r) {
+    static const char *const must_be_off[] = {"use_dora", "fan_in_fan_out", "lora_bias",
+        "modules_to_save", "trainable_token_indices", "layer_replication",
+        "alora_invocation_tokens", "use_qalora", "target_parameters", "megatron_config",
+        "use_bdlora", "arrow_config"};
+    const char *type = json_get_text(r->json, "peft_type"), *bias = json_get_text(r->json, "bias");
+    if (!type || strcmp(type, "LORA")) return config_fail(r, "peft_type", "\"LORA\"");
+    if (bias && strcmp(bias, "none")) return config_fail(r, "bias", "\"none\"");
+    return config_off(r, must_be_off, sizeof must_be_off / sizeof *must_be_off,
+                      "it to be off (not implemented: merge this adapter with peft and open the "
+                      "merged model)");
 }
 
 // Rank or alpha of a module: that of the first entry of the pattern whose key its name ends with,
 // else the general one. Keys that are regular expressions are refused.
-static int adapter_number(const Json *json, const char *key, const char *pattern_key,
-                          const char *module, const char *directory, double *out,
-                          qlora_error *err) {
-    const Json *pattern = config_get(json, pattern_key), *value = config_get(json, key);
+static int adapter_number(const ConfigReader *r, const char *key, const char *pattern_key,
+                          const char *module, double *out) {
+    const Json *pattern = config_get(r->json, pattern_key);
     *out = 8;                                                 // PEFT's default of both
-    if (value && !(json_to_double(value, out) && fabs(*out) < 1e6))
-        return fail(err, "%s/adapter_config.json: %s: expected a number below a million", directory,
-                    key);
+    if (config_number(r, key, -1e6, 1e6, out)) return -1;
     for (const Json *p = pattern ? pattern->first : NULL; p && p->key; p = p->next) {
         if (strspn(p->key, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.") !=
             p->key_length)
-            return fail(err,
-                        "%s/adapter_config.json: %s: \"%s\" is a regular expression, which is not "
-                        "implemented",
-                        directory, pattern_key, p->key);
+            return fail(r->err, "%s/%s: %s: \"%s\" is a regular expression, which is not "
+                        "implemented", r->directory, r->place, pattern_key, p->key);
         if (!is_target(p->key, p->key_length, module)) continue;
-        if (!(json_to_double(p, out) && fabs(*out) < 1e6))
-            return fail(err, "%s/adapter_config.json: %s: expected numbers below a million",
-                        directory, pattern_key);
-        break;
+        if (json_to_double(p, out) && fabs(*out) <= 1e6) break;
+        return config_fail(r, pattern_key, "numbers of at most a million");
     }
     return 0;
 }
@@ -7935,8 +7985,7 @@ static int adapter_number(const Json *json, const char *key, const char *pattern
 typedef struct {
     Transformer *m;
     const TensorFiles *files;
-    const char *directory;
-    const Json *config;
+    ConfigReader config;
     size_t used;                            // tensors of the file that found their place
     qlora_error *err;
 } AdapterReader;
@@ -7948,121 +7997,90 @@ static const TensorInfo *adapter_tensor(const AdapterReader *a, const char *modu
     return tensors_find(a->files, name);
 }
 
-static int check_shape(const AdapterReader *a, const TensorInfo *t, size_t rows, size_t columns) {
-    if (t->rank != 2 || t->shape[0] != rows || t->shape[1] != columns)
-        return fail(a->err,
-                    "%s/adapter_model.safetensors: %s: shape [%zu, %zu] expected by this model, "
-                    "found [%zu, %zu]: is it an adapter for another model?",
-                    a->directory, t->name, rows, columns, t->rank ? t->shape[0] : 0,
-                    t->rank > 1 ? t->shape[1] : 0);
-    if (safetensors_types[t->type].dtype == DT_OTHER)
-        return fail(a->err, "%s/adapter_model.safetensors: %s: expected F32, F16 or BF16, found %s",
-                    a->directory, t->name, safetensors_types[t->type].name);
-    return 0;
-}
-
 // First pass over a module: its rank and scale, from the shapes and the configuration.
 static int read_module_shape(AdapterReader *a, size_t i) {
     Linear *linear = module_linear(a->m, i);
+    const char *path = a->files->files[0].path;
     char module[128];
     double alpha, rank;
+    bool rslora;
     module_name(a->m, i, false, module);
     const TensorInfo *A = adapter_tensor(a, module, "lora_A.weight");
     const TensorInfo *B = adapter_tensor(a, module, "lora_B.weight");
     linear->lora = (Lora){.module = linear->lora.module};
     if (!A && !B) return 0;
-    if (!A || !B) return fail(a->err, "%s/adapter_model.safetensors: %s has lora_%c but no lora_%c",
-                              a->directory, module, A ? 'A' : 'B', A ? 'B' : 'A');
+    if (!A || !B) return fail(a->err, "%s: %s has lora_%c but no lora_%c", path, module,
+                              A ? 'A' : 'B', A ? 'B' : 'A');
     size_t r = A->rank == 2 ? A->shape[0] : 0;
     if (r < 1 || r > 4096)
-        return fail(a->err, "%s/adapter_model.safetensors: %s: rank %zu, expected 1 to 4096",
-                    a->directory, A->name, r);
-    if (check_shape(a, A, r, linear->weight.K) || check_shape(a, B, linear->weight.N, r) ||
-        adapter_number(a->config, "lora_alpha", "alpha_pattern", module, a->directory, &alpha,
-                       a->err) ||
-        adapter_number(a->config, "r", "rank_pattern", module, a->directory, &rank, a->err))
-        return -1;
+        return fail(a->err, "%s: %s: rank %zu, expected 1 to 4096", path, A->name, r);
+    if (check_tensor(a->files, A, 2, r, linear->weight.K, a->err) ||
+        check_tensor(a->files, B, 2, linear->weight.N, r, a->err) ||
+        adapter_number(&a->config, "lora_alpha", "alpha_pattern", module, &alpha) ||
+        adapter_number(&a->config, "r", "rank_pattern", module, &rank) ||
+        config_bool(&a->config, "use_rslora", &rslora)) return -1;
     if (rank != (double)r)
-        return fail(a->err, "%s: %s has rank %zu, but adapter_config.json says %g", a->directory,
-                    A->name, r, rank);
-    const Json *rslora_value = config_get(a->config, "use_rslora");
-    bool rslora = json_is(rslora_value, JSON_TRUE);
-    if (rslora_value && !rslora && rslora_value->kind != JSON_FALSE)
-        return fail(a->err, "%s/adapter_config.json: use_rslora: expected true or false",
-                    a->directory);
+        return fail(a->err, "%s: %s has rank %zu, but adapter_config.json says %g", path, A->name,
+                    r, rank);
     a->used += 2;
     linear->lora.r = r;
     linear->lora.scale = (real)(alpha / (rslora ? sqrt((double)r) : (double)r));
     return 0;
 }
 
-static int read_parameter(AdapterReader *a, const TensorInfo *t, real *out) {
-    float values[PIECE];
-    real wide[PIECE];
+static int read_parameter(const AdapterReader *a, const TensorInfo *t, real *out) {
+    real values[PIECE];
     char raw[PIECE * sizeof(float)];
-    DType type = safetensors_types[t->type].dtype;
+    Weight piece = {.dtype = safetensors_types[t->type].dtype, .data = raw};
     for (size_t at = 0; at < t->elements; at += PIECE) {
-        size_t n = min_size(PIECE, t->elements - at), size = dtype_size(type);
-        if (tensor_read(a->files, t, raw, at * size, n * size, a->err)) return -1;
-        if (!all_finite(raw, type, n))
-            return fail(a->err, "%s/adapter_model.safetensors: %s holds NaN or infinity",
-                        a->directory, t->name);
-        widen_values(values, raw, type, n);
-        for (size_t k = 0; k < n; k++) wide[k] = (real)values[k];
-        upload(a->m->dev, out + at, wide, n * sizeof *wide);
+        size_t n = min_size(PIECE, t->elements - at);
+        if (read_values(a->files, t, raw, at, n, a->err)) return -1;
+        weight_row(values, &piece, 0, 0, n, DT_REAL);
+        upload(a->m->dev, out + at, values, n * sizeof *values);
     }
     return 0;
 }
 
 // When the head is adapted, PEFT may store a copy of the base head with it. It is accepted if it is
 // that: equal to the model's own.
-static int check_head_copy(AdapterReader *a) {
+static int check_head_copy(AdapterReader *a, Region *region) {
     const TensorInfo *t = adapter_tensor(a, "lm_head", "base_layer.weight");
-    const Weight *head = &a->m->head.weight;
+    Weight own = a->m->head.weight, copy = own;
     if (!t) return 0;
+    const char *path = a->files->files[0].path, *head = own.data;
     a->used++;
-    if (!head->data)
-        return fail(a->err,
-                    "%s/adapter_model.safetensors: %s: an adapter that brings a copy of the head "
-                    "cannot be merged here; remove that tensor or merge with peft",
-                    a->directory, t->name);
-    if (check_shape(a, t, head->N, head->K)) return -1;
-    DType type = safetensors_types[t->type].dtype;
-    size_t size = dtype_size(type);
-    Buffer raw = {.allocator = a->files->region.allocator};
-    size_t row_bytes = head->K * dtype_size(head->dtype);
-    int bad = buffer_reserve(&raw, head->K * (4 + 4 + 4 + sizeof(real)), a->err);
-    for (size_t row = 0; row < head->N && !bad; row++) {
-        float *values = (float *)(void *)raw.data;
-        real *own = (real *)(void *)(raw.data + head->K * 8);
-        Weight one = *head;
-        one.data = seen(a->m->dev, own + head->K, (const char *)head->data + row * row_bytes,
-                        row_bytes);
-        bad = tensor_read(a->files, t, raw.data + head->K * 4, row * head->K * size, head->K * size,
-                          a->err);
-        if (bad) break;
-        widen_values(values, raw.data + head->K * 4, type, head->K);
-        weight_row(own, &one, 0, 0, head->K, DT_REAL);
-        for (size_t k = 0; k < head->K && !bad; k++)
-            if (!((real)values[k] == own[k]))
-                bad = fail(a->err, "%s/adapter_model.safetensors: %s differs from the base model's "
-                           "lm_head: a trained copy of the head is not implemented", a->directory,
-                           t->name);
+    if (!head)
+        return fail(a->err, "%s: %s: an adapter that brings a copy of the head cannot be merged "
+                    "here; remove that tensor or merge with peft", path, t->name);
+    if (check_tensor(a->files, t, 2, own.N, own.K, a->err)) return -1;
+    copy.dtype = safetensors_types[t->type].dtype;
+    size_t row_bytes = own.K * dtype_size(own.dtype);
+    real *values = region_alloc(region, 2 * own.K, sizeof *values, a->err);
+    char *raw = region_alloc(region, 2 * own.K, sizeof(float), a->err);
+    if (!values || !raw) return -1;
+    copy.data = raw;
+    for (size_t row = 0; row < own.N; row++) {
+        own.data = seen(a->m->dev, raw + own.K * sizeof(float), head + row * row_bytes, row_bytes);
+        if (read_values(a->files, t, raw, row * own.K, own.K, a->err)) return -1;
+        weight_row(values, &copy, 0, 0, own.K, DT_REAL);
+        weight_row(values + own.K, &own, 0, 0, own.K, DT_REAL);
+        for (size_t k = 0; k < own.K; k++)
+            if (values[k] != values[own.K + k])
+                return fail(a->err, "%s: %s differs from the base model's lm_head: a trained copy "
+                            "of the head is not implemented", path, t->name);
     }
-    buffer_free(&raw);
-    return bad;
+    return 0;
 }
 
-static int read_adapter_tensors(AdapterReader *a) {
+static int read_adapter_tensors(AdapterReader *a, Region *region) {
     char module[128];
     for (size_t i = 0; i < n_modules(a->m); i++)
         if (read_module_shape(a, i)) return -1;
-    if (check_head_copy(a)) return -1;
+    if (check_head_copy(a, region)) return -1;
     if (a->used != a->files->n_tensors || !a->used)
-        return fail(a->err,
-                    "%s/adapter_model.safetensors: %zu of %zu tensors belong to linears of this "
-                    "model: is it an adapter for another model?",
-                    a->directory, a->used, a->files->n_tensors);
+        return fail(a->err, "%s: %zu of %zu tensors belong to linears of this model: is it an "
+                    "adapter for another model?", a->files->files[0].path, a->used,
+                    a->files->n_tensors);
     if (allocate_parameters(a->m, false, a->err)) return -1;
     for (size_t i = 0; i < n_modules(a->m); i++) {
         const Lora *lora = &module_linear(a->m, i)->lora;
@@ -8080,79 +8098,60 @@ static int load_adapter(Transformer *m, const char *directory, const qlora_alloc
     Region region = {.allocator = allocator};
     bool found;
     const Json *json = read_json(directory, "adapter_config.json", 1 << 24, &region, &found, err);
-    int bad = -1;
+    TensorFiles *files = NULL;
+    ConfigReader config = {json, directory, "adapter_config.json", err};
     remove_adapter(m);
     if (!found) fail(err, "%s/adapter_config.json: not found: is this a PEFT adapter?", directory);
-    if (json && !check_adapter_config(json, directory, err)) {
-        AdapterReader a = {m, NULL, directory, json, 0, err};
-        TensorFiles *files = tensors_open(directory, "adapter_model.safetensors", allocator, err);
-        a.files = files;
-        bad = files ? read_adapter_tensors(&a) : -1;
-        tensors_close(files);
-        if (bad) remove_adapter(m);
-    }
+    if (json && !check_adapter_config(&config))
+        files = tensors_open(directory, "adapter_model.safetensors", allocator, err);
+    AdapterReader a = {m, files, config, 0, err};
+    int bad = files ? read_adapter_tensors(&a, &region) : -1;
+    if (bad) remove_adapter(m);
+    tensors_close(files);
     region_free(&region);
     return bad;
 }
 
 // ------------------------------------------------------------------------------ writing an adapter
 
+// The values of an A or B, which may lie on a device.
 static int fill_adapter(void *user, const TensorInfo *tensor, Writer *w) {
-    Transformer *m = user;
-    char module[128];
-    for (size_t i = 0; i < n_modules(m); i++) {
-        const Linear *linear = module_linear(m, i);
-        module_name(m, i, false, module);
-        size_t n = strlen("base_model.model."), length = strlen(module);
-        if (!linear->lora.r || strncmp(tensor->name + n, module, length) ||
-            tensor->name[n + length] != '.') continue;
-        bool is_a = strstr(tensor->name + n + length, "lora_A") != NULL;
-        const real *values = is_a ? linear->lora.A : linear->lora.B;
-        for (size_t at = 0; at < tensor->elements; at += PIECE) {
-            size_t count = min_size(PIECE, tensor->elements - at);
-            real room[PIECE];
-            float narrow[PIECE];
-            const real *here = seen(m->dev, room, values + at, count * sizeof *room);
-            for (size_t k = 0; k < count; k++) narrow[k] = (float)here[k];
-            if (writer_write(w, narrow, count * sizeof *narrow)) return -1;
-        }
-        return m->dev->ops->check(m->dev, w->err);
+    Device *dev = user;
+    const real *values = tensor->data;
+    for (size_t at = 0; at < tensor->elements; at += PIECE) {
+        size_t n = min_size(PIECE, tensor->elements - at);
+        real room[PIECE];
+        float narrow[PIECE];
+        const real *here = seen(dev, room, values + at, n * sizeof *room);
+        for (size_t k = 0; k < n; k++) narrow[k] = (float)here[k];
+        if (writer_write(w, narrow, n * sizeof *narrow)) return -1;
     }
-    return fail(w->err, "%s: no module for this tensor", tensor->name);
+    return dev->ops->check(dev, w->err);
 }
 
-// target_modules as PEFT reads them: short names where every layer has the same, else whole paths.
-static int write_targets(Buffer *b, Transformer *m, qlora_error *err) {
-    bool uniform = true, first = true;
+static double lora_rank(const Lora *lora) { return (double)lora->r; }
+static double lora_alpha(const Lora *lora) { return (double)lora->scale * (double)lora->r; }
+
+// Lists adapted modules as PEFT reads them. Without a number this is target_modules: short names if
+// every layer has the same, else whole paths. With one it is rank_pattern or alpha_pattern: whole
+// paths and numbers of the modules whose number is not the usual one.
+static int write_modules(Buffer *b, Transformer *m, double (*number)(const Lora *lora),
+                         const Lora *usual, qlora_error *err) {
+    bool uniform = !number, first = true;
+    size_t in_layers = n_modules(m) - 1;
     char name[128];
-    for (size_t i = 0; i < m->config.L * N_LINEARS; i++)
+    for (size_t i = 0; i < in_layers; i++)
         uniform &= !module_linear(m, i)->lora.r == !module_linear(m, i % N_LINEARS)->lora.r;
     for (size_t i = 0; i < n_modules(m); i++) {
-        bool head = i == m->config.L * N_LINEARS;
-        if (!module_linear(m, i)->lora.r || (uniform && !head && i >= N_LINEARS)) continue;
-        module_name(m, i, uniform, name);
-        if (buffer_printf(b, err, "%s\n    \"%s\"", first ? "" : ",", name)) return -1;
-        first = false;
-    }
-    return 0;
-}
-
-// PEFT's rank_pattern or alpha_pattern: the modules that differ from the first adapted one.
-static int write_pattern(Buffer *b, Transformer *m, const Lora *usual, bool alpha,
-                         qlora_error *err) {
-    bool first = true;
-    char name[128];
-    if (buffer_append(b, "{", 1, err)) return -1;
-    for (size_t i = 0; i < n_modules(m); i++) {
         const Lora *lora = &module_linear(m, i)->lora;
-        double value = alpha ? (double)lora->scale * (double)lora->r : (double)lora->r;
-        double expected = alpha ? (double)usual->scale * (double)usual->r : (double)usual->r;
-        if (!lora->r || value == expected) continue;
-        module_name(m, i, false, name);
-        if (buffer_printf(b, err, "%s\n    \"%s\": %.9g", first ? "" : ",", name, value)) return -1;
+        bool repeated = uniform && i >= N_LINEARS && i < in_layers;
+        if (!lora->r || repeated || (number && number(lora) == number(usual))) continue;
+        module_name(m, i, uniform, name);
+        if (buffer_printf(b, err, "%s\n    \"%s\"", first ? "" : ",", name) ||
+            (number && buffer_printf(b, err, ": %.9g", number(lora)))) return -1;
         first = false;
     }
-    return buffer_append(b, first ? "}" : "\n  }", first ? 1 : 4, err);
+    return first ? 0 : buffer_append(b, "\n  ", 3, err);
 }
 
 // The classic keys, sorted: older versions of peft refuse keys they do not know.
@@ -8163,11 +8162,10 @@ static int write_adapter_config(const char *directory, Transformer *m, const cha
     for (size_t i = 0; i < n_modules(m) && !lora; i++)
         if (module_linear(m, i)->lora.r) lora = &module_linear(m, i)->lora;
     if (!lora) return fail(err, "the model has no adapter to save");
-    double alpha = (double)lora->scale * (double)lora->r;
     int bad =
-        buffer_printf(&b, err, "{\n  \"alpha_pattern\": ") ||
-        write_pattern(&b, m, lora, true, err) ||
-        buffer_printf(&b, err, ",\n  \"base_model_name_or_path\": ") ||
+        buffer_printf(&b, err, "{\n  \"alpha_pattern\": {") ||
+        write_modules(&b, m, lora_alpha, lora, err) ||
+        buffer_printf(&b, err, "},\n  \"base_model_name_or_path\": ") ||
         json_write_string(&b, base, strlen(base), err) ||
         buffer_printf(
             &b, err,
@@ -8175,45 +8173,42 @@ static int write_adapter_config(const char *directory, Transformer *m, const cha
             "  \"inference_mode\": true,\n  \"init_lora_weights\": true,\n"
             "  \"layers_pattern\": null,\n  \"layers_to_transform\": null,\n"
             "  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n  \"modules_to_save\": null,\n"
-            "  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  \"rank_pattern\": ",
-            alpha, (double)dropout, lora->r) ||
-        write_pattern(&b, m, lora, false, err) ||
-        buffer_printf(&b, err, ",\n  \"revision\": null,\n  \"target_modules\": [") ||
-        write_targets(&b, m, err) ||
-        buffer_printf(&b, err,
-                      "\n  ],\n  \"task_type\": \"CAUSAL_LM\",\n  \"use_dora\": false,\n"
+            "  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  \"rank_pattern\": {",
+            lora_alpha(lora), (double)dropout, lora->r) ||
+        write_modules(&b, m, lora_rank, lora, err) ||
+        buffer_printf(&b, err, "},\n  \"revision\": null,\n  \"target_modules\": [") ||
+        write_modules(&b, m, NULL, NULL, err) ||
+        buffer_printf(&b, err, "],\n  \"task_type\": \"CAUSAL_LM\",\n  \"use_dora\": false,\n"
                       "  \"use_rslora\": false\n}\n");
-    const char *path = bad ? NULL : path_join(region, directory, "adapter_config.json", err);
-    if (path) bad = write_file(path, b.data, b.size, err);
-    buffer_free(&b);
-    return path ? bad : -1;
+    return write_buffer(path_join(region, directory, "adapter_config.json", err), &b, bad, err);
 }
 
 static int save_adapter(Transformer *m, const char *directory, const char *base, float dropout,
                         const qlora_allocator *allocator, qlora_error *err) {
     Region region = {.allocator = allocator};
     size_t n = 0;
-    int bad = make_directory(directory, err);
     TensorInfo *tensors = region_alloc(&region, 2 * n_modules(m), sizeof *tensors, err);
-    if (!tensors) bad = -1;
+    bool bad = !tensors;
     for (size_t i = 0; i < n_modules(m) && !bad; i++) {
         const Linear *linear = module_linear(m, i);
+        const Lora *lora = &linear->lora;
         char module[128], name[256];
-        if (!linear->lora.r) continue;
+        if (!lora->r) continue;
         module_name(m, i, false, module);
         for (int part = 0; part < 2 && !bad; part++) {
             int length = snprintf(name, sizeof name, "base_model.model.%s.lora_%c.weight", module,
                                   "AB"[part]);
             const char *copy = region_text(&region, name, (size_t)length, err);
-            if (!copy) { bad = -1; break; }
-            describe_tensor(&tensors[n++], copy, ST_F32, 2,
-                            part ? linear->weight.N : linear->lora.r,
-                            part ? linear->lora.r : linear->weight.K);
+            TensorInfo *t = &tensors[n++];
+            if (part) describe_tensor(t, copy, ST_F32, 2, linear->weight.N, lora->r, lora->B);
+            else describe_tensor(t, copy, ST_F32, 2, lora->r, linear->weight.K, lora->A);
+            bad = !copy;
         }
     }
-    const char *path = bad ? NULL : path_join(&region, directory, "adapter_model.safetensors", err);
-    bad = path ? write_adapter_config(directory, m, base, dropout, &region, err) ||
-                 write_tensors(path, tensors, n, fill_adapter, m, allocator, err) : -1;
+    bad = bad || make_directory(directory, err) ||
+          write_adapter_config(directory, m, base, dropout, &region, err) ||
+          write_tensors(path_join(&region, directory, "adapter_model.safetensors", err), tensors, n,
+                        fill_adapter, m->dev, allocator, err);
     region_free(&region);
     return bad ? -1 : 0;
 }
@@ -8231,127 +8226,67 @@ static int copy_side_files(const char *from, const char *to, Region *region, qlo
     return 0;
 }
 
-// Writes values narrowed to a file's type.
-static int write_values(Writer *w, const float *values, size_t n, int type) {
-    for (size_t i = 0; i < n; i++) {
-        uint16_t half = float_to_bf16(values[i]);
-        const void *bytes = type == ST_F32 ? (const void *)&values[i] : &half;
-        if (writer_write(w, bytes, type == ST_F32 ? 4 : 2)) return -1;
-    }
-    return 0;
-}
-
-// The quant_state JSON, byte for byte as bitsandbytes writes it.
-static int quant_state(Buffer *b, const Slot *slot, qlora_error *err) {
+// The quant_state JSON, byte for byte as bitsandbytes writes it; returns its length.
+static size_t quant_state(char *text, size_t size, const Slot *slot) {
     const Weight *w = slot->weight;
     const char *dtype = slot->file_type == ST_F32   ? "float32"
                         : slot->file_type == ST_F16 ? "float16"
                                                     : "bfloat16";
-    if (buffer_printf(b, err,
-                      "{\"quant_type\": \"%s\", \"blocksize\": 64, \"dtype\": \"%s\", "
-                      "\"shape\": [%zu, %zu]",
-                      w->dtype == DT_NF4 ? "nf4" : "fp4", dtype, w->N, w->K))
-        return -1;
-    // Python prints the shortest text that reads back as the same double.
-    double offset = (double)w->offset;
-    int digits = 1;
-    char text[40];
-    do snprintf(text, sizeof text, "%.*g", digits, offset);
-    while (strtod(text, NULL) != offset && ++digits < 18);
-    if (w->absmax8 && buffer_printf(b, err,
-                                    ", \"nested_blocksize\": 256, \"nested_dtype\": \"float32\","
-                                    " \"nested_offset\": %s",
-                                    text))
-        return -1;
-    return buffer_append(b, "}", 1, err);
-}
-
-// The parts of a stored 4-bit linear, by suffix.
-static const char *const quant_suffixes[] = {"", ".absmax", ".quant_map", ".nested_absmax",
-    ".nested_quant_map", ".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"};
-
-static int fill_4bit(const Slot *slot, const char *suffix, Writer *w) {
-    const Weight *weight = slot->weight;
-    size_t n = weight->N * weight->K, blocks = ceil_div(n, QUANT_BLOCK);
-    bool nested = weight->absmax8 != NULL;
-    if (!*suffix) return writer_write(w, weight->data, (n + 1) / 2);
-    if (strcmp(suffix, ".absmax") == 0)
-        return nested ? writer_write(w, weight->absmax8, blocks)
-                      : writer_write(w, weight->absmax, blocks * sizeof(float));
-    if (strcmp(suffix, ".quant_map") == 0) return writer_write(w, weight->code, 16 * sizeof(float));
-    if (strcmp(suffix, ".nested_absmax") == 0)
-        return writer_write(w, weight->absmax2, ceil_div(blocks, SCALE_BLOCK) * sizeof(float));
-    if (strcmp(suffix, ".nested_quant_map") == 0)
-        return writer_write(w, weight->code8, 256 * sizeof(float));
-    return fail(w->err, "%s%s: unknown part of a 4-bit tensor", slot->name, suffix);
-}
-
-typedef struct { const SlotList *list; const qlora_allocator *allocator; } ModelFill;
-
-static int fill_model(void *user, const TensorInfo *tensor, Writer *w) {
-    const ModelFill *fill = user;
-    for (size_t i = 0; i < fill->list->n; i++) {
-        const Slot *slot = &fill->list->slots[i];
-        size_t length = strlen(slot->name);
-        if (strncmp(tensor->name, slot->name, length)) continue;
-        const char *suffix = tensor->name + length;
-        if (slot->kind == SLOT_VECTOR)
-            return write_values(w, *slot->vector, slot->rows, tensor->type);
-        if (!is_4bit(slot->weight->dtype))
-            return writer_write(w, slot->weight->data, tensor->bytes);
-        if (strncmp(suffix, ".quant_state", 12)) return fill_4bit(slot, suffix, w);
-        Buffer state = {.allocator = fill->allocator};
-        int bad = quant_state(&state, slot, w->err) || writer_write(w, state.data, state.size);
-        buffer_free(&state);
-        return bad;
+    int n = snprintf(text, size, "{\"quant_type\": \"%s\", \"blocksize\": 64, \"dtype\": "
+                     "\"%s\", \"shape\": [%zu, %zu]", w->dtype == DT_NF4 ? "nf4" : "fp4", dtype,
+                     w->N, w->K);
+    if (w->absmax8) {
+        // Python prints the shortest text that reads back as the same double.
+        char offset[40];
+        int digits = 1;
+        do snprintf(offset, sizeof offset, "%.*g", digits, (double)w->offset);
+        while (strtod(offset, NULL) != (double)w->offset && ++digits < 18);
+        n += snprintf(text + n, size - (size_t)n, ", \"nested_blocksize\": 256, "
+                      "\"nested_dtype\": \"float32\", \"nested_offset\": %s", offset);
     }
-    return fail(w->err, "%s: no slot for this tensor", tensor->name);
+    text[n++] = '}';
+    return (size_t)n;
 }
 
 // Appends what a slot becomes in a file: one tensor, or the parts of a 4-bit one.
 static int describe_slot(TensorInfo *out, size_t *n, const Slot *slot, Region *region,
                          qlora_error *err) {
     const Weight *w = slot->weight;
-    int vector_type = slot->file_type == ST_BF16 ? ST_BF16 : ST_F32;      // float16 widens exactly
-    if (slot->kind == SLOT_VECTOR) {
-        describe_tensor(&out[(*n)++], slot->name, vector_type, 1, slot->rows, 1);
+    bool vector = slot->kind == SLOT_VECTOR;
+    TensorInfo *t = &out[*n];
+    if (vector || !is_4bit(w->dtype)) {
+        // Vectors are float32 in memory; those that were float16 stay so.
+        int type = vector && slot->file_type != ST_BF16 ? ST_F32 : slot->file_type;
+        void *values = vector ? region_alloc(region, slot->rows, sizeof(float), err) : NULL;
+        if (vector && !values) return -1;
+        if (vector)
+            narrow_values(values, *slot->vector, safetensors_types[type].dtype, slot->rows);
+        describe_tensor(t, slot->name, type, vector ? 1 : 2, slot->rows, slot->columns,
+                        vector ? values : w->data);
+        *n += 1;
         return 0;
     }
-    if (!is_4bit(w->dtype)) {
-        int type = w->dtype == DT_F32 ? ST_F32 : w->dtype == DT_F16 ? ST_F16 : ST_BF16;
-        describe_tensor(&out[(*n)++], slot->name, type, 2, slot->rows, slot->columns);
-        return 0;
+    char text[512], name[128];
+    WeightPart parts[MAX_WEIGHT_PARTS];
+    size_t n_parts = list_weight_parts(w, parts), length = quant_state(text, sizeof text, slot);
+    const char *state = region_text(region, text, length, err);
+    if (!state) return -1;
+    parts[n_parts++] = (WeightPart){quant_state_suffix(w->dtype), ST_U8, length, state};
+    for (size_t i = 0; i < n_parts; i++) {
+        int bytes = snprintf(name, sizeof name, "%s%s", slot->name, parts[i].suffix);
+        const char *copy = region_text(region, name, (size_t)bytes, err);
+        if (!copy) return -1;
+        describe_tensor(&t[i], copy, parts[i].type, i ? 1 : 2, parts[i].n, 1, parts[i].data);
     }
-    size_t values = w->N * w->K, blocks = ceil_div(values, QUANT_BLOCK);
-    bool nested = w->absmax8 != NULL;
-    Buffer state = {.allocator = region->allocator};
-    if (quant_state(&state, slot, err)) { buffer_free(&state); return -1; }
-    size_t state_bytes = state.size;
-    buffer_free(&state);
-    const struct { int type; size_t rank, rows, columns;
-    } parts[] = {{ST_U8, 2, (values + 1) / 2, 1},
-                 {nested ? ST_U8 : ST_F32, 1, blocks, 1},
-                 {ST_F32, 1, 16, 1},
-                 {ST_F32, 1, ceil_div(blocks, SCALE_BLOCK), 1},
-                 {ST_F32, 1, 256, 1},
-                 {ST_U8, 1, state_bytes, 1}};
-    for (int i = 0; i < 6; i++) {
-        const char *suffix = quant_suffixes[i + (i == 5 && w->dtype == DT_FP4)];
-        if (!nested && (i == 3 || i == 4)) continue;
-        char *name = region_alloc(region, strlen(slot->name) + strlen(suffix) + 1, 1, err);
-        if (!name) return -1;
-        strcat(strcpy(name, slot->name), suffix);
-        describe_tensor(&out[(*n)++], name, parts[i].type, parts[i].rank, parts[i].rows,
-                        parts[i].columns);
-    }
+    *n += n_parts;
     return 0;
 }
 
 // config.json, with a bitsandbytes quantization_config if the linears are 4-bit and without one if
 // they are not (linear may be NULL then).
-static int write_config(const char *path, const Json *config, const Weight *linear,
-                        const qlora_allocator *allocator, qlora_error *err) {
-    Buffer b = {.allocator = allocator};
+static int write_config(const char *directory, const Json *config, const Weight *linear,
+                        Region *region, qlora_error *err) {
+    Buffer b = {.allocator = region->allocator};
     bool quantised = linear && is_4bit(linear->dtype), first = true;
     int bad = buffer_append(&b, "{", 1, err);
     for (const Json *child = config->first; child && !bad; child = child->next) {
@@ -8375,116 +8310,8 @@ static int write_config(const char *path, const Json *config, const Weight *line
             "    \"load_in_8bit\": false,\n    \"quant_method\": \"bitsandbytes\"\n  }",
             first ? "" : ",", linear->dtype == DT_NF4 ? "nf4" : "fp4",
             linear->absmax8 ? "true" : "false");
-    if (!bad) bad = buffer_printf(&b, err, "\n}\n") || write_file(path, b.data, b.size, err);
-    buffer_free(&b);
-    return bad ? -1 : 0;
-}
-
-// Writes the model's weights and config.json into a directory that has none yet.
-static int write_model(const char *directory, Transformer *m, const SlotList *list,
-                       const Json *config, const qlora_allocator *allocator, qlora_error *err) {
-    Region region = {.allocator = allocator};
-    ModelFill fill = {list, allocator};
-    size_t n = 0;
-    int bad = -1;
-    TensorInfo *tensors = region_alloc(&region, list->n * 6, sizeof *tensors, err);
-    const char *weights = path_join(&region, directory, "model.safetensors", err);
-    const char *config_path = path_join(&region, directory, "config.json", err);
-    if (!tensors || !weights || !config_path) goto done;
-    if (file_exists(weights) || file_exists(config_path)) {
-        fail(err, "%s: there is a model in this directory already; choose another", directory);
-        goto done;
-    }
-    for (size_t i = 0; i < list->n; i++)
-        if (describe_slot(tensors, &n, &list->slots[i], &region, err)) goto done;
-    bad = write_tensors(weights, tensors, n, fill_model, &fill, allocator, err) ||
-          write_config(config_path, config, &m->layers[0].linear[0].weight, allocator, err);
-done:
-    region_free(&region);
-    return bad;
-}
-
-// ----------------------------------------------------------------------------------- random models
-
-typedef struct {
-    uint64_t seed;
-    uint32_t stream;
-    float deviation;
-    float *out;
-    size_t n;
-} RandomTask;
-
-enum { RANDOM_PER_TASK = 1 << 16 };
-
-// Bell-shaped values: the sum of four uniform 16-bit numbers has variance 4/12 and costs no
-// logarithm.
-static void random_values_task(void *arguments, size_t task, int thread) {
-    RandomTask *a = arguments;
-    size_t end = min_size(a->n, (task + 1) * RANDOM_PER_TASK);
-    float scale = a->deviation * 1.7320508f / 65536.0f;
-    uint32_t key[2] = {(uint32_t)a->seed, RANDOM_INIT}, bits[4] = {0};
-    (void)thread;
-    for (size_t i = task * RANDOM_PER_TASK; i < end; i++) {
-        uint32_t counter[4] = {(uint32_t)(i / 2), (uint32_t)(i / 2 >> 32), 1, a->stream};
-        if (i % 2 == 0) philox(bits, counter, key);
-        const uint32_t *pair = bits + i % 2 * 2;
-        float sum = (float)((pair[0] & 0xFFFF) + (pair[0] >> 16) + (pair[1] & 0xFFFF) +
-                            (pair[1] >> 16));
-        a->out[i] = (sum - 131070.0f) * scale;
-    }
-}
-
-// Fills a slot: matrices bell-shaped with deviation 0.02, norms 1, biases 0.
-static void random_slot(const Slot *slot, uint64_t seed, uint32_t stream, float *values,
-                        float *absmax, Device *dev) {
-    size_t n = slot->rows * slot->columns;
-    if (slot->kind == SLOT_VECTOR) {
-        bool bias = strcmp(strrchr(slot->name, '.'), ".bias") == 0;
-        for (size_t i = 0; i < n; i++) ((float *)(uintptr_t)*slot->vector)[i] = bias ? 0 : 1;
-        return;
-    }
-    RandomTask a = {seed, stream, 0.02f, values, n};
-    parallel_for(dev->pool, ceil_div(n, RANDOM_PER_TASK), random_values_task, &a);
-    uint16_t *half = (uint16_t *)(uintptr_t)slot->weight->data;
-    if (is_4bit(slot->weight->dtype)) {
-        // From bf16, as if the model had been saved and then quantised.
-        for (size_t i = 0; i < n; i++) values[i] = bf16_to_float(float_to_bf16(values[i]));
-        quantize_values(dev, (uint8_t *)(uintptr_t)slot->weight->data,
-                        scales_of(slot->weight, absmax), values, DT_F32, slot->weight->dtype, n);
-        finish_weight(dev, slot->weight, absmax);
-    } else for (size_t i = 0; i < n; i++) half[i] = float_to_bf16(values[i]);
-}
-
-static int random_weights(const SlotList *list, const qlora_options *options, uint64_t seed,
-                          Device *dev, void **weights, size_t *bytes, qlora_error *err) {
-    DType linear_type = options->quant == QLORA_QUANT_NF4 ? DT_NF4
-                      : options->quant == QLORA_QUANT_FP4 ? DT_FP4 : DT_BF16;
-    Arena arena = {NULL, 0};
-    size_t largest = 0;
-    for (int pass = 0; pass < 2; pass++) {
-        for (size_t i = 0; i < list->n; i++) {
-            const Slot *slot = &list->slots[i];
-            largest = max_size(largest, slot->rows * slot->columns);
-            if (slot->kind == SLOT_VECTOR)
-                *slot->vector = arena_alloc(&arena, slot->rows, sizeof(float));
-            else place_weight(slot->weight, slot->kind == SLOT_LINEAR ? linear_type : DT_BF16,
-                              options->double_quant != 0, &arena);
-        }
-        if (pass) break;
-        *bytes = arena.used;
-        *weights = dev->ops->allocate(dev, *bytes, err);
-        if (!*weights) return -1;
-        arena = (Arena){*weights, 0};
-    }
-    size_t blocks = ceil_div(largest, QUANT_BLOCK);
-    float *values = mem_reserve(dev->allocator, largest, sizeof *values, err);
-    float *absmax = values ? mem_reserve(dev->allocator, blocks, sizeof *absmax, err) : NULL;
-    for (size_t i = 0; i < list->n && absmax; i++)
-        random_slot(&list->slots[i], seed, (uint32_t)i, values, absmax, dev);
-    int bad = absmax ? 0 : -1;
-    mem_free(dev->allocator, values, largest, sizeof *values);
-    mem_free(dev->allocator, absmax, blocks, sizeof *absmax);
-    return bad;
+    bad = bad || buffer_printf(&b, err, "\n}\n");
+    return write_buffer(path_join(region, directory, "config.json", err), &b, bad, err);
 }
 
 // -------------------------------------------------------------------------------- the model handle
@@ -8588,34 +8415,36 @@ static int open_device(qlora_model *q, qlora_error *err) {
     return q->host.pool ? choose_device(q, err) : -1;
 }
 
-// A handle with its options, threads and parsed config.json, but no weights.
-static qlora_model *open_handle(const char *directory, const qlora_options *options,
-                                qlora_error *err) {
+// The options of the caller, or the defaults, with an allocator in any case.
+static qlora_options complete_options(const qlora_options *options) {
     qlora_options opt = options ? *options : qlora_default_options();
     if (!opt.allocator.allocate || !opt.allocator.release)
         opt.allocator = (qlora_allocator){default_allocate, default_release, NULL};
+    return opt;
+}
+
+// A handle with its options, threads and parsed config.json, but no weights.
+static qlora_model *open_handle(const char *directory, const qlora_options *options,
+                                qlora_error *err) {
+    qlora_options opt = complete_options(options);
     qlora_model *q = mem_alloc(&opt.allocator, 1, sizeof *q, err);
-    bool found, has_bias[N_LINEARS];
+    bool found = true;
     if (!q) return NULL;
     q->options = opt;
     q->allocator = opt.allocator;
     q->region.allocator = &q->allocator;
     q->directory = region_text(&q->region, directory, strlen(directory), err);
-    if (!q->directory || open_device(q, err)) goto failed;
-    q->config = read_json(directory, "config.json", 1 << 26, &q->region, &found, err);
+    if (q->directory && !open_device(q, err))
+        q->config = read_json(directory, "config.json", 1 << 26, &q->region, &found, err);
     if (!found) fail(err, "%s/config.json: not found; expected a Hugging Face model directory",
                      directory);
-    if (!q->config ||
-        parse_config(&q->transformer, has_bias, q->config, directory, &q->region, err))
-        goto failed;
-    q->slots = (SlotList){.region = &q->region, .err = err};
-    if (list_slots(&q->slots, &q->transformer, has_bias)) goto failed;
-    q->slots.err = NULL;
+    if (!q->config || parse_config(&q->transformer, &q->slots, q->config, directory, &q->region,
+                                   err)) {
+        qlora_close(q);
+        return NULL;
+    }
     find_lowest_adapter(&q->transformer);
     return q;
-failed:
-    qlora_close(q);
-    return NULL;
 }
 
 void qlora_close(qlora_model *q) {
@@ -8634,39 +8463,27 @@ void qlora_close(qlora_model *q) {
     mem_free(&allocator, q, 1, sizeof *q);
 }
 
-static int has_tokenizer_files(const char *directory, Region *region, bool *has, qlora_error *err) {
-    static const char *const names[] = {"tokenizer.json", "tokenizer.model", "vocab.json"};
-    *has = false;
-    for (size_t i = 0; i < 3 && !*has; i++) {
-        const char *path = path_join(region, directory, names[i], err);
-        if (!path) return -1;
-        *has = file_exists(path);
-    }
-    return 0;
+static bool has_tokenizer_files(const char *directory) {
+    return directory_has(directory, "tokenizer.json") || directory_has(directory, "vocab.json") ||
+           directory_has(directory, "tokenizer.model");
 }
 
 // Tokenizer, template and generation settings: those of an adapter's directory if it has its own,
 // else of the model. A model without tokenizer files still computes.
 static int open_text(qlora_model *q, const char *directory, qlora_error *err) {
     bool found;
-    bool own;
-    if (has_tokenizer_files(directory, &q->region, &own, err)) return -1;
-    if (!own) directory = q->directory;
+    if (!has_tokenizer_files(directory)) directory = q->directory;
     q->generation = read_json(directory, "generation_config.json", 1 << 24, &q->region, &found,
                               err);
     if (found && !q->generation) return -1;
-    if (!own && has_tokenizer_files(directory, &q->region, &own, err)) return -1;
-    if (!own) return 0;
+    if (!has_tokenizer_files(directory)) return 0;
     q->tokenizer = tokenizer_open(directory, &q->allocator, err);
     if (!q->tokenizer) return -1;
-    if (tokenizer_size(q->tokenizer) > q->transformer.config.V)
-        return fail(err,
-                    "%s: the tokenizer has ids up to %zu, but config.json says vocab_size %zu: do "
-                    "these files belong together?",
-                    directory, tokenizer_size(q->tokenizer) - 1, q->transformer.config.V);
-    return q->options.add_tokens
-               ? tokenizer_add(q->tokenizer, q->options.add_tokens, q->transformer.config.V, err)
-               : 0;
+    size_t ids = tokenizer_size(q->tokenizer), V = q->transformer.config.V;
+    if (ids > V)
+        return fail(err, "%s: the tokenizer has ids up to %zu, but config.json says vocab_size "
+                    "%zu: do these files belong together?", directory, ids - 1, V);
+    return q->options.add_tokens ? tokenizer_add(q->tokenizer, q->options.add_tokens, V, err) : 0;
 }
 
 // An adapter's base model: the path in its configuration, seen from the adapter or as it stands.
@@ -8674,39 +8491,38 @@ static const char *find_base(const char *directory, Region *region, qlora_error 
     bool found;
     const Json *json = read_json(directory, "adapter_config.json", 1 << 24, region, &found, err);
     const char *base = json_get_text(json, "base_model_name_or_path");
-    if (!json) return NULL;
     const char *inside = base ? path_join(region, directory, base, err) : NULL;
-    for (int i = 0; base && i < 2; i++) {
-        const char *candidate = i ? base : inside;
-        const char *config = candidate ? path_join(region, candidate, "config.json", err) : NULL;
-        if (config && file_exists(config)) return candidate;
-    }
-    fail(err,
-         "%s/adapter_config.json: base model \"%s\" is not here; open the base model's directory "
-         "and give the adapter with --adapter",
-         directory, base ? base : "(none)");
+    if (!json || (base && !inside)) return NULL;
+    if (base && directory_has(inside, "config.json")) return inside;
+    if (base && directory_has(base, "config.json")) return base;
+    fail(err, "%s/adapter_config.json: base model \"%s\" is not here; open the base model's "
+         "directory and give the adapter with --adapter", directory, base ? base : "(none)");
     return NULL;
+}
+
+// Finds out from the files' headers what the weights take, and reads them unless it is a plan.
+static int read_weights(qlora_model *q, bool plan, qlora_error *err) {
+    WeightLoader l = {.options = &q->options, .dev = &q->device, .err = err};
+    l.files = tensors_open(q->directory, "model.safetensors", &q->allocator, err);
+    int bad = l.files ? load_weights(&l, &q->transformer, &q->slots, plan ? NULL : &q->weights,
+                                     &q->weight_bytes) : -1;
+    tensors_close(l.files);
+    return bad;
 }
 
 // Weights are read when the first thing needs them.
 static int need_weights(qlora_model *q, qlora_error *err) {
-    return q->weights ? 0 : load_weights(&q->transformer, &q->slots, q->directory, &q->options,
-                                         &q->device, &q->weights, &q->weight_bytes, err);
+    return q->weights ? 0 : read_weights(q, false, err);
 }
 
 qlora_model *qlora_open(const char *path, const qlora_options *options, qlora_error *err) {
-    qlora_allocator allocator = {default_allocate, default_release, NULL};
-    if (options && options->allocator.allocate && options->allocator.release)
-        allocator = options->allocator;
-    Region region = {.allocator = &allocator};
-    const char *adapter = path_join(&region, path, "adapter_config.json", err);
-    bool is_adapter = adapter && file_exists(adapter);
-    const char *base = !adapter ? NULL : is_adapter ? find_base(path, &region, err) : path;
-    qlora_model *q = base ? open_handle(base, options, err) : NULL;
-    if (q && (open_text(q, path, err) ||
-              load_weights(&q->transformer, &q->slots, base, &q->options, &q->device, NULL,
-                           &q->weight_bytes, err) ||
-              ((is_adapter || !q->options.defer_weights) && need_weights(q, err)) ||
+    qlora_options opt = complete_options(options);
+    Region region = {.allocator = &opt.allocator};
+    bool is_adapter = directory_has(path, "adapter_config.json");
+    const char *base = is_adapter ? find_base(path, &region, err) : path;
+    qlora_model *q = base ? open_handle(base, &opt, err) : NULL;
+    if (q && (open_text(q, path, err) || read_weights(q, true, err) ||
+              ((is_adapter || !opt.defer_weights) && need_weights(q, err)) ||
               (is_adapter && load_adapter(&q->transformer, path, &q->allocator, err)))) {
         qlora_close(q);
         q = NULL;
@@ -8731,17 +8547,12 @@ int qlora_save_adapter(qlora_model *q, const char *directory, qlora_error *err) 
 
 qlora_model_info qlora_info(const qlora_model *q) {
     const Config *c = &q->transformer.config;
-    qlora_model_info info = {c->architecture->type,
-                             c->L,
-                             c->D,
-                             c->V,
-                             c->context,
-                             0,
-                             q->weight_bytes,
-                             count_parameters((Transformer *)(uintptr_t)&q->transformer),
-                             q->device.act == DT_BF16 ? QLORA_COMPUTE_BF16 : QLORA_COMPUTE_F32,
-                             q->host.pool->threads,
-                             q->device_name};
+    qlora_model_info info = {
+        .architecture = c->architecture->type, .layers = c->L, .hidden = c->D, .vocab = c->V,
+        .context = c->context, .weight_bytes = q->weight_bytes,
+        .adapter_parameters = count_parameters((Transformer *)(uintptr_t)&q->transformer),
+        .compute = q->device.act == DT_BF16 ? QLORA_COMPUTE_BF16 : QLORA_COMPUTE_F32,
+        .threads = q->host.pool->threads, .device = q->device_name};
     for (size_t i = 0; i < q->slots.n; i++)
         info.parameters += q->slots.slots[i].rows * q->slots.slots[i].columns;
     return info;
@@ -8767,11 +8578,9 @@ void qlora_free(qlora_model *q, void *memory) {
 }
 
 static int need_tokenizer(const qlora_model *q, qlora_error *err) {
-    return q->tokenizer ? 0
-                        : fail(err,
-                               "%s: no tokenizer.json (nor tokenizer.model, nor vocab.json) in "
-                               "this directory",
-                               q->directory);
+    if (q->tokenizer) return 0;
+    return fail(err, "%s: no tokenizer.json (nor tokenizer.model, nor vocab.json) in this "
+                "directory", q->directory);
 }
 
 // The chat template is looked for when something needs it: a base model that only continues text
@@ -8797,13 +8606,10 @@ static int need_chat(qlora_model *q, qlora_error *err) {
 int qlora_tokenize(qlora_model *q, const char *text, size_t n, int add_special, int32_t **ids,
                    size_t *n_ids, qlora_error *err) {
     Buffer out = {.allocator = &q->allocator};
-    *ids = NULL;
-    *n_ids = 0;
-    if (need_tokenizer(q, err)) return -1;
-    if (!tokenizer_encode(q->tokenizer, text, n, add_special != 0, &out, err)) {
-        *ids = give(q, out.data, out.size, err);
-        *n_ids = out.size / sizeof **ids;
-    }
+    int bad = need_tokenizer(q, err) ||
+              tokenizer_encode(q->tokenizer, text, n, add_special != 0, &out, err);
+    *ids = bad ? NULL : give(q, out.data, out.size, err);
+    *n_ids = *ids ? out.size / sizeof **ids : 0;
     buffer_free(&out);
     return *ids ? 0 : -1;
 }
@@ -8811,23 +8617,39 @@ int qlora_tokenize(qlora_model *q, const char *text, size_t n, int add_special, 
 int qlora_detokenize(qlora_model *q, const int32_t *ids, size_t n_ids, int skip_special,
                      char **text, size_t *n_text, qlora_error *err) {
     Buffer out = {.allocator = &q->allocator};
-    *text = NULL;
-    *n_text = 0;
-    if (need_tokenizer(q, err)) return -1;
-    if (!tokenizer_decode(q->tokenizer, ids, n_ids, skip_special != 0, &out, err)) {
-        *text = give(q, out.data, out.size, err);
-        *n_text = out.size;
-    }
+    int bad = need_tokenizer(q, err) ||
+              tokenizer_decode(q->tokenizer, ids, n_ids, skip_special != 0, &out, err);
+    *text = bad ? NULL : give(q, out.data, out.size, err);
+    *n_text = *text ? out.size : 0;
     buffer_free(&out);
     return *text ? 0 : -1;
 }
 
+// ------------------------------------------------------------------ from one directory to another
+
 // What goes from file to file needs no GPU.
 static qlora_model *open_on_host(const char *directory, const qlora_options *options,
                                  qlora_error *err) {
-    qlora_options host = options ? *options : qlora_default_options();
+    qlora_options host = complete_options(options);
     host.device = "cpu";
     return open_handle(directory, &host, err);
+}
+
+// Writes the model as a directory of its own, which has none yet.
+static int write_model(qlora_model *q, const char *out, qlora_error *err) {
+    size_t n = 0;
+    TensorInfo *tensors = region_alloc(&q->region, q->slots.n * MAX_WEIGHT_PARTS, sizeof *tensors,
+                                       err);
+    if (!tensors) return -1;
+    if (directory_has(out, "model.safetensors") || directory_has(out, "config.json"))
+        return fail(err, "%s: there is a model in this directory already; choose another", out);
+    for (size_t i = 0; i < q->slots.n; i++)
+        if (describe_slot(tensors, &n, &q->slots.slots[i], &q->region, err)) return -1;
+    return write_tensors(path_join(&q->region, out, "model.safetensors", err), tensors, n, NULL,
+                         NULL, &q->allocator, err) ||
+           write_config(out, q->config, &q->transformer.layers[0].linear[0].weight, &q->region,
+                        err) ||
+           copy_side_files(q->directory, out, &q->region, err);
 }
 
 int qlora_init(const char *config, const char *out_dir, uint64_t seed, const qlora_options *options,
@@ -8840,11 +8662,10 @@ int qlora_init(const char *config, const char *out_dir, uint64_t seed, const qlo
     if (!directory[0]) strcpy(directory, ".");
     qlora_model *q = open_on_host(directory, options, err);
     if (!q) return -1;
+    WeightLoader l = {.seed = seed, .options = &q->options, .dev = &q->device, .err = err};
     int bad = make_directory(out_dir, err) ||
-              random_weights(&q->slots, &q->options, seed, &q->device, &q->weights,
-                             &q->weight_bytes, err) ||
-              write_model(out_dir, &q->transformer, &q->slots, q->config, &q->allocator, err) ||
-              copy_side_files(q->directory, out_dir, &q->region, err);
+              load_weights(&l, &q->transformer, &q->slots, &q->weights, &q->weight_bytes) ||
+              write_model(q, out_dir, err);
     qlora_close(q);
     return bad ? -1 : 0;
 }
@@ -8855,10 +8676,7 @@ int qlora_quantize(const char *model_dir, const char *out_dir, const qlora_optio
     if (!q) return -1;
     int bad = q->options.quant == QLORA_QUANT_NONE
             ? fail(err, "quantize: expected --quant nf4 or fp4, found none")
-            : make_directory(out_dir, err) ||
-              need_weights(q, err) ||
-              write_model(out_dir, &q->transformer, &q->slots, q->config, &q->allocator, err) ||
-              copy_side_files(q->directory, out_dir, &q->region, err);
+            : make_directory(out_dir, err) || need_weights(q, err) || write_model(q, out_dir, err);
     qlora_close(q);
     return bad ? -1 : 0;
 }
@@ -8885,8 +8703,9 @@ typedef struct {
     size_t batch_bytes;
     Sequence text;                          // what is being generated
     void *record;                           // of the step that generates a token
-    void *memory, *host_memory;
+    void *memory;                           // (bytes) the arena
     size_t bytes;
+    Region region;                          // what the host holds
     Device outer;                           // scratch of the session around this one, if any
 } Session;
 
@@ -8895,15 +8714,15 @@ typedef struct {
     bool training;
 } SessionShape;
 
-static OpSizes op_sizes(const Transformer *m, const SessionShape *shape, size_t chunk) {
+static OpSizes op_sizes(Transformer *m, const SessionShape *shape, size_t chunk) {
     const Config *c = &m->config;
     OpSizes s = {.T = shape->T, .S = shape->S, .D = max_size(c->D, c->H * c->hd), .F = c->F,
                  .H = c->H, .G = c->G, .hd = c->hd, .V_chunk = chunk, .V = c->V,
                  .max_span = max_size(shape->max_span, shape->cache_rows),
-                 .n_spans = shape->n_spans, .max_r = m->head.lora.r,
-                 .threads = (size_t)m->dev->pool->threads, .training = shape->training};
-    for (size_t l = 0; l < c->L; l++)
-        for (int i = 0; i < N_LINEARS; i++) s.max_r = max_size(s.max_r, linear_rank(m, l, i));
+                 .n_spans = shape->n_spans, .threads = (size_t)m->dev->pool->threads,
+                 .training = shape->training};
+    for (size_t i = 0; i < n_modules(m); i++)
+        s.max_r = max_size(s.max_r, module_linear(m, i)->lora.r);
     return s;
 }
 
@@ -8916,23 +8735,13 @@ static void carve_batch(BatchArrays *b, const SessionShape *shape, Arena *arena)
     b->target = arena_alloc(arena, shape->S, sizeof *b->target);
 }
 
-static void carve_text(Sequence *text, size_t room, size_t V, Arena *arena) {
-    text->ids = arena_alloc(arena, room, sizeof *text->ids);
-    text->n = arena_alloc(arena, 1, sizeof *text->n);
-    text->id = arena_alloc(arena, 1, sizeof *text->id);
-    text->position = arena_alloc(arena, 1, sizeof *text->position);
-    text->span = arena_alloc(arena, 1, sizeof *text->span);
-    text->work = arena_alloc(arena, sample_bytes(V), 1);
-}
-
 static void session_carve(Session *s, const SessionShape *shape, Arena *arena) {
     qlora_model *q = s->q;
     const Config *c = &q->transformer.config;
     size_t size = act_size(q->device.act);
     workspace_carve(&s->w, &q->transformer, s->layers, shape->T, shape->S, shape->kept,
                     shape->training, arena);
-    size_t chunk = shape->training ? s->w.chunk : c->V;
-    OpSizes sizes = op_sizes(&q->transformer, shape, chunk);
+    OpSizes sizes = op_sizes(&q->transformer, shape, shape->training ? s->w.chunk : c->V);
     q->device.ops->scratch(&q->device, &sizes);
     q->device.scratch = arena_alloc(arena, q->device.scratch_size, 1);
     q->device.thread_scratch = arena_alloc(arena, q->device.thread_size * sizes.threads, 1);
@@ -8941,19 +8750,22 @@ static void session_carve(Session *s, const SessionShape *shape, Arena *arena) {
     carve_batch(&s->there, shape, arena);
     s->batch_bytes = arena->used - before;
     s->cache_rows = shape->cache_rows;
-    for (size_t i = 0; s->cache_rows && i < 2 * c->L; i++)
-        s->cache[i] = arena_alloc(arena, shape->cache_rows * c->G * c->hd, size);
-    if (s->cache_rows) carve_text(&s->text, s->cache_rows, c->V, arena);
+    if (!s->cache_rows) return;
+    for (size_t i = 0; i < 2 * c->L; i++)
+        s->cache[i] = arena_alloc(arena, s->cache_rows * c->G * c->hd, size);
+    s->text.ids = arena_alloc(arena, s->cache_rows, sizeof *s->text.ids);
+    s->text.n = arena_alloc(arena, 1, sizeof *s->text.n);
+    s->text.id = arena_alloc(arena, 1, sizeof *s->text.id);
+    s->text.position = arena_alloc(arena, 1, sizeof *s->text.position);
+    s->text.span = arena_alloc(arena, 1, sizeof *s->text.span);
+    s->text.work = arena_alloc(arena, sample_bytes(c->V), 1);
 }
 
 static void session_close(Session *s) {
-    size_t L = s->q->transformer.config.L;
     Device *dev = &s->q->device;
     if (s->record) dev->ops->forget(dev, s->record);
     dev->ops->release(dev, s->memory, s->bytes);
-    mem_free(dev->allocator, s->host_memory, s->batch_bytes, 1);
-    mem_free(&s->q->allocator, s->layers, L, sizeof *s->layers);
-    mem_free(&s->q->allocator, s->cache, 2 * L, sizeof *s->cache);
+    region_free(&s->region);
     s->q->device = s->outer;
 }
 
@@ -8983,29 +8795,25 @@ static int session_plan(Session *s, SessionShape *shape, qlora_error *err) {
 static int session_open(Session *s, qlora_model *q, SessionShape shape, qlora_error *err) {
     const Config *c = &q->transformer.config;
     Device *dev = &q->device;
-    *s = (Session){.q = q, .outer = q->device};
-    s->layers = mem_alloc(&q->allocator, c->L, sizeof *s->layers, err);
-    s->cache = s->layers ? mem_alloc(&q->allocator, 2 * c->L, sizeof *s->cache, err) : NULL;
-    if (!s->cache || session_plan(s, &shape, err) || need_weights(q, err)) goto failed;
-    s->memory = dev->ops->allocate(dev, s->bytes, err);
-    if (!s->memory) goto failed;
+    *s = (Session){.q = q, .outer = q->device, .region.allocator = &q->allocator};
+    s->layers = region_alloc(&s->region, c->L, sizeof *s->layers, err);
+    s->cache = region_alloc(&s->region, 2 * c->L, sizeof *s->cache, err);
+    bool ready = s->layers && s->cache && !session_plan(s, &shape, err) && !need_weights(q, err);
+    void *host = ready && !dev->ops->host ? region_alloc(&s->region, s->batch_bytes, 1, err) : NULL;
+    if (ready && (dev->ops->host || host)) s->memory = dev->ops->allocate(dev, s->bytes, err);
+    if (!s->memory) { session_close(s); return -1; }
     Arena arena = {s->memory, 0};
     session_carve(s, &shape, &arena);
     s->here = s->there;
-    if (dev->ops->host) return 0;
-    s->host_memory = mem_reserve(dev->allocator, s->batch_bytes, 1, err);
-    arena = (Arena){s->host_memory, 0};
-    if (!s->host_memory) goto failed;
-    carve_batch(&s->here, &shape, &arena);
+    arena = (Arena){host, 0};
+    if (host) carve_batch(&s->here, &shape, &arena);
     return 0;
-failed:
-    session_close(s);
-    return -1;
 }
 
 // What was written to s->here becomes what the device sees.
 static void upload_batch(Session *s) {
-    if (s->host_memory) upload(&s->q->device, s->there.spans, s->here.spans, s->batch_bytes);
+    if (s->here.spans != s->there.spans)
+        upload(&s->q->device, s->there.spans, s->here.spans, s->batch_bytes);
 }
 
 // ----------------------------------------------------------------------------------------- merging
@@ -9013,44 +8821,23 @@ static void upload_batch(Session *s) {
 // W + s B A, formed in float32 and rounded once to the type the base has in its file. Tensors
 // stream: a few million values are read, changed and written at a time.
 
-static uint16_t float_to_f16(float x) {
-    uint32_t sign = float_bits(x) >> 16 & 0x8000;
-    float magnitude = fabsf(x);
-    if (isnan(x)) return (uint16_t)(sign | 0x7E00);
-    if (magnitude >= 65520.0f) return (uint16_t)(sign | 0x7C00);
-    // Below 2^-14 float16 is a fixed-point number of step 2^-24; above, 11 significant bits are
-    // kept. Adding and subtracting 1.5 * 2^23 steps lets the float unit round to nearest, ties to
-    // even.
-    int exponent;
-    frexpf(magnitude, &exponent);
-    float step = ldexpf(1, exponent - 11 > -24 ? exponent - 11 : -24);
-    float rounded = (magnitude / step + 12582912.0f - 12582912.0f) * step;
-    uint32_t bits = float_bits(rounded);
-    if (rounded < 0x1p-14f) return (uint16_t)(sign | (uint32_t)(rounded * 0x1p24f));
-    return (uint16_t)(sign | ((bits >> 13) - (112u << 10)));
-}
-
-static float narrow_value(float x, int type) {
-    return type == ST_F32 ? x : type == ST_F16 ? f16_to_float(float_to_f16(x))
-                                               : bf16_to_float(float_to_bf16(x));
-}
+enum { MERGE_VALUES = 4 << 20 };
 
 typedef struct {
     qlora_model *q;
     WeightLoader loader;
-    float *rows;                            // (MERGE_VALUES) values on their way
-    char *raw;                              // (MERGE_VALUES) the same as read and as written
-    real *delta, *remote;                   // (MERGE_VALUES) s B A, on the host and on the device
+    size_t values;                          // at a time: MERGE_VALUES, or a row if that is longer
+    float *rows;                            // (values) on their way
+    char *raw;                              // (values) the same as read and as written
+    real *delta, *remote;                   // (values) s B A, on the host and on the device
     double *sums;                           // (rows, 4): of W^2, D^2, |D| > 0, of these unchanged
     double totals[4];
     // of the tensor at work
     const Slot *slot;
-    const Lora *lora;
+    const Lora *lora;                       // or NULL
     const real *change;                     // the delta as the host sees it
     size_t first, n_rows;
 } Merger;
-
-enum { MERGE_VALUES = 4 << 20 };
 
 typedef struct { real *delta; const real *B, *A; real s; size_t K, r; } LowRankTask;
 
@@ -9074,13 +8861,16 @@ static void low_rank(Device *dev, real *delta, const real *B, const real *A, rea
 static void merge_row_task(void *arguments, size_t row, int thread) {
     Merger *a = arguments;
     size_t K = a->slot->columns;
+    DType type = safetensors_types[a->slot->file_type].dtype;
     float *w = a->rows + row * K;
     double *sums = a->sums + 4 * row;
     (void)thread;
     sums[0] = sums[1] = sums[2] = sums[3] = 0;
     for (size_t k = 0; k < K; k++) {
         float delta = (float)a->change[row * K + k];
-        float merged = narrow_value(w[k] + delta, a->slot->file_type);
+        float sum = w[k] + delta;
+        float merged = type == DT_F32 ? sum : type == DT_F16 ? f16_to_float(float_to_f16(sum))
+                                                             : bf16_to_float(float_to_bf16(sum));
         sums[0] += (double)w[k] * (double)w[k];
         sums[1] += (double)delta * (double)delta;
         sums[2] += !(fabsf(delta) <= 0);
@@ -9099,20 +8889,9 @@ static int add_adapter(Merger *a) {
     if (dev->ops->check(dev, a->loader.err)) return -1;
     parallel_for(dev->pool, a->n_rows, merge_row_task, a);
     for (size_t i = 0; i < a->n_rows; i++)
-        for (int k = 0; k < 4; k++) a->totals[k] += a->sums[4 * i + (size_t)k];
+        for (size_t k = 0; k < 4; k++) a->totals[k] += a->sums[4 * i + k];
     if (all_finite(a->rows, DT_F32, n)) return 0;
     return fail(a->loader.err, "tensor %s: the merged values are not finite", a->slot->name);
-}
-
-// Writes a->n_rows * columns values in the slot's own type.
-static int write_narrow(Merger *a, Writer *w) {
-    size_t n = a->n_rows * a->slot->columns, size = a->slot->file_type == ST_F32 ? 4 : 2;
-    uint16_t *half = (uint16_t *)(void *)a->raw;
-    if (size == 4) return writer_write(w, a->rows, n * 4);
-    for (size_t i = 0; i < n; i++)
-        half[i] = a->slot->file_type == ST_F16 ? float_to_f16(a->rows[i])
-                                               : float_to_bf16(a->rows[i]);
-    return writer_write(w, half, n * size);
 }
 
 // The linear a weight slot belongs to, if it has an adapter.
@@ -9124,35 +8903,27 @@ static const Lora *slot_lora(qlora_model *q, const Slot *slot) {
     return NULL;
 }
 
-// Reads rows of the slot, from the file or, for a 4-bit base, from the weight loaded into `packed`.
-static int read_rows(Merger *a, const TensorInfo *t, const Weight *packed) {
-    size_t K = a->slot->columns, n = a->n_rows * K;
-    if (packed) {
-        for (size_t i = 0; i < a->n_rows; i++) {
+// Writes the merged tensor of a->slot, some rows at a time. They are read from the file, those of a
+// 4-bit slot from its weight.
+static int merge_rows(Merger *a, Writer *w) {
+    const Slot *slot = a->slot;
+    bool packed = slot->weight && is_4bit(slot->weight->dtype);
+    DType type = safetensors_types[slot->file_type].dtype;
+    const TensorInfo *t = packed ? NULL : loader_find(&a->loader, slot->name, "");
+    size_t K = slot->columns;
+    for (a->first = 0; a->first < slot->rows; a->first += a->n_rows) {
+        a->n_rows = min_size(a->values / K, slot->rows - a->first);
+        size_t n = a->n_rows * K;
+        if (t && read_values(a->loader.files, t, a->raw, a->first * K, n, a->loader.err)) return -1;
+        if (t) widen_values(a->rows, a->raw, type, n);
+        for (size_t i = 0; packed && i < a->n_rows; i++) {
             real *row = (real *)(void *)a->raw;
-            weight_row(row, packed, a->first + i, 0, K, DT_REAL);
+            weight_row(row, slot->weight, a->first + i, 0, K, DT_REAL);
             for (size_t k = 0; k < K; k++) a->rows[i * K + k] = (float)row[k];
         }
-        return 0;
-    }
-    DType type = safetensors_types[t->type].dtype;
-    size_t size = dtype_size(type);
-    if (tensor_read(a->loader.files, t, a->raw, a->first * K * size, n * size, a->loader.err))
-        return -1;
-    if (!all_finite(a->raw, type, n))
-        return fail(a->loader.err, "%s: tensor %s holds NaN or infinity",
-                    tensor_path(&a->loader, t), a->slot->name);
-    widen_values(a->rows, a->raw, type, n);
-    return 0;
-}
-
-static int merge_rows(Merger *a, const TensorInfo *t, const Weight *packed, Writer *w) {
-    size_t K = a->slot->columns, at_once = max_size(1, MERGE_VALUES / K);
-    a->lora = slot_lora(a->q, a->slot);
-    for (a->first = 0; a->first < a->slot->rows; a->first += a->n_rows) {
-        a->n_rows = min_size(at_once, a->slot->rows - a->first);
-        if (read_rows(a, t, packed)) return -1;
-        if ((a->lora && add_adapter(a)) || write_narrow(a, w)) return -1;
+        if (a->lora && add_adapter(a)) return -1;
+        narrow_values(a->raw, a->rows, type, n);
+        if (writer_write(w, a->raw, n * dtype_size(type))) return -1;
     }
     return 0;
 }
@@ -9160,43 +8931,22 @@ static int merge_rows(Merger *a, const TensorInfo *t, const Weight *packed, Writ
 // Writes one merged tensor. A 4-bit one is loaded whole first, packed.
 static int fill_merged(void *user, const TensorInfo *tensor, Writer *w) {
     Merger *a = user;
-    const SlotList *list = &a->q->slots;
-    size_t i = 0;
-    while (strcmp(list->slots[i].name, tensor->name)) i++;
-    a->slot = &list->slots[i];
-    if (stored_4bit(&a->loader, a->slot) == DT_OTHER) {
-        const TensorInfo *t = find_slot(&a->loader, a->slot);
-        return t ? merge_rows(a, t, NULL, w) : -1;
-    }
-    Weight saved = *a->slot->weight;
+    WeightLoader *l = &a->loader;
+    a->slot = tensor->data;
+    a->lora = slot_lora(a->q, a->slot);
+    if (!a->slot->weight || !is_4bit(a->slot->weight->dtype)) return merge_rows(a, w);
+    Slot slot = *a->slot;
+    Weight packed = *slot.weight;
     Arena arena = {NULL, 0};
-    int bad = place_slot(&a->loader, (Slot *)(uintptr_t)a->slot, &arena);
+    slot.weight = &packed;
+    a->slot = &slot;
+    if (place_slot(l, &slot, &arena)) return -1;
     size_t bytes = arena.used;
-    char *memory = bad ? NULL : host_allocate(a->loader.dev, bytes, a->loader.err);
-    if (memory) {
-        arena = (Arena){memory, 0};
-        bad = place_slot(&a->loader, (Slot *)(uintptr_t)a->slot, &arena) ||
-              load_4bit(&a->loader, a->slot) || merge_rows(a, NULL, a->slot->weight, w);
-        host_release(a->loader.dev, memory, bytes);
-    }
-    *a->slot->weight = saved;
-    return memory && !bad ? 0 : -1;
-}
-
-static size_t merged_bytes(const Slot *slot) {
-    return slot->rows * slot->columns * (slot->file_type == ST_F32 ? 4 : 2);
-}
-
-// Splits the slots into shards of at most `most` bytes (at least one tensor each); shard (n).
-static size_t assign_shards(const SlotList *list, size_t most, size_t *shard) {
-    size_t shards = 1, bytes = 0;
-    for (size_t i = 0; i < list->n; i++) {
-        size_t size = merged_bytes(&list->slots[i]);
-        if (bytes && bytes + size > most) { shards++; bytes = 0; }
-        bytes += size;
-        shard[i] = shards - 1;
-    }
-    return shards;
+    char *memory = host_allocate(l->dev, bytes, l->err);
+    arena = (Arena){memory, 0};
+    int bad = !memory || place_slot(l, &slot, &arena) || load_4bit(l, &slot) || merge_rows(a, w);
+    host_release(l->dev, memory, bytes);
+    return bad ? -1 : 0;
 }
 
 static void shard_name(char name[64], size_t i, size_t n) {
@@ -9204,67 +8954,86 @@ static void shard_name(char name[64], size_t i, size_t n) {
     else snprintf(name, 64, "model-%05zu-of-%05zu.safetensors", i + 1, n);
 }
 
-static int write_merged_index(const SlotList *list, const size_t *shard, size_t n, const char *path,
-                              const qlora_allocator *allocator, qlora_error *err) {
+static int write_merged_index(const SlotList *list, const TensorInfo *tensors, size_t shards,
+                              const char *path, const qlora_allocator *allocator,
+                              qlora_error *err) {
     Buffer b = {.allocator = allocator};
     size_t total = 0;
     char name[64];
-    for (size_t i = 0; i < list->n; i++) total += merged_bytes(&list->slots[i]);
+    for (size_t i = 0; i < list->n; i++) total += tensors[i].bytes;
     int bad = buffer_printf(&b, err, "{\n  \"metadata\": {\n    \"total_size\": %zu\n  },\n"
                             "  \"weight_map\": {", total);
     for (size_t i = 0; i < list->n && !bad; i++) {
-        shard_name(name, shard[i], n);
+        shard_name(name, tensors[i].file, shards);
         bad = buffer_printf(&b, err, "%s\n    \"%s\": \"%s\"", i ? "," : "", list->slots[i].name,
                             name);
     }
-    if (!bad) bad = buffer_printf(&b, err, "\n  }\n}\n") || write_file(path, b.data, b.size, err);
-    buffer_free(&b);
-    return bad ? -1 : 0;
+    return write_buffer(path, &b, bad || buffer_printf(&b, err, "\n  }\n}\n"), err);
 }
 
-static int write_merged_shards(Merger *a, const char *out, size_t most, Region *region,
-                               qlora_error *err) {
+// Writes the tensors of all slots in shards of at most `most` bytes, at least one tensor each.
+static int write_merged_shards(Merger *a, const char *out, size_t most, qlora_error *err) {
     const SlotList *list = &a->q->slots;
-    size_t *shard = region_alloc(region, list->n, sizeof *shard, err);
+    Region *region = &a->q->region;
+    size_t shards = 1, bytes = 0, end;
+    char name[64];
     TensorInfo *tensors = region_alloc(region, list->n, sizeof *tensors, err);
     const char *index = path_join(region, out, "model.safetensors.index.json", err);
     const char *single = path_join(region, out, "model.safetensors", err);
-    if (!shard || !tensors || !index || !single) return -1;
-    size_t shards = assign_shards(list, most, shard);
-    for (size_t s = 0; s < shards; s++) {
-        char name[64];
-        size_t n = 0;
-        shard_name(name, s, shards);
-        const char *path = path_join(region, out, name, err);
-        for (size_t i = 0; i < list->n; i++) {
-            const Slot *slot = &list->slots[i];
-            if (shard[i] == s)
-                describe_tensor(&tensors[n++], slot->name, slot->file_type,
-                                slot->kind == SLOT_VECTOR ? 1 : 2, slot->rows, slot->columns);
-        }
-        if (!path || write_tensors(path, tensors, n, fill_merged, a, region->allocator, err))
-            return -1;
+    if (!tensors || !index || !single) return -1;
+    for (size_t i = 0; i < list->n; i++) {
+        const Slot *slot = &list->slots[i];
+        describe_tensor(&tensors[i], slot->name, slot->file_type,
+                        slot->kind == SLOT_VECTOR ? 1 : 2, slot->rows, slot->columns, slot);
+        if (bytes && bytes + tensors[i].bytes > most) { shards++; bytes = 0; }
+        bytes += tensors[i].bytes;
+        tensors[i].file = shards - 1;
+    }
+    for (size_t first = 0; first < list->n; first = end) {
+        for (end = first; end < list->n && tensors[end].file == tensors[first].file;) end++;
+        shard_name(name, tensors[first].file, shards);
+        if (write_tensors(path_join(region, out, name, err), tensors + first, end - first,
+                          fill_merged, a, region->allocator, err)) return -1;
     }
     // When the directory that was read is written to, what is no longer part of it goes last.
     if (shards == 1) { unlink(index); return 0; }
-    if (write_merged_index(list, shard, shards, index, region->allocator, err)) return -1;
+    if (write_merged_index(list, tensors, shards, index, region->allocator, err)) return -1;
     unlink(single);
     return 0;
 }
 
 // What merging would lose or overwrite is refused before anything is written.
-static int check_merge(qlora_model *q, const char *out, Region *region, qlora_error *err) {
+static int check_merge(qlora_model *q, const char *out, qlora_error *err) {
     char from[PATH_MAX], to[PATH_MAX];
-    const char *config = path_join(region, out, "config.json", err);
     if (q->transformer.config.tied && q->transformer.head.lora.r)
-        return fail(
-            err, "the adapter changes lm_head, which is the embedding of this model too: merging "
-                 "would change both; use the adapter as it is");
-    if (!config || make_directory(out, err)) return -1;
+        return fail(err, "the adapter changes lm_head, which is the embedding of this model too: "
+                    "merging would change both; use the adapter as it is");
+    if (make_directory(out, err)) return -1;
     bool same = realpath(q->directory, from) && realpath(out, to) && strcmp(from, to) == 0;
-    if (!same && file_exists(config))
+    if (!same && directory_has(out, "config.json"))
         return fail(err, "%s: there is a model in this directory already; choose another", out);
     return 0;
+}
+
+// Finds every tensor and gets the memory for merging.
+static int prepare_merge(Merger *a, qlora_error *err) {
+    qlora_model *q = a->q;
+    size_t tallest = 1;
+    Arena plan = {NULL, 0};
+    a->values = MERGE_VALUES;
+    for (size_t i = 0; i < q->slots.n; i++) {
+        Slot *slot = &q->slots.slots[i];
+        if (place_slot(&a->loader, slot, &plan)) return -1;
+        a->values = max_size(a->values, slot->columns);
+        tallest = max_size(tallest, slot->rows);
+    }
+    if (refuse_unused(&a->loader, q->transformer.config.tied)) return -1;
+    a->rows = region_alloc(&q->region, a->values, sizeof *a->rows, err);
+    a->raw = region_alloc(&q->region, a->values, sizeof(real), err);
+    a->delta = region_alloc(&q->region, a->values, sizeof *a->delta, err);
+    a->sums = region_alloc(&q->region, 4 * tallest, sizeof *a->sums, err);
+    a->remote = q->device.ops->allocate(&q->device, a->values * sizeof *a->remote, err);
+    return a->rows && a->raw && a->delta && a->sums && a->remote ? 0 : -1;
 }
 
 int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_dir,
@@ -9273,55 +9042,26 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
     qlora_model *q = open_handle(model_dir, options, err);
     if (!q) return -1;
     Merger a = {.q = q, .loader = {.options = &q->options, .dev = &q->host, .err = err}};
-    size_t widest = 1, tallest = 1;
-    int bad = -1;
-    for (size_t i = 0; i < q->slots.n; i++) {
-        widest = max_size(widest, q->slots.slots[i].columns);
-        tallest = max_size(tallest, q->slots.slots[i].rows);
-    }
-    size_t values = max_size(MERGE_VALUES, widest);
-    TensorFiles *files = tensors_open(model_dir, "model.safetensors", &q->allocator, err);
-    a.loader.files = files;
-    if (!files || load_adapter(&q->transformer, adapter_dir, &q->allocator, err) ||
-        open_text(q, adapter_dir, err) || check_merge(q, out_dir, &q->region, err)) goto done;
-    a.loader.used = region_alloc(&q->region, files->n_tensors, 1, err);
-    a.rows = mem_reserve(&q->allocator, values, sizeof *a.rows, err);
-    a.raw = mem_reserve(&q->allocator, values, sizeof(real), err);
-    a.sums = mem_reserve(&q->allocator, 4 * tallest, sizeof *a.sums, err);
-    a.remote = q->device.ops->allocate(&q->device, values * sizeof(real), err);
-    if (!q->device.ops->host) a.delta = mem_reserve(&q->allocator, values, sizeof(real), err);
-    if (!a.loader.used || !a.rows || !a.raw || !a.sums || !a.remote ||
-        (!a.delta && !q->device.ops->host)) goto done;
     q->options.quant = QLORA_QUANT_NONE;                    // 16-bit tensors are merged as they are
-    Arena plan = {NULL, 0};
-    for (size_t i = 0; i < q->slots.n; i++)
-        if (place_slot(&a.loader, &q->slots.slots[i], &plan)) goto done;
-    if (refuse_unused(&a.loader, q->transformer.config.tied)) goto done;
-    const char *config = path_join(&q->region, out_dir, "config.json", err);
-    bad = !config ||
-                  write_merged_shards(&a, out_dir, max_size(max_shard_bytes, 1), &q->region, err) ||
-                  write_config(config, q->config, NULL, &q->allocator, err) ||
-                  (strcmp(model_dir, out_dir) &&
-                   copy_side_files(q->directory, out_dir, &q->region, err)) ||
-                  copy_side_files(adapter_dir, out_dir, &q->region, err) ||
-                  (q->tokenizer && write_added_tokens(q->tokenizer, out_dir, &q->region, err)) ||
-                  (q->tokenizer && !open_chat(q, NULL) &&
-                   write_chat_template(&q->chat, out_dir, &q->region, err))
-              ? -1
-              : 0;
-    if (report)
+    a.loader.files = tensors_open(model_dir, "model.safetensors", &q->allocator, err);
+    int bad =
+        !a.loader.files || load_adapter(&q->transformer, adapter_dir, &q->allocator, err) ||
+        open_text(q, adapter_dir, err) || check_merge(q, out_dir, err) || prepare_merge(&a, err) ||
+        write_merged_shards(&a, out_dir, max_size(max_shard_bytes, 1), err) ||
+        write_config(out_dir, q->config, NULL, &q->region, err) ||
+        (strcmp(model_dir, out_dir) && copy_side_files(model_dir, out_dir, &q->region, err)) ||
+        copy_side_files(adapter_dir, out_dir, &q->region, err) ||
+        (q->tokenizer && write_added_tokens(q->tokenizer, out_dir, &q->region, err)) ||
+        (q->tokenizer && !open_chat(q, NULL) &&
+         write_chat_template(&q->chat, out_dir, &q->region, err));
+    if (report && !bad)
         *report = (qlora_merge_report){count_parameters(&q->transformer),
                                        a.totals[0] > 0 ? sqrt(a.totals[1] / a.totals[0]) : 0,
                                        a.totals[2] > 0 ? a.totals[3] / a.totals[2] : 0};
-done:
-    mem_free(&q->allocator, a.rows, values, sizeof *a.rows);
-    mem_free(&q->allocator, a.raw, values, sizeof(real));
-    mem_free(&q->allocator, a.sums, 4 * tallest, sizeof *a.sums);
-    mem_free(&q->allocator, a.delta, values, sizeof(real));
-    q->device.ops->release(&q->device, a.remote, values * sizeof(real));
-    tensors_close(files);
+    q->device.ops->release(&q->device, a.remote, a.values * sizeof *a.remote);
+    tensors_close(a.loader.files);
     qlora_close(q);
-    return bad;
+    return bad ? -1 : 0;
 }
 // =================================================================================================
 //  14. The trainer
@@ -11688,10 +11428,6 @@ static int parse_ids(const char *text, Buffer *ids, qlora_error *err) {
     return 0;
 }
 
-static int fill_logits(void *user, const TensorInfo *tensor, Writer *w) {
-    return writer_write(w, user, tensor->bytes);
-}
-
 static int run_logits(Arguments *a, qlora_error *err) {
     if (!a->ids || !a->output) return fail(err, "logits: expected --ids 1,2,3 and --output FILE");
     qlora_model *q = open_model(a, err);
@@ -11703,9 +11439,9 @@ static int run_logits(Arguments *a, qlora_error *err) {
     int bad = parse_ids(a->ids, &ids, err);
     n = ids.size / sizeof(int32_t);
     if (!bad) logits = mem_reserve(&q->allocator, n * V, sizeof *logits, err);
-    describe_tensor(&tensor, "logits", ST_F32, 2, n, V);
+    describe_tensor(&tensor, "logits", ST_F32, 2, n, V, logits);
     bad = !logits || qlora_logits(q, (const int32_t *)(const void *)ids.data, n, logits, err) ||
-          write_tensors(a->output, &tensor, 1, fill_logits, logits, &q->allocator, err);
+          write_tensors(a->output, &tensor, 1, NULL, NULL, &q->allocator, err);
     mem_free(&q->allocator, logits, n * V, sizeof *logits);
     buffer_free(&ids);
     qlora_close(q);
