@@ -145,6 +145,7 @@ static void free_batch(TestBatch *b) {
 #include "test_models.c"
 #include "test_trainer.c"
 #include "test_input.c"
+#include "test_text.c"
 #endif
 
 // -------------------------------------------------------------------------------------- the table
@@ -159,6 +160,7 @@ static const TestRow tests[] = {
     MODEL_TESTS
     TRAINER_TESTS
     INPUT_TESTS
+    TEXT_TESTS
 #endif
 };
 

@@ -4,8 +4,9 @@
     check_tokenizers.py [--code-points] [--mb 1.2] [--variants] [--vectors DIR] DIRECTORY ...
 
 Each DIRECTORY is a model directory; a tokenizer.json in it is read by `tokenizers` as transformers'
-AutoTokenizer hands it over (which may change its post-processor), other files by AutoTokenizer
-alone. --variants puts many normalizers, pre-tokenizers and decoders around the vocabulary of each
+AutoTokenizer hands it over (which may change its post-processor); a directory that has only a
+tokenizer.model by the library `sentencepiece`, on texts without control tokens; others by
+AutoTokenizer alone. --variants puts many normalizers, pre-tokenizers and decoders around the vocabulary of each
 directory. --vectors reads the texts and ids recorded by llama.cpp and tokenizers.js. The texts are
 code, Chinese and English of the files given by --text, and generated ones: emoji, marks, controls,
 runs of spaces, random characters, special tokens, broken UTF-8. Exit status 1 if anything differs.
@@ -39,8 +40,36 @@ def ours(directory, texts):
         at += 4 + m
 
 
+class Sentencepiece:
+    """The library behind tokenizer.model, looking as much like a tokenizers.Tokenizer as is needed."""
+
+    class Encoded:
+        def __init__(self, ids):
+            self.ids, self.special_tokens_mask = ids, [1] + [0] * (len(ids) - 1)
+
+    def __init__(self, path):
+        import sentencepiece
+        self.model = sentencepiece.SentencePieceProcessor(model_file=path)
+
+    def get_added_tokens_decoder(self):
+        return {}
+
+    def num_special_tokens_to_add(self, pair):
+        return 1
+
+    def encode_batch_fast(self, texts):
+        return [self.Encoded([self.model.bos_id()] + self.model.encode(t)) for t in texts]
+
+    def decode(self, ids, skip_special_tokens):
+        return self.model.decode(ids)
+
+
 def reference(directory):
-    """A tokenizers.Tokenizer."""
+    """A tokenizers.Tokenizer, or what can stand for it."""
+    if not glob.glob(os.path.join(directory, "*.json")) or (
+            os.path.exists(os.path.join(directory, "tokenizer.model"))
+            and not os.path.exists(os.path.join(directory, "tokenizer.json"))):
+        return Sentencepiece(os.path.join(directory, "tokenizer.model"))
     if os.path.exists(os.path.join(directory, "tokenizer_config.json")):
         t = AutoTokenizer.from_pretrained(directory)._tokenizer
     else:
@@ -135,6 +164,8 @@ def all_texts(args, tokenizer, r):
         texts.append(text)
         size += len(text)
     texts.append(b"")
+    if isinstance(tokenizer, Sentencepiece):
+        texts = [t for t in texts if b"<s>" not in t and b"</s>" not in t and b"<unk>" not in t]
     if args.code_points:
         texts += [chr(c).encode() for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     return texts
@@ -286,8 +317,9 @@ def variants(original):
         return {"added_tokens_decoder": {str(i): dict({"content": content, "lstrip": False, "rstrip": False,
                 "single_word": False, "normalized": False, "special": True}, **more)}}
 
-    n = max(json.loads(original)["model"]["vocab"].values()) + 1 if original else 0
-    n = max([n] + [t["id"] + 1 for t in json.loads(original)["added_tokens"]]) if original else 0
+    vocab, tokens = json.loads(original)["model"]["vocab"], json.loads(original)["added_tokens"]
+    n = max([max(vocab.values()) + 1] + [t["id"] + 1 for t in tokens])
+    one, two = [t for t in vocab if len(t) == 2 and t.isalpha() and t.isascii()][:2]
     fast = {"tokenizer_class": "PreTrainedTokenizerFast"}
     yield "byte", "config: prefix space off", {"pre_tokenizer": byte_level(True, True), "config": fast}
     yield "byte", "config: prefix space on", {"pre_tokenizer": byte_level(False, True),
@@ -295,11 +327,10 @@ def variants(original):
     yield "byte", "config: prefix space, in sequence", {"pre_tokenizer": sequence(byte_level(True, True)),
           "config": fast}
     yield "byte", "config: one more token", {"config": {**fast, **decoder(n, "the@")}}
-    yield "byte", "config: one of the vocabulary", {"config": {**fast, **decoder(
-        json.loads(original)["model"]["vocab"].get("the", 0), "the")}}
-    yield "byte", "config: special token of the vocabulary", {"config": {**fast, "bos_token": "th", "pad_token": "er"}}
-    yield "byte", "config: other flags", {"config": {**fast, **decoder(0, "<|endoftext|>", lstrip=True)}}
-    for name, style, bos, eos in (("LlamaTokenizer", "spm", "<s>", "</s>"), ("GPTNeoXTokenizer", "byte", "th", "er")):
+    yield "byte", "config: one of the vocabulary", {"config": {**fast, **decoder(vocab[one], one)}}
+    yield "byte", "config: special token of the vocabulary", {"config": {**fast, "bos_token": one, "pad_token": two}}
+    yield "byte", "config: other flags", {"config": {**fast, **decoder(tokens[0]["id"], tokens[0]["content"], lstrip=True)}}
+    for name, style, bos, eos in (("LlamaTokenizer", "spm", "<s>", "</s>"), ("GPTNeoXTokenizer", "byte", one, two)):
         for flags in ({}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}):
             yield style, "config: %s %s" % (name, " ".join("%s" % v for v in flags.values())), {"config": {
                 "tokenizer_class": name, "bos_token": bos, "eos_token": eos, "unk_token": "<unk>" if style == "spm" else bos, **flags}}
@@ -326,31 +357,37 @@ def variants(original):
     yield "spm", "normalized added tokens", {"normalized": True}
 
 
+def style_of(original):
+    return "spm" if "<0x0A>" in json.loads(original)["model"]["vocab"] else "byte"
+
+
+def write_variant(place, original, changes):
+    """Writes the changed tokenizer.json, and tokenizer_config.json where the variant has one."""
+    t = json.loads(original)
+    for key, value in changes.items():
+        if key in ("lstrip", "rstrip", "single_word", "normalized"):
+            for token in t["added_tokens"]:
+                token[key] = value
+        elif key.startswith("model."):
+            t["model"][key[6:]] = value
+        elif key != "config":
+            t[key] = value
+    with open(os.path.join(place, "tokenizer.json"), "w", encoding="utf-8") as f:
+        json.dump(t, f, ensure_ascii=False)
+    if "config" in changes:
+        with open(os.path.join(place, "tokenizer_config.json"), "w", encoding="utf-8") as f:
+            json.dump(changes["config"], f)
+
+
 def compare_variants(directory, args):
     with open(os.path.join(directory, "tokenizer.json"), encoding="utf-8") as f:
         original = f.read()
-    style = "spm" if "<0x0A>" in json.loads(original)["model"]["vocab"] else "byte"
     wrong = 0
-    for kind, name, changes in variants(original):
-        if kind != style or args.only not in name:
-            continue
-        t = json.loads(original)
-        config = changes.pop("config", None)
-        for key, value in changes.items():
-            if key in ("lstrip", "rstrip", "single_word", "normalized"):
-                for token in t["added_tokens"]:
-                    token[key] = value
-            elif key.startswith("model."):
-                t["model"][key[6:]] = value
-            else:
-                t[key] = value
-        with tempfile.TemporaryDirectory() as place:
-            with open(os.path.join(place, "tokenizer.json"), "w", encoding="utf-8") as f:
-                json.dump(t, f, ensure_ascii=False)
-            if config:
-                with open(os.path.join(place, "tokenizer_config.json"), "w", encoding="utf-8") as f:
-                    json.dump(config, f)
-            wrong += compare("  " + name, place, args)
+    for style, name, changes in variants(original):
+        if style == style_of(original) and args.only in name:
+            with tempfile.TemporaryDirectory() as place:
+                write_variant(place, original, changes)
+                wrong += compare("  " + name, place, args)
     return wrong
 
 
@@ -418,4 +455,5 @@ def main():
     sys.exit(1 if wrong else 0)
 
 
-main()
+if __name__ == "__main__":
+    main()
