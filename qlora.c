@@ -2750,9 +2750,9 @@ static int utf8_append_lossy(Buffer *out, const char *text, size_t n, size_t *ho
 
 // Unicode Standard Annex 15: decompose every character, sort the marks behind each letter by their
 // class; in the forms C then unite what can be united. In the forms K characters that are variants
-// of others (ligatures, circled digits, wide letters) become those. Text in which no character has a
-// class is in form C already. NFC_CARE marks characters of class 0 that are changed or may unite with what is
-// before them. Korean syllables follow from a formula, all others stand in the table.
+// of others (ligatures, circled digits, wide letters) become those. Text in which no character has
+// a class is in form C already. NFC_CARE marks characters of class 0 that are changed or may unite
+// with what is before them. Korean syllables follow from a formula, all others stand in the table.
 enum { NFC_CARE = 255, HANGUL = 0xAC00, HANGUL_COUNT = 11172, JAMO_L = 0x1100, JAMO_V = 0x1161,
        JAMO_T = 0x11A7, JAMO_LS = 19, JAMO_VS = 21, JAMO_TS = 28 };
 
@@ -3390,12 +3390,6 @@ static inline Merge *merge_slot(const Vocabulary *v, int32_t left, int32_t right
     }
 }
 
-// Has the pair's place in the table brought near before it is asked for: most are not in the cache.
-static inline void merge_prefetch(const Vocabulary *v, int32_t left, int32_t right) {
-    uint64_t key = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
-    __builtin_prefetch(&v->merges[hash_mix(key) & (v->n_merge_slots - 1)]);
-}
-
 // -------------------------------------------------------------------------------- what is read
 
 // What is done to a text before it is encoded: some steps rewrite it, splits cut it into pieces.
@@ -3503,8 +3497,8 @@ static int byte_token(const char *text, size_t n) {
 typedef struct { uint8_t length, count; char text[26]; int32_t ids[9]; } CachedPiece;
 enum { MAX_CACHED_PIECES = 1 << 15 };
 
-// A symbol of a piece: a token so far, in a linked list, and what it and the next one make.
-typedef struct { int32_t id, previous, next, merged; } Symbol;
+// A symbol of a piece: a token so far, in a linked list.
+typedef struct { int32_t id, previous, next; } Symbol;
 #define NO_RANK UINT32_MAX
 
 // What one call of tokenizer_encode works with. The buffers are scratch: of what each step has
@@ -3543,92 +3537,52 @@ static void put(Encoder *e, Buffer *out, const void *data, size_t n) {
 
 static void put_ids(Encoder *e, const int32_t *ids, size_t n) { put(e, e->ids, ids, n * sizeof *ids); }
 
-// The ranks of a piece's pairs, as a tree of minima: level 0 has that of the pair which symbol i
-// begins, each level above the lowest rank of every FAN below it. Pieces of usual length need no more
-// than one such group, which is searched some vectors at a time.
-enum { FAN = 64, MAX_LEVELS = 6 };                    // enough for FAN^6 symbols
-typedef struct { uint32_t *level[MAX_LEVELS]; int top; } RankTree;
-
-static inline uint32_t lowest_rank(const uint32_t ranks[FAN]) {
-    uint32_t lowest = NO_RANK;
-    for (int i = 0; i < FAN; i++) lowest = ranks[i] < lowest ? ranks[i] : lowest;
-    return lowest;
-}
-
-// A tree for n pairs in the buffer, all without a rank.
-static int rank_tree_open(RankTree *t, size_t n, Buffer *memory, qlora_error *err) {
-    size_t size = round_up(n, FAN);
-    memory->size = 0;
-    if (buffer_reserve(memory, (size + size / 32 + MAX_LEVELS * FAN) * sizeof(uint32_t), err))
-        return -1;
-    uint32_t *end = (uint32_t *)(void *)memory->data;
-    for (t->top = -1; t->top < 0 || size > FAN; end += size) {
-        if (t->top >= 0) size = round_up(size / FAN, FAN);
-        t->level[++t->top] = end;
-    }
-    memset(memory->data, 0xFF, (size_t)((char *)end - memory->data));          // NO_RANK
-    return 0;
-}
-
-static inline void set_rank(const RankTree *t, size_t i, uint32_t rank) {
-    t->level[0][i] = rank;
-    for (int k = 0; k < t->top; k++) {
-        uint32_t lowest = lowest_rank(t->level[k] + i / FAN * FAN);
-        i /= FAN;
-        if (t->level[k + 1][i] == lowest) return;
-        t->level[k + 1][i] = lowest;
-    }
-}
-
-// The leftmost pair of the lowest rank, or -1.
-static inline int32_t best_pair(const RankTree *t) {
-    uint32_t lowest = lowest_rank(t->level[t->top]);
-    size_t i = 0;
-    if (lowest == NO_RANK) return -1;
-    for (int k = t->top; k >= 0; k--) {
-        i *= FAN;
-        while (t->level[k][i] != lowest) i++;
-    }
-    return (int32_t)i;
-}
-
-static inline void rank_pair(const Vocabulary *v, Symbol *symbols, const RankTree *tree, int32_t i) {
+// The ranks of a piece's pairs, as a tree of minima: ranks[leaves + i] is that of the pair which
+// symbol i begins, ranks[k] the lower one of ranks[2k] and ranks[2k + 1], ranks[1] the lowest.
+static void rank_pair(const Vocabulary *v, const Symbol *symbols, uint32_t *ranks, size_t leaves,
+                      int32_t i) {
     if (i < 0) return;
     int32_t next = symbols[i].next;
     const Merge *merge = next < 0 ? NULL : merge_slot(v, symbols[i].id, symbols[next].id);
-    if (merge) symbols[i].merged = merge->merged;
-    set_rank(tree, (size_t)i, merge && merge->left >= 0 ? merge->rank : NO_RANK);
+    size_t k = leaves + (size_t)i;
+    uint32_t rank = merge && merge->left >= 0 ? merge->rank : NO_RANK;
+    for (; k && ranks[k] != rank; k /= 2) {
+        ranks[k] = rank;
+        rank = ranks[k ^ 1] < rank ? ranks[k ^ 1] : rank;
+    }
 }
 
 // Merges what can be merged: the lowest rank first, of equal ones the leftmost; O(n log n). Returns
 // how many ids are left.
 static size_t merge_symbols(Encoder *e, int32_t *ids, size_t n) {
     const Vocabulary *v = &e->t->vocabulary;
-    Buffer *list = &e->scratch[SCRATCH_SYMBOLS];
-    RankTree tree;
-    list->size = 0;
+    Buffer *list = &e->scratch[SCRATCH_SYMBOLS], *tree = &e->scratch[SCRATCH_RANKS];
+    size_t leaves = 1, k;
+    while (leaves < n) leaves *= 2;
+    list->size = tree->size = 0;
     if (n > INT32_MAX / 2 || buffer_reserve(list, n * sizeof(Symbol), e->err)
-        || rank_tree_open(&tree, n, &e->scratch[SCRATCH_RANKS], e->err)) {
+        || buffer_reserve(tree, 2 * leaves * sizeof(uint32_t), e->err)) {
         e->failed = true;
         return 0;
     }
     Symbol *symbols = (Symbol *)(void *)list->data;
+    uint32_t *ranks = (uint32_t *)(void *)tree->data;
     int32_t count = (int32_t)n;
-    for (int32_t i = 0; i < count; i++) {
-        symbols[i] = (Symbol){ids[i], i - 1, i + 1 < count ? i + 1 : -1, -1};
-        if (i + 1 < count) merge_prefetch(v, ids[i], ids[i + 1]);
-    }
-    for (int32_t i = 0; i < count; i++) rank_pair(v, symbols, &tree, i);
-    for (int32_t i; (i = best_pair(&tree)) >= 0;) {
-        Symbol *left = &symbols[i], *gone = &symbols[left->next];
-        if (gone->next >= 0) merge_prefetch(v, left->merged, symbols[gone->next].id);
-        if (left->previous >= 0) merge_prefetch(v, symbols[left->previous].id, left->merged);
-        set_rank(&tree, (size_t)left->next, NO_RANK);
-        left->id = left->merged;
-        left->next = gone->next;
+    memset(ranks, 0xFF, 2 * leaves * sizeof *ranks);          // NO_RANK
+    for (int32_t i = 0; i < count; i++)
+        symbols[i] = (Symbol){ids[i], i - 1, i + 1 < count ? i + 1 : -1};
+    for (int32_t i = 0; i < count; i++) rank_pair(v, symbols, ranks, leaves, i);
+    while (ranks[1] != NO_RANK) {
+        for (k = 1; k < leaves;) k = 2 * k + (ranks[2 * k] > ranks[1]);
+        int32_t i = (int32_t)(k - leaves), gone = symbols[i].next;
+        Symbol *left = &symbols[i], *right = &symbols[gone];
+        left->id = merge_slot(v, left->id, right->id)->merged;
+        left->next = right->next;
+        right->next = -1;
         if (left->next >= 0) symbols[left->next].previous = i;
-        rank_pair(v, symbols, &tree, i);
-        rank_pair(v, symbols, &tree, left->previous);
+        rank_pair(v, symbols, ranks, leaves, gone);
+        rank_pair(v, symbols, ranks, leaves, i);
+        rank_pair(v, symbols, ranks, leaves, left->previous);
     }
     n = 0;
     for (int32_t i = 0; i >= 0; i = symbols[i].next) ids[n++] = symbols[i].id;
@@ -4050,7 +4004,7 @@ typedef struct {
     int decoder;                    // place of the latest decoder in their order
     const Json *config, *map;       // tokenizer_config.json, special_tokens_map.json, or NULL
     const Json *root;               // tokenizer.json, or NULL
-    const Json **flags;             // (max_ids) what the configuration says of added tokens, or NULL
+    const Json **flags;             // (max_ids) the configuration's added tokens by id, or NULL
     bool failed;
     qlora_error *err;
 } Loader;
@@ -4126,8 +4080,8 @@ static void read_steps(Loader *l, const Json *step, const char *list, StepReader
     for (step = steps->first; step; step = step->next) read_steps(l, step, list, read);
 }
 
-// Adds a step; `pattern` is its regular expression, unless it has been compiled. One after ByteLevel
-// works on the alphabet that bytes are written in, so that is what pieces are made of then.
+// Adds a step; `pattern` is its regular expression, unless it has been compiled. One that follows
+// ByteLevel works on the alphabet that bytes are written in: that is what pieces are made of then.
 static void add_step(Loader *l, Step step, const char *pattern) {
     Tokenizer *t = l->t;
     if (t->n_steps + t->byte_level >= MAX_STEPS)
@@ -4476,8 +4430,8 @@ static AddedToken *add_token(Loader *l, int32_t id, bool special, bool normalize
 
 // Enters an added token in any of three forms: {"id": 7, "content": "x", ...} in a list, "7":
 // {"content": "x", ...} in added_tokens_decoder, "x": 7 in added_tokens.json. In a tokenizer.json its
-// id must be the one the vocabulary has for it, or the next free one; the configuration adds what is
-// missing there and decides how tokens are found. Elsewhere (next_id NULL) the file alone decides.
+// id must be the one the vocabulary has for it, or the next free one; the configuration adds what
+// is missing there and decides how tokens are found. Elsewhere (next_id NULL) the file alone decides.
 static void read_added_token(Loader *l, const Json *entry, size_t *next_id) {
     Vocabulary *v = &l->t->vocabulary;
     const Json key = {.kind = JSON_NUMBER, .text = entry->key, .length = entry->key_length};
