@@ -1,11 +1,11 @@
 // bench_text.c: how fast text becomes ids, on one thread.
 //
-//     build/bench_text OUT [DIRECTORY ...]       default: the real tokenizers in ../shared, if here,
-//                                                else the small ones of test/fixtures
+//     build/bench_text OUT [DIRECTORY ...]     default: the real tokenizers in ../shared, if here,
+//                                              else the small ones of test/fixtures
 //
-// Writes the mixed text (code, Chinese, English) to OUT, so that others can be timed on the same,
-// and prints MB per second of CPU time, the best of five, for texts of many kinds. A text of a megabyte that is all one
-// character is where a merge that is not O(n log n) takes minutes.
+// Writes the mixed text (code, Chinese, English) to OUT, so that others can be timed on the same, and
+// prints MB per second of CPU time, the best of five, for texts of many kinds. A megabyte that is all
+// one character is where a merge that is not O(n log n) takes minutes.
 #include "../../qlora.c"
 
 static const qlora_allocator heap = {default_allocate, default_release, NULL};
@@ -16,8 +16,8 @@ static void stop_if(int bad, const qlora_error *err) {
     exit(1);
 }
 
-// Code, then whatever datasets are here, until there are 8 MB: a piece of each in turn, as a file of
-// records would have it.
+// Code and whatever datasets are here, until there are 8 MB: a piece of each in turn, as in a
+// file of records.
 static void mix_text(Buffer *out) {
     static const char *const files[] = {
         "qlora.c", "../shared/real/datasets/huanhuan/huanhuan.jsonl",
@@ -30,7 +30,8 @@ static void mix_text(Buffer *out) {
     qlora_error err = {{0}};
     for (int i = 0; i < FILES; i++) {
         parts[i].allocator = &heap;
-        if (file_exists(files[i])) stop_if(read_whole_file(files[i], 1 << 26, &parts[i], &err), &err);
+        if (file_exists(files[i]))
+            stop_if(read_whole_file(files[i], 1 << 26, &parts[i], &err), &err);
     }
     for (int i = 0; out->size < MOST; i = (i + 1) % FILES) {
         if (!parts[i].size) continue;
@@ -66,8 +67,8 @@ static void measure(const Tokenizer *t, const char *name, const Buffer *text, si
         count = 0;
         for (size_t at = 0; at < text->size; at += piece) {
             ids.size = 0;
-            stop_if(tokenizer_encode(t, text->data + at, min_size(piece, text->size - at), false, &ids,
-                                     &err), &err);
+            size_t n = min_size(piece, text->size - at);
+            stop_if(tokenizer_encode(t, text->data + at, n, false, &ids, &err), &err);
             count += ids.size / sizeof(int32_t);
         }
         best = fmin(best, cpu_seconds() - start);
@@ -111,7 +112,8 @@ int main(int argc, char **argv) {
     if (argc > 1) stop_if(write_file(argv[1], mixed.data, mixed.size, &err), &err);
     for (int i = 2; i < argc; i++) bench(argv[i], &mixed);
     bool here = file_exists(at_hand[0]);
-    for (size_t i = 0; argc <= 2 && i < (here ? 5 : 2); i++) bench(here ? at_hand[i] : small[i], &mixed);
+    for (size_t i = 0; argc <= 2 && i < (here ? 5 : 2); i++)
+        bench(here ? at_hand[i] : small[i], &mixed);
     buffer_free(&mixed);
     return 0;
 }

@@ -18,7 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-// ---------------------------------------------------------------------------------- files in memory
+// --------------------------------------------------------------------------------- files in memory
 
 typedef struct { const char *name; const void *data; size_t size; } MemoryFile;
 
@@ -74,7 +74,7 @@ static void set_files(const char *first, const char *second, const uint8_t *data
     set_file(1, cut ? second : NULL, cut ? cut + 2 : NULL, cut ? n - 2 - (size_t)(cut - data) : 0);
 }
 
-// ------------------------------------------------------------------------------------------ helpers
+// ----------------------------------------------------------------------------------------- helpers
 
 static const qlora_allocator heap = {default_allocate, default_release, NULL};
 
@@ -135,14 +135,15 @@ static void use_tokenizer(const Tokenizer *t, const char *text, size_t n) {
 }
 
 // A little of everything: words, digits, spaces, Chinese, an emoji, marks, a broken character.
-static const char mixed_text[] = "Hello, WORLD's  123\n\n\t <s>\xE4\xBD\xA0\xE5\xA5\xBD \xF0\x9F\x91"
-    "\xA9\xE2\x80\x8D\xF0\x9F\x92\xBB e\xCC\x81\xCC\xA3 \xE2\x96\x81x <|a|> \xEA\xB0\x80\xFF aaaaaa  ";
+static const char mixed_text[] =
+    "Hello, WORLD's  123\n\n\t <s>\xE4\xBD\xA0\xE5\xA5\xBD \xF0\x9F\x91\xA9"
+    "\xE2\x80\x8D\xF0\x9F\x92\xBB e\xCC\x81\xCC\xA3 \xE2\x96\x81x <|a|> \xEA\xB0\x80\xFF aaaaaa  ";
 
 static void use_mixed_text(const Tokenizer *t) {
     use_tokenizer(t, mixed_text, sizeof mixed_text - 1);
 }
 
-// ------------------------------------------------------------------------------------------ targets
+// ----------------------------------------------------------------------------------------- targets
 
 // What is accepted and written is read again as the same.
 static void json(const uint8_t *data, size_t n) {
@@ -295,7 +296,10 @@ static void dataset(const uint8_t *data, size_t n) {
     set_file(0, "data.jsonl", data, n);
     DatasetOptions options = {.max_length = 64, .mask = MASK_CONTENT, .allocator = &heap,
                               .skip_bad_lines = n % 2, .pool = pool};
-    if (dataset_open(&d, "d/data.jsonl", &chat, t, options, &err)) { require_message(&err); return; }
+    if (dataset_open(&d, "d/data.jsonl", &chat, t, options, &err)) {
+        require_message(&err);
+        return;
+    }
     for (size_t i = 0; i < d.n; i++)
         require(d.samples[i].supervised && d.samples[i].length <= 64
                 && d.samples[i].first + d.samples[i].length <= d.tokens);
