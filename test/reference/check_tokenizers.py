@@ -396,7 +396,8 @@ def compare_variants(directory, args):
 def compare_vectors(directory, args):
     """Vectors of llama.cpp (without special tokens) and tokenizers.js (with) for known directories."""
     tokenizer_of = {"gpt-2": "gpt2", "llama-spm": "llama-2", "llama-bpe": "llama-3", "qwen2": "qwen2.5-0.5b-instruct",
-                    "phi-2": "phi-2", "Xenova/gpt2": "gpt2", "Xenova/Qwen1.5-0.5B-Chat": "qwen2.5-0.5b-instruct",
+                    "phi-2": "phi-2", "Xenova/gpt2": "gpt2", "openai-community/gpt2": "gpt2",
+                    "Xenova/Qwen1.5-0.5B-Chat": "qwen2.5-0.5b-instruct",
                     "Xenova/llama-tokenizer": "llama-2", "Xenova/llama3-tokenizer-new": "llama-3"}
     wrong = 0
     for path in sorted(glob.glob(os.path.join(directory, "*", "*"))):
