@@ -2,6 +2,7 @@
 # make test       proves the build: no Python, no network, a few minutes
 # make bench      speed and memory as shares of what this machine can do
 # make asan tsan  the tests under the sanitizers
+# make fuzz       every reader of foreign bytes under libFuzzer (clang), FUZZ_SECONDS=20 each
 # make install    PREFIX=/usr/local
 #
 # CC=clang picks the compiler, CUDA=0 leaves the GPU out, WERROR=1 makes warnings errors,
@@ -55,8 +56,37 @@ test: qlora build/test build/test64 build/vendor_c
 build/bench: $(SOURCES) test/bench/bench.c | build
 	$(CC) $(FLAGS) -Wno-unused-function -o $@ test/bench/bench.c $(LIBS)
 
-bench: build/bench
+build/bench_text: $(SOURCES) test/bench/bench_text.c | build
+	$(CC) $(FLAGS) -Wno-unused-function -o $@ test/bench/bench_text.c $(LIBS)
+
+# Tokenisers beside Hugging Face's, where Python has them; PYTHON=venv/bin/python says which Python.
+PYTHON ?= python3
+bench: build/bench build/bench_text
 	build/bench
+	build/bench_text build/bench-text
+	@$(PYTHON) -c 'import tokenizers; tokenizers.Tokenizer' 2>/dev/null && \
+	    $(PYTHON) test/bench/bench_tokenizers.py build/bench-text || \
+	    echo "tokenizers of Hugging Face: not in $(PYTHON)"
+
+# For test/reference/check_tokenizers.py.
+build/tokenize_many: $(SOURCES) test/reference/tokenize_many.c | build
+	$(CC) $(FLAGS) -Wno-unused-function -o $@ test/reference/tokenize_many.c $(LIBS)
+
+FUZZ_TARGETS = json regex tokenizer_json tokenizer_model vocab_json encode safetensors chat_template dataset
+FUZZ_SECONDS ?= 20
+FUZZ_FLAGS = -std=c11 -O2 -g $(WARN) -Wno-unused-function \
+    -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+
+build/fuzz-%: $(SOURCES) test/fuzz/fuzz.c | build
+	clang $(FUZZ_FLAGS) -DFUZZ_TARGET=$* -o $@ test/fuzz/fuzz.c $(LIBS)
+
+fuzz: $(FUZZ_TARGETS:%=build/fuzz-%)
+	python3 test/fuzz/seeds.py build/seeds
+	@for t in $(FUZZ_TARGETS); do mkdir -p build/corpus/$$t; echo "fuzz $$t"; \
+	    build/fuzz-$$t -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=4096 -max_len=4096 \
+	        -artifact_prefix=build/$$t- -print_final_stats=1 build/corpus/$$t build/seeds/$$t \
+	        >build/fuzz-log 2>&1 || { tail -n 60 build/fuzz-log; exit 1; }; \
+	    grep -E 'DONE|number_of_executed' build/fuzz-log; done
 
 # The sanitizers run the same tests, built apart.
 asan:
@@ -77,4 +107,4 @@ install: qlora
 clean:
 	rm -rf build qlora
 
-.PHONY: all test bench asan tsan sanitize install clean
+.PHONY: all test bench fuzz asan tsan sanitize install clean

@@ -2639,15 +2639,17 @@ static int write_tensors(const char *path, TensorInfo *tensors, size_t n, Tensor
 //  8. Unicode and regular expressions
 //
 //  Tokenizers cut text by regular expressions over Unicode's general categories; some (Qwen) want it
-//  in normal form C first. Both need tables, which stand packed at the end of this file; each
+//  in a normal form first. Both need tables, which stand packed at the end of this file; each
 //  tokenizer unpacks them. The regular expressions are those of Oniguruma, the library inside
 //  `tokenizers`, as far as tokenizer.json files use them; the rest is refused, with its place, when
 //  the pattern is compiled.
 // =================================================================================================
 
-enum { UNICODE_LIMIT = 0x110000, MAX_CANONICAL = 2100 };
+enum { UNICODE_LIMIT = 0x110000, MAX_CANONICAL = 2100, MAX_COMPATIBLE = 3900, MAX_PARTS = 6000 };
 
-typedef enum { UNICODE_CATEGORIES, UNICODE_CLASSES, UNICODE_CANONICAL } UnicodeTable;
+typedef enum {
+    UNICODE_CATEGORIES, UNICODE_CLASSES, UNICODE_CANONICAL, UNICODE_COMPATIBLE
+} UnicodeTable;
 static const char *const *unicode_table(UnicodeTable which);       // the last lines of this file
 
 // General categories by their place in this list; a set of them is a mask of bits.
@@ -2662,9 +2664,11 @@ typedef struct { uint64_t key, value; } KeyValue;     // arrays of them are sort
 typedef struct {
     uint8_t category[UNICODE_LIMIT];        // flat: one load answers \p{L}
     uint8_t class[UNICODE_LIMIT];           // canonical combining class, or NFC_CARE, see below
-    size_t n_splits, n_joins;
+    size_t n_splits, n_joins, n_compatible, n_parts;
     KeyValue splits[MAX_CANONICAL];         // a character -> the two it is made of (or one: 0, x)
     KeyValue joins[MAX_CANONICAL];          // two characters -> the one that they make
+    KeyValue compatible[MAX_COMPATIBLE];    // a character -> place and count of its parts, below:
+    uint32_t parts[MAX_PARTS];              // those that it only looks like, as 2 in a circle does
 } Unicode;
 
 // ------------------------------------------------------------------------------------ the tables
@@ -2709,6 +2713,18 @@ static int compare_keys(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+static void unpack_compatible(Unicode *u) {
+    PackedReader r = packed_open(UNICODE_COMPATIBLE);
+    uint32_t code = 0, part = 0;
+    for (; packed_more(&r) && u->n_compatible < MAX_COMPATIBLE; code++) {
+        code += packed_number(&r);
+        uint32_t n = packed_number(&r);
+        u->compatible[u->n_compatible++] = (KeyValue){code, (uint64_t)u->n_parts << 32 | n};
+        for (; n && u->n_parts < MAX_PARTS; n--)
+            u->parts[u->n_parts++] = part = (uint32_t)((int32_t)part + packed_signed(&r));
+    }
+}
+
 static const Unicode *unicode_open(Region *region, qlora_error *err) {
     Unicode *u = region_alloc(region, 1, sizeof *u, err);
     if (!u) return NULL;
@@ -2726,6 +2742,7 @@ static const Unicode *unicode_open(Region *region, qlora_error *err) {
         if (kind == 1) u->joins[u->n_joins++] = (KeyValue){both, code};
     }
     qsort(u->joins, u->n_joins, sizeof *u->joins, compare_keys);
+    unpack_compatible(u);
     return u;
 }
 
@@ -2808,12 +2825,13 @@ static int utf8_append_lossy(Buffer *out, const char *text, size_t n, size_t *ho
     return 0;
 }
 
-// --------------------------------------------------------------------------------- normal form C
+// ----------------------------------------------------------------------------------- normal forms
 
-// NFC (Unicode Standard Annex 15): decompose every character, sort the marks behind each letter by
-// their class, then unite what can be united. Text in which no character has a class is in normal
-// form already. NFC_CARE marks characters of class 0 that are changed or may unite with what is
-// before them. Korean syllables follow from a formula, all others stand in the table.
+// Unicode Standard Annex 15: decompose every character, sort the marks behind each letter by their
+// class; in the forms C then unite what can be united. In the forms K characters that are variants
+// of others (ligatures, circled digits, wide letters) become those. Text in which no character has
+// a class is in form C already. NFC_CARE marks characters of class 0 that are changed or may unite
+// with what is before them. Korean syllables follow from a formula, all others stand in the table.
 enum { NFC_CARE = 255, HANGUL = 0xAC00, HANGUL_COUNT = 11172, JAMO_L = 0x1100, JAMO_V = 0x1161,
        JAMO_T = 0x11A7, JAMO_LS = 19, JAMO_VS = 21, JAMO_TS = 28 };
 
@@ -2827,17 +2845,26 @@ static uint64_t key_value(const KeyValue *table, size_t n, uint64_t key) {
     return found ? found->value : 0;
 }
 
-// Appends the full decomposition. The recursion follows our own table, which is three deep.
-static int nfc_decompose(const Unicode *u, uint32_t code, Buffer *items, qlora_error *err) {
-    uint64_t parts = code < 0x80 ? 0 : key_value(u->splits, u->n_splits, code);
+// The forms as sets of bits.
+typedef enum { FORM_C, FORM_D, FORM_KC, FORM_KD } NormalForm;
+enum { FORM_DECOMPOSED = 1, FORM_COMPATIBLE = 2 };
+
+// Appends the full decomposition. The recursion follows our own tables, which are four deep.
+static int decompose(const Unicode *u, uint32_t code, NormalForm form, Buffer *items,
+                     qlora_error *err) {
+    uint64_t two = code < 0x80 ? 0 : key_value(u->splits, u->n_splits, code);
+    uint64_t many = code < 0x80 || two || !(form & FORM_COMPATIBLE)
+                        ? 0 : key_value(u->compatible, u->n_compatible, code);
     if (code >= HANGUL && code < HANGUL + HANGUL_COUNT) {
         uint32_t s = code - HANGUL, t = s % JAMO_TS;
-        parts = t ? (uint64_t)(code - t) << 32 | (JAMO_T + t)
-              : (uint64_t)(JAMO_L + s / JAMO_TS / JAMO_VS) << 32 | (JAMO_V + s / JAMO_TS % JAMO_VS);
+        two = t ? (uint64_t)(code - t) << 32 | (JAMO_T + t)
+            : (uint64_t)(JAMO_L + s / JAMO_TS / JAMO_VS) << 32 | (JAMO_V + s / JAMO_TS % JAMO_VS);
     }
-    if (parts)
-        return (parts >> 32 && nfc_decompose(u, (uint32_t)(parts >> 32), items, err))
-            || nfc_decompose(u, (uint32_t)parts, items, err) ? -1 : 0;
+    const uint32_t parts[2] = {(uint32_t)(two >> 32), (uint32_t)two};
+    const uint32_t *part = two ? parts + !parts[0] : u->parts + (many >> 32);
+    for (size_t i = 0, n = two ? 2 - (size_t)!parts[0] : many & 255; i < n; i++)
+        if (decompose(u, part[i], form, items, err)) return -1;
+    if (two || many) return 0;
     uint64_t class = u->class[code] == NFC_CARE ? 0 : u->class[code];
     uint64_t item = class << 56 | items->size / sizeof item << 21 | code;
     return buffer_append(items, &item, sizeof item, err);
@@ -2868,18 +2895,19 @@ static size_t nfc_compose(const Unicode *u, uint64_t *items, size_t n) {
     return out;
 }
 
-// Appends the normal form of valid text; if no character has a class, only sets *same.
-static int nfc_apply(const Unicode *u, const char *text, size_t n, Buffer *out, bool *same,
-                     qlora_error *err) {
+// Appends the normal form of valid text; if it is in that form for sure, only sets *same.
+static int normalize(const Unicode *u, NormalForm form, const char *text, size_t n, Buffer *out,
+                     bool *same, qlora_error *err) {
     Buffer items = {.allocator = out->allocator};
     uint32_t code;
     int bad = 0;
     *same = true;
-    for (size_t i = 0; i < n && *same; *same = !u->class[code]) i += utf8_next(text + i, &code);
+    for (size_t i = 0; i < n && *same; *same = code < 0x80 || (form == FORM_C && !u->class[code]))
+        i += utf8_next(text + i, &code);
     if (*same) return 0;
     for (size_t i = 0; i < n && !bad;) {
         i += utf8_next(text + i, &code);
-        bad = nfc_decompose(u, code, &items, err);
+        bad = decompose(u, code, form, &items, err);
     }
     uint64_t *list = (uint64_t *)(void *)items.data;
     size_t count = items.size / sizeof *list;
@@ -2887,7 +2915,7 @@ static int nfc_apply(const Unicode *u, const char *text, size_t n, Buffer *out, 
         for (marks = 0; i + marks < count && nfc_class(list[i + marks]); marks++) {}
         if (marks > 1) qsort(list + i, marks, sizeof *list, compare_keys);
     }
-    count = nfc_compose(u, list, count);
+    if (!(form & FORM_DECOMPOSED)) count = nfc_compose(u, list, count);
     for (size_t i = 0; i < count && !bad; i++) {
         char bytes[4];
         bad = buffer_append(out, bytes, utf8_encode(bytes, nfc_code(list[i])), err);
@@ -3069,16 +3097,15 @@ static bool regex_character(RegexCompiler *c, uint32_t *code) {
     }
 }
 
-// A class in brackets.
-static void regex_brackets(RegexCompiler *c) {
-    uint32_t first_item = c->re->n_items;
-    bool negate = *++c->at == '^';
-    if (negate) c->at++;
+// What stands in the brackets of a class; a class in brackets inside it adds what it holds.
+static void regex_items(RegexCompiler *c) {
+    if (++c->depth > REGEX_MAX_DEPTH) regex_fail(c, c->at, "so much inside one another");
     for (bool first = true; !c->failed && (first || *c->at != ']'); first = false) {
         const char *here = c->at;
         uint32_t low, high;
-        if (*here == '[' || (here[0] == '&' && here[1] == '&'))
-            regex_fail(c, here, "a class inside a class");
+        if (here[0] == '[' ? here[1] == '^' || here[1] == ':' : here[0] == '&' && here[1] == '&')
+            regex_fail(c, here, "a class of this kind inside a class");
+        if (*c->at == '[') { c->at++; regex_items(c); continue; }
         if (regex_character(c, &low)) continue;
         high = low;
         if (c->at[0] == '-' && c->at[1] != ']') {
@@ -3089,6 +3116,15 @@ static void regex_brackets(RegexCompiler *c) {
         regex_range(c, low, high);
     }
     if (!c->failed) c->at++;
+    c->depth--;
+}
+
+// A class in brackets.
+static void regex_brackets(RegexCompiler *c) {
+    uint32_t first_item = c->re->n_items;
+    bool negate = *++c->at == '^';
+    if (negate) c->at++;
+    regex_items(c);
     regex_class(c->re, first_item, negate);
 }
 
@@ -3355,7 +3391,7 @@ static int regex_find(RegexRun *run, const Regex *re, const char *text, size_t n
 // =================================================================================================
 
 enum { MAX_TOKEN_BYTES = 1 << 16, MAX_TOKENS = 1 << 21, MAX_ID_HOLES = 1 << 16,
-       MAX_STEPS = 24, MAX_AFFIX = 8 };
+       MAX_STEPS = 24, MAX_AFFIX = 8, MAX_NAMED = 8 };
 
 // ------------------------------------------------------------------------------------ vocabulary
 
@@ -3437,8 +3473,16 @@ static inline Merge *merge_slot(const Vocabulary *v, int32_t left, int32_t right
 // -------------------------------------------------------------------------------- what is read
 
 // What is done to a text before it is encoded: some steps rewrite it, splits cut it into pieces.
-typedef enum { STEP_NFC, STEP_PREPEND, STEP_REPLACE, STEP_TRIM, STEP_SPLIT } StepKind;
-typedef enum { SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_BEFORE } SplitBehavior;
+typedef enum {
+    STEP_NFC, STEP_NFD, STEP_NFKC, STEP_NFKD,         // in the order of NormalForm
+    STEP_STRIP, STEP_PREPEND, STEP_REPLACE, STEP_TRIM, STEP_ALPHABET, STEP_SPLIT
+} StepKind;
+
+// What a split does with the matches: they are pieces of their own, are left out, belong to what is
+// before or behind them, or several in a row are one piece.
+typedef enum {
+    SPLIT_ISOLATED, SPLIT_REMOVED, SPLIT_WITH_PREVIOUS, SPLIT_WITH_NEXT, SPLIT_CONTIGUOUS
+} SplitBehavior;
 typedef enum { PREPEND_FIRST, PREPEND_ALWAYS, PREPEND_NEVER } PrependScheme;
 
 typedef struct {
@@ -3448,7 +3492,8 @@ typedef struct {
     PrependScheme scheme;           // STEP_PREPEND: always, or only where the whole text begins
     bool once;                      // STEP_PREPEND: not to what begins with it, or with a space
     SplitBehavior behavior;
-    bool invert;                    // SPLIT_REMOVED: removes what does not match
+    bool invert;                    // what does not match counts as match, and the other way round
+    bool left, right;               // STEP_STRIP: white space at these ends
 } Step;
 
 // Tokens to text: Replace or Metaspace, then ByteFallback or ByteLevel, then Strip.
@@ -3530,7 +3575,7 @@ static int byte_token(const char *text, size_t n) {
 
 // Pieces repeat: a small table of the latest ones and their ids saves most of the work.
 typedef struct { uint8_t length, count; char text[26]; int32_t ids[9]; } CachedPiece;
-enum { MAX_CACHED_PIECES = 1 << 15 };
+enum { MAX_CACHED_PIECES = 1 << 16 };
 
 // A symbol of a piece: a token so far, in a linked list.
 typedef struct { int32_t id, previous, next; } Symbol;
@@ -3648,15 +3693,20 @@ static void first_symbols(Encoder *e, const char *text, size_t n, Buffer *symbol
     }
 }
 
+// Appends bytes written in the alphabet of byte-level tokenizers.
+static void put_alphabet(Encoder *e, Buffer *out, const char *bytes, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        char text[4];
+        put(e, out, text, utf8_encode(text, byte_to_char((unsigned char)bytes[i])));
+    }
+}
+
 // The id of a whole piece that is in the model's vocabulary, or -1.
 static int32_t whole_piece(Encoder *e, const char *text, size_t n) {
     Buffer *name = &e->scratch[SCRATCH_TEXT];
     if (!e->t->byte_level) return model_id(&e->t->vocabulary, text, n);
     name->size = 0;
-    for (size_t i = 0; i < n && n <= e->t->vocabulary.longest; i++) {
-        char bytes[4];
-        put(e, name, bytes, utf8_encode(bytes, byte_to_char((unsigned char)text[i])));
-    }
+    if (n <= e->t->vocabulary.longest) put_alphabet(e, name, text, n);
     return name->size ? model_id(&e->t->vocabulary, name->data, name->size) : -1;
 }
 
@@ -3751,8 +3801,17 @@ static void rewrite(Encoder *e, size_t step, const char **text, size_t *n, bool 
         same = s->scheme == PREPEND_NEVER || (s->scheme == PREPEND_FIRST && !at_start)
             || (s->once && (**text == ' ' || starts_with(*text, *n, s->text)));
     if (same) return;
-    if (s->kind == STEP_NFC) bad = nfc_apply(e->t->unicode, *text, *n, out, &same, e->err);
+    if (s->kind <= STEP_NFKD)
+        bad = normalize(e->t->unicode, (NormalForm)s->kind, *text, *n, out, &same, e->err);
+    if (s->kind == STEP_STRIP) {
+        size_t left = s->left ? space_length(*text, *n, false) : 0;
+        *text += left;
+        *n -= left;
+        *n -= s->right ? space_length(*text, *n, true) : 0;
+        return;
+    }
     if (s->kind == STEP_TRIM) bad = append_trimmed(out, *text, *n, e->err);
+    if (s->kind == STEP_ALPHABET) put_alphabet(e, out, *text, *n);
     if (s->kind == STEP_REPLACE)
         bad = replace_matches(&e->regex, s->regex, *text, *n, s->text, out);
     if (s->kind == STEP_PREPEND) {
@@ -3769,20 +3828,28 @@ static void pre_tokenize(Encoder *e, size_t step, const char *text, size_t n, bo
         rewrite(e, step, &text, &n, at_start);
     if (n == 0 || e->failed) return;
     if (step == e->t->n_steps) { encode_words(e, text, n); return; }
-    // The gaps between the matches and the matches, unless the behaviour removes them, go on.
+    // A piece ends where a match begins or ends, unless the behaviour joins what is on both sides.
     const Step *s = &e->t->steps[step++];
-    bool gaps = s->behavior != SPLIT_REMOVED || !s->invert;
-    bool matches = s->behavior == SPLIT_ISOLATED || (s->behavior == SPLIT_REMOVED && s->invert);
-    size_t done = 0, from = 0, start, end;
-    int found;
-    while ((found = regex_find(&e->regex, s->regex, text, n, from, &start, &end)) > 0) {
-        if (gaps) pre_tokenize(e, step, text + done, start - done, at_start && done == 0);
-        if (matches) pre_tokenize(e, step, text + start, end - start, at_start && start == 0);
-        from = end;
-        done = s->behavior == SPLIT_BEFORE ? start : end;
+    size_t piece = 0, start = 0, end = 0;
+    bool before = false;                              // is what ends at `at` a match?
+    for (size_t at = 0, next; at < n && !e->failed; at = next) {
+        int found = at < end ? 1 : regex_find(&e->regex, s->regex, text, n, at, &start, &end);
+        if (found < 0) { e->failed = true; return; }
+        if (!found) start = end = n;
+        bool match = (at == start) != s->invert;
+        next = at == start ? end : start;
+        bool joins = s->behavior == SPLIT_WITH_PREVIOUS ? match && !before
+                   : s->behavior == SPLIT_WITH_NEXT ? before && !match
+                   : s->behavior == SPLIT_CONTIGUOUS && before == match;
+        if (at > piece && !joins) {
+            if (!before || s->behavior != SPLIT_REMOVED)
+                pre_tokenize(e, step, text + piece, at - piece, at_start && piece == 0);
+            piece = at;
+        }
+        before = match;
     }
-    if (found < 0) e->failed = true;
-    if (gaps) pre_tokenize(e, step, text + done, n - done, at_start && done == 0);
+    if (!before || s->behavior != SPLIT_REMOVED)
+        pre_tokenize(e, step, text + piece, n - piece, at_start && piece == 0);
 }
 
 // -------------------------------------------------------------------------------- added tokens
@@ -4016,6 +4083,8 @@ typedef struct {
     Buffer text;                    // of no lasting use
     int decoder;                    // place of the latest decoder in their order
     const Json *config, *map;       // tokenizer_config.json, special_tokens_map.json, or NULL
+    const Json *root;               // tokenizer.json, or NULL
+    const Json **flags;             // (max_ids) the configuration's added tokens by id, or NULL
     bool failed;
     qlora_error *err;
 } Loader;
@@ -4091,18 +4160,24 @@ static void read_steps(Loader *l, const Json *step, const char *list, StepReader
     for (step = steps->first; step; step = step->next) read_steps(l, step, list, read);
 }
 
-// Adds a step; `pattern` is its regular expression, unless it has been compiled.
+// Adds a step; `pattern` is its regular expression, unless it has been compiled. One that follows
+// ByteLevel works on the alphabet that bytes are written in: that is what pieces are made of then.
 static void add_step(Loader *l, Step step, const char *pattern) {
     Tokenizer *t = l->t;
-    if (t->n_steps == MAX_STEPS || t->byte_level)
-        refuse(l, "unsupported pre_tokenizer", "anything after ByteLevel, or more than 24 steps");
+    if (t->n_steps + t->byte_level >= MAX_STEPS)
+        refuse(l, "unsupported tokenizer", "more than 24 steps");
+    if (t->byte_level && !l->failed) t->steps[t->n_steps++].kind = STEP_ALPHABET;
+    t->byte_level = false;
     if (pattern) step.regex = compile(l, pattern);
     if (!l->failed) t->steps[t->n_steps++] = step;
 }
 
 static void read_normalizer(Loader *l, const Json *step, const char *type) {
-    static const char *const names[] = {"NFC", "Prepend", "Replace", NULL};
-    Step s = {.kind = (StepKind)type_index(type, names), .scheme = PREPEND_ALWAYS};
+    static const char *const names[] = {"NFC", "NFD", "NFKC", "NFKD", "Strip", "Prepend", "Replace",
+                                        NULL};
+    Step s = {.kind = (StepKind)type_index(type, names), .scheme = PREPEND_ALWAYS,
+              .left = json_get_bool(step, "strip_left", false),
+              .right = json_get_bool(step, "strip_right", false)};
     if (type_index(type, names) < 0) refuse(l, "unsupported normalizer", type);
     if (s.kind == STEP_PREPEND) s.text = read_text(l, step, "prepend");
     if (s.kind == STEP_REPLACE) s.text = read_text(l, step, "content");
@@ -4123,7 +4198,6 @@ static void add_byte_level(Loader *l, bool prefix_space, const char *pattern) {
     Step space = {.kind = STEP_PREPEND, .text = " ", .scheme = PREPEND_ALWAYS, .once = true};
     if (prefix_space) add_step(l, space, NULL);
     if (pattern) add_step(l, (Step){.kind = STEP_SPLIT}, pattern);
-    if (l->t->byte_level) refuse(l, "unsupported pre_tokenizer", "ByteLevel twice");
     l->t->byte_level = true;
 }
 
@@ -4149,35 +4223,41 @@ static void read_pre_metaspace(Loader *l, const Json *step) {
     front.text = read_metaspace(l, step, &front.scheme);
     // Where the text begins is not known any more once a step has put something in front of it.
     for (size_t i = 0; i < t->n_steps && front.scheme == PREPEND_FIRST; i++)
-        if (t->steps[i].kind != STEP_NFC && t->steps[i].kind != STEP_SPLIT)
+        if (t->steps[i].kind > STEP_STRIP && t->steps[i].kind != STEP_SPLIT)
             refuse(l, "unsupported pre_tokenizer", "Metaspace (first) after a step that rewrites");
     add_step(l, front, NULL);
     add_step(l, (Step){.kind = STEP_REPLACE, .text = front.text}, " ");
     if (json_get_bool(step, "split", true))
-        add_step(l, (Step){.kind = STEP_SPLIT, .behavior = SPLIT_BEFORE,
+        add_step(l, (Step){.kind = STEP_SPLIT, .behavior = SPLIT_WITH_NEXT,
                            .regex = compile_literal(l, front.text)}, NULL);
 }
 
 static void read_pre_tokenizer(Loader *l, const Json *step, const char *type) {
-    static const char *const names[] = {"Split", "ByteLevel", "Metaspace", "Digits", NULL};
-    static const char *const behaviors[] = {"Isolated", "Removed", NULL};
-    int behavior = type_index(json_get_text(step, "behavior"), behaviors);
-    bool each = json_get_bool(step, "individual_digits", false);
-    Step s = {.kind = STEP_SPLIT, .invert = json_get_bool(step, "invert", false)};
-    switch (type_index(type, names)) {
+    static const char *const names[] = {"Split", "ByteLevel", "Metaspace", "Digits", "Punctuation",
+                                        "WhitespaceSplit", NULL};
+    static const char *const behaviors[] = {"Isolated", "Removed", "MergedWithPrevious",
+                                            "MergedWithNext", "Contiguous", NULL};
+    const char *name = json_get_text(step, "behavior");
+    int kind = type_index(type, names), behavior = name ? type_index(name, behaviors) : 0;
+    bool each = json_get_bool(step, "individual_digits", false), alone;
+    Step s = {.kind = STEP_SPLIT, .behavior = (SplitBehavior)behavior,
+              .invert = json_get_bool(step, "invert", false)};
+    if (behavior < 0) refuse(l, "unsupported behavior of a pre_tokenizer", name);
+    switch (kind) {
     case 0:
-        if (behavior < 0)
-            refuse(l, "unsupported Split behavior", json_get_text(step, "behavior"));
-        s.behavior = behavior == 1 ? SPLIT_REMOVED : SPLIT_ISOLATED;
         s.regex = compile_pattern(l, step);
         add_step(l, s, NULL);
         break;
     case 1:
-        add_byte_level(l, json_get_bool(step, "add_prefix_space", true),
+        // transformers lets its configuration decide about the space where the step stands alone.
+        alone = l->config && step == json_get(l->root, "pre_tokenizer");
+        add_byte_level(l, json_get_bool(alone ? l->config : step, "add_prefix_space", !alone),
                        json_get_bool(step, "use_regex", true) ? gpt2_pattern : NULL);
         break;
     case 2: read_pre_metaspace(l, step); break;
     case 3: add_step(l, s, each ? "\\p{N}" : "\\p{N}+"); break;
+    case 4: add_step(l, s, "[!-/:-@\\[-`{-~\\p{P}]"); break;
+    case 5: s.behavior = SPLIT_REMOVED; add_step(l, s, "\\s+"); break;
     default: refuse(l, "unsupported pre_tokenizer", type);
     }
 }
@@ -4210,15 +4290,20 @@ static void read_decoder(Loader *l, const Json *step, const char *type) {
     if (kind == 5) d->byte_level = true;
 }
 
-// The template: special tokens, whose ids go before or behind the text, and the text.
-static void read_post_processor(Loader *l, const Json *post, const char *type) {
-    static const char *const names[] = {"ByteLevel", "TemplateProcessing", NULL};
+// Puts a token in front of every text, or behind it.
+static void add_affix(Loader *l, const Json *id, bool behind) {
     Tokenizer *t = l->t;
+    size_t number, *n = behind ? &t->n_suffix : &t->n_prefix;
+    if (l->failed) return;
+    if (*n == MAX_AFFIX || !json_to_size(id, &number) || !vocabulary_token(&t->vocabulary, number))
+        refuse(l, "unsupported post_processor", "too many ids, or one without a token");
+    else (behind ? t->suffix : t->prefix)[(*n)++] = (int32_t)number;
+}
+
+// The template: special tokens, whose ids go before or behind the text, and the text.
+static void read_template(Loader *l, const Json *post) {
     const Json *single = json_get(post, "single");
     bool behind = false;
-    int kind = type_index(type, names);
-    if (kind == 0) return;                            // moves offsets only
-    if (kind < 0 || t->n_prefix || t->n_suffix) refuse(l, "unsupported post_processor", type);
     for (const Json *piece = single ? single->first : NULL; piece; piece = piece->next) {
         const char *name = json_get_text(json_get(piece, "SpecialToken"), "id");
         const char *text = json_get_text(json_get(piece, "Sequence"), "id");
@@ -4226,16 +4311,22 @@ static void read_post_processor(Loader *l, const Json *post, const char *type) {
         const Json *ids = json_get(json_get(post, "special_tokens"), name ? name : "");
         ids = json_get(ids, "ids");
         if (!json_is(ids, JSON_ARRAY)) refuse(l, "TemplateProcessing without ids of", name);
-        for (ids = ids ? ids->first : NULL; ids; ids = ids->next) {
-            size_t id, *n = behind ? &t->n_suffix : &t->n_prefix;
-            if (*n == MAX_AFFIX || !json_to_size(ids, &id) || !vocabulary_token(&t->vocabulary, id)) {
-                refuse(l, "TemplateProcessing with a wrong id of", name);
-                return;
-            }
-            (behind ? t->suffix : t->prefix)[(*n)++] = (int32_t)id;
-        }
+        for (ids = ids ? ids->first : NULL; ids; ids = ids->next) add_affix(l, ids, behind);
     }
     if (!behind) refuse(l, "unsupported post_processor", "TemplateProcessing without a text");
+}
+
+static void read_post_processor(Loader *l, const Json *post, const char *type) {
+    static const char *const names[] = {"ByteLevel", "TemplateProcessing", "RobertaProcessing",
+                                        "BertProcessing", NULL};
+    int kind = type_index(type, names);
+    if (kind == 0) return;                            // moves offsets only
+    if (kind < 0 || l->t->n_prefix || l->t->n_suffix) refuse(l, "unsupported post_processor", type);
+    if (kind == 1) read_template(l, post);
+    for (int behind = 0; behind < 2 && kind > 1; behind++) {          // ["text", id]
+        const Json *token = json_get(post, behind ? "sep" : "cls");
+        add_affix(l, token && token->first ? token->first->next : NULL, behind);
+    }
 }
 
 // --------------------------------------------------------------------------- reading the model
@@ -4324,6 +4415,9 @@ static void read_vocabulary(Loader *l, const Json *vocab, size_t n_added) {
 // merge has a "▁" at the beginning of its right half and something else at the end of its left.
 static bool can_cut_at_space(const Tokenizer *t) {
     const Vocabulary *v = &t->vocabulary;
+    bool whole = t->unk_id >= 0;                      // is no character left out?
+    for (int byte = 0; byte < 256 && !whole; byte++)
+        if (!t->byte_fallback || t->byte_id[byte] < 0) return false;
     if (t->byte_level || vocabulary_id(v, space_mark, 3) < 0) return false;
     for (size_t i = 0; i < v->n_merge_slots; i++) {
         if (v->merges[i].left < 0) continue;
@@ -4339,13 +4433,13 @@ static bool can_cut_at_space(const Tokenizer *t) {
 static void finish_model(Loader *l) {
     Tokenizer *t = l->t;
     if (l->failed) return;
-    t->cut_at_space = can_cut_at_space(t);
     for (unsigned byte = 0; byte < 256; byte++) {
         char text[8];
         size_t n = t->byte_level ? utf8_encode(text, byte_to_char(byte))
                                  : (size_t)snprintf(text, sizeof text, "<0x%02X>", byte);
         t->byte_id[byte] = model_id(&t->vocabulary, text, n);
     }
+    t->cut_at_space = can_cut_at_space(t);
 }
 
 // Reads "model", but for options that change what merging does and are not built here.
@@ -4368,9 +4462,9 @@ static void read_model(Loader *l, const Json *model, size_t n_added) {
     t->ignore_merges = json_get_bool(model, "ignore_merges", false);
     read_vocabulary(l, json_get(model, "vocab"), n_added);
     read_merges(l, json_get(model, "merges"));
-    finish_model(l);
     t->unk_id = unk && !l->failed ? vocabulary_id(&t->vocabulary, unk, strlen(unk)) : -1;
     if (unk && t->unk_id < 0) refuse(l, "unk_token is not in the vocabulary", unk);
+    finish_model(l);
 }
 
 // ---------------------------------------------------------------------- reading added tokens
@@ -4416,8 +4510,8 @@ static AddedToken *add_token(Loader *l, int32_t id, bool special, bool normalize
 
 // Enters an added token in any of three forms: {"id": 7, "content": "x", ...} in a list, "7":
 // {"content": "x", ...} in added_tokens_decoder, "x": 7 in added_tokens.json. In a tokenizer.json its
-// id must be the one the vocabulary has for it, or the next free one; elsewhere (next_id NULL) the
-// file alone decides.
+// id must be the one the vocabulary has for it, or the next free one; the configuration adds what
+// is missing there and decides how tokens are found. Elsewhere (next_id NULL) the file alone decides.
 static void read_added_token(Loader *l, const Json *entry, size_t *next_id) {
     Vocabulary *v = &l->t->vocabulary;
     const Json key = {.kind = JSON_NUMBER, .text = entry->key, .length = entry->key_length};
@@ -4428,6 +4522,7 @@ static void read_added_token(Loader *l, const Json *entry, size_t *next_id) {
         || !text->text) { refuse(l, "added token without text or id", entry->key); return; }
     if (text->length == 0 || l->failed) return;
     int32_t known = vocabulary_id(v, text->text, text->length);
+    if (next_id && entry->key && known >= 0 && v->tokens[known].added) return;
     size_t expected = known >= 0 ? (size_t)known : next_id ? *next_id : id;
     if (id != expected || (known >= 0 && v->tokens[known].added))
         refuse(l, "added token that stands there twice or has another id in the vocabulary", text->text);
@@ -4435,6 +4530,9 @@ static void read_added_token(Loader *l, const Json *entry, size_t *next_id) {
     if (known < 0) vocabulary_add(l, text->text, text->length, id);
     if (l->failed) return;
     v->tokens[id].outside = known < 0;
+    const Json *other = l->flags ? l->flags[id] : NULL;
+    const char *content = json_get_text(other, "content");
+    if (content && strcmp(content, text->text) == 0) entry = other;
     bool special = json_get_bool(entry, "special", false);
     bool normalized = json_get_bool(entry, "normalized", !special);
     AddedToken *added = add_token(l, (int32_t)id, special, normalized);
@@ -4517,38 +4615,21 @@ static void read_config(Loader *l) {
     buffer_free(&text);
 }
 
-static void read_tokenizer_json(Loader *l, const Json *root) {
-    Tokenizer *t = l->t;
-    const Json *added = json_get(root, "added_tokens");
-    size_t n_added = added ? added->count : 0;
-    read_steps(l, json_get(root, "normalizer"), "normalizers", read_normalizer);
-    t->n_normalizers = t->n_steps;
-    read_steps(l, json_get(root, "pre_tokenizer"), "pretokenizers", read_pre_tokenizer);
-    read_steps(l, json_get(root, "decoder"), "decoders", read_decoder);
-    if (l->decoder < 0) refuse(l, "unsupported decoder", NULL);
-    read_model(l, json_get(root, "model"), n_added);
-    added_open(l, n_added);
-    size_t next_id = t->vocabulary.n_tokens;
-    read_added_tokens(l, added, &next_id);
-    added_close(l);
-    read_steps(l, json_get(root, "post_processor"), "processors", read_post_processor);
-}
-
-// ----------------------------------------------------------- directories without a tokenizer.json
-
-// The added tokens of such a directory: added_tokens_decoder in its configuration, or a file.
-static const Json *find_added_tokens(Loader *l) {
-    const char *file = l->file;
-    const Json *added = json_get(l->config, "added_tokens_decoder");
-    if (!added) added = read_json_file(l, "added_tokens.json");
-    l->file = file;
-    if (added && added->kind != JSON_OBJECT) refuse(l, "no object", "the added tokens");
-    return added;
+// Tokens that the configuration says are special, and that are in the vocabulary, are looked for in
+// the text like those that were added.
+static void add_named_tokens(Loader *l) {
+    static const char *const names[] = {"bos_token", "eos_token", "unk_token", "sep_token",
+                                        "pad_token", "cls_token", "mask_token"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        int32_t id;
+        const char *text = config_token(l, names[i], &id);
+        if (id >= 0 && *text && !l->t->vocabulary.tokens[id].added) add_token(l, id, true, false);
+    }
 }
 
 // Puts a token that the configuration names (or, if it names none, `otherwise`) at one end of every
 // text, where the configuration says so.
-static void add_affix(Loader *l, const char *key, const char *otherwise, bool add, int32_t *id,
+static void set_affix(Loader *l, const char *key, const char *otherwise, bool add, int32_t *id,
                       size_t *n) {
     const char *text = config_token(l, key, id);
     if (!text && !l->failed) *id = tokenizer_id(l->t, otherwise, strlen(otherwise));
@@ -4556,13 +4637,67 @@ static void add_affix(Loader *l, const char *key, const char *otherwise, bool ad
     if (add && *id < 0) refuse(l, "not in the vocabulary", key);
 }
 
-static void add_bos_and_eos(Loader *l, bool add_bos, const char *bos, const char *eos) {
+static void set_bos_and_eos(Loader *l, bool add_bos, const char *bos, const char *eos) {
     Tokenizer *t = l->t;
     add_bos = json_get_bool(l->config, "add_bos_token", add_bos);
-    add_affix(l, "bos_token", bos, add_bos, t->prefix, &t->n_prefix);
-    add_affix(l, "eos_token", eos, json_get_bool(l->config, "add_eos_token", false), t->suffix,
+    set_affix(l, "bos_token", bos, add_bos, t->prefix, &t->n_prefix);
+    set_affix(l, "eos_token", eos, json_get_bool(l->config, "add_eos_token", false), t->suffix,
               &t->n_suffix);
 }
+
+// The added tokens of the configuration: added_tokens_decoder, or a file of its own.
+static const Json *find_added_tokens(Loader *l) {
+    const char *file = l->file;
+    const Json *added = json_get(l->config, "added_tokens_decoder");
+    if (!added && !l->root) added = read_json_file(l, "added_tokens.json");
+    l->file = file;
+    if (added && added->kind != JSON_OBJECT) refuse(l, "no object", "the added tokens");
+    return added;
+}
+
+// transformers' classes of these names put BOS and EOS where the configuration says, whatever the
+// post-processor does.
+static void set_class_affixes(Loader *l) {
+    static const struct { const char *class, *bos, *eos; bool add_bos; } rows[] = {
+        {"LlamaTokenizer", "<s>", "</s>", true}, {"CodeLlamaTokenizer", "<s>", "</s>", true},
+        {"GemmaTokenizer", "<bos>", "<eos>", true},
+        {"CohereTokenizer", "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", true},
+        {"GPTNeoXTokenizer", "<|endoftext|>", "<|endoftext|>", false}};
+    const char *name = json_get_text(l->config, "tokenizer_class");
+    for (size_t i = 0; name && i < sizeof rows / sizeof *rows; i++)
+        if (starts_with(name, strlen(name), rows[i].class))
+            set_bos_and_eos(l, rows[i].add_bos, rows[i].bos, rows[i].eos);
+}
+
+static void read_tokenizer_json(Loader *l) {
+    Tokenizer *t = l->t;
+    const Json *added = json_get(l->root, "added_tokens"), *more = find_added_tokens(l);
+    size_t n_added = (added ? added->count : 0) + (more ? more->count : 0);
+    read_steps(l, json_get(l->root, "normalizer"), "normalizers", read_normalizer);
+    t->n_normalizers = t->n_steps;
+    read_steps(l, json_get(l->root, "pre_tokenizer"), "pretokenizers", read_pre_tokenizer);
+    read_steps(l, json_get(l->root, "decoder"), "decoders", read_decoder);
+    if (l->decoder < 0) refuse(l, "unsupported decoder", NULL);
+    read_model(l, json_get(l->root, "model"), n_added);
+    added_open(l, n_added + MAX_NAMED);
+    size_t next_id = t->vocabulary.n_tokens, id, max_ids = t->vocabulary.max_ids;
+    if (more && !l->failed) {
+        l->flags = region_alloc(&l->scratch, max_ids, sizeof *l->flags, l->err);
+        l->failed = !l->flags;
+    }
+    for (const Json *e = l->flags ? more->first : NULL; e; e = e->next) {
+        const Json key = {.kind = JSON_NUMBER, .text = e->key, .length = e->key_length};
+        if (json_to_size(&key, &id) && id < max_ids) l->flags[id] = e;
+    }
+    read_added_tokens(l, added, &next_id);
+    read_added_tokens(l, more, &next_id);
+    add_named_tokens(l);
+    added_close(l);
+    read_steps(l, json_get(l->root, "post_processor"), "processors", read_post_processor);
+    set_class_affixes(l);
+}
+
+// ----------------------------------------------------------- directories without a tokenizer.json
 
 // merges.txt: "a b" on each line, the first perhaps "#version".
 static void read_merges_txt(Loader *l) {
@@ -4571,7 +4706,7 @@ static void read_merges_txt(Loader *l) {
     if (!read_other_file(l, "merges.txt", &text)) refuse(l, "no such file beside it", "merges.txt");
     for (size_t i = 0; i < text.size; i++) lines += text.data[i] == '\n';
     merges_open(l, lines);
-    for (char *line = text.data, *end; line < text.data + text.size; line = end + 1) {
+    for (char *line = text.data, *end; line && line < text.data + text.size; line = end + 1) {
         end = line + strcspn(line, "\n");
         size_t n = (size_t)(end - line);
         *end = 0;
@@ -4584,7 +4719,6 @@ static void read_merges_txt(Loader *l) {
 // vocab.json and merges.txt are byte-level; how the text is cut, the name of the class decides.
 static void read_vocab_and_merges(Loader *l, const Json *vocab) {
     static const char *const classes[] = {"Qwen2Tokenizer", "GPT2Tokenizer", "CodeGenTokenizer"};
-    static const char *const specials[] = {"bos_token", "eos_token", "unk_token", "pad_token"};
     const char *name = json_get_text(l->config, "tokenizer_class");
     Tokenizer *t = l->t;
     size_t class = 0;
@@ -4600,15 +4734,11 @@ static void read_vocab_and_merges(Loader *l, const Json *vocab) {
     read_vocabulary(l, vocab, n_added);
     read_merges_txt(l);
     finish_model(l);
-    added_open(l, n_added + 4);
+    added_open(l, n_added + MAX_NAMED);
     read_added_tokens(l, added, NULL);
-    for (size_t i = 0; i < 4; i++) {
-        int32_t id;
-        const char *text = config_token(l, specials[i], &id);
-        if (id >= 0 && *text && !t->vocabulary.tokens[id].added) add_token(l, id, true, false);
-    }
+    add_named_tokens(l);
     added_close(l);
-    add_bos_and_eos(l, false, "<|endoftext|>", "<|endoftext|>");
+    set_bos_and_eos(l, false, "<|endoftext|>", "<|endoftext|>");
 }
 
 // ----------------------------------------------------------------- sentencepiece's tokenizer.model
@@ -4741,7 +4871,8 @@ static void add_piece_merges(Loader *l, const PieceModel *m) {
 static void add_piece_steps(Loader *l, const PieceModel *m) {
     Tokenizer *t = l->t;
     bool prefix = m->normalizer[DUMMY_PREFIX], legacy = json_get_bool(l->config, "legacy", true);
-    t->decode = (DecodeSteps){.with = " ", .byte_fallback = true, .strip = " ", .strips = prefix,
+    t->decode = (DecodeSteps){.with = " ", .byte_fallback = true, .strip = " ",
+                              .strips = m->normalizer[TRIM_SPACES] ? SIZE_MAX : prefix,
                               .replace = compile_literal(l, space_mark)};
     t->byte_fallback = m->trainer[BYTE_FALLBACK];
     t->fuse_unk = true;
@@ -4774,7 +4905,7 @@ static void read_sentencepiece(Loader *l, const Buffer *file) {
             add_token(l, (int32_t)i, !whole, whole);
     }
     added_close(l);
-    add_bos_and_eos(l, true, "<s>", "</s>");
+    set_bos_and_eos(l, true, "<s>", "</s>");
 }
 
 // ------------------------------------------------------------------------------- opening it all
@@ -4784,9 +4915,9 @@ static void read_tokenizer(Loader *l) {
     Buffer file = {.allocator = l->t->region.allocator};
     l->config = read_json_file(l, "tokenizer_config.json");
     l->map = read_json_file(l, "special_tokens_map.json");
-    const Json *root = read_json_file(l, "tokenizer.json");
-    const Json *vocab = root ? NULL : read_json_file(l, "vocab.json");
-    if (root) read_tokenizer_json(l, root);
+    l->root = read_json_file(l, "tokenizer.json");
+    const Json *vocab = l->root ? NULL : read_json_file(l, "vocab.json");
+    if (l->root) read_tokenizer_json(l);
     else if (vocab) read_vocab_and_merges(l, vocab);
     else if (read_other_file(l, "tokenizer.model", &file)) read_sentencepiece(l, &file);
     else refuse(l, "no tokenizer.json, vocab.json or tokenizer.model in", l->directory);
@@ -13084,8 +13215,194 @@ static const char *const unicode_canonical[] = {
     NULL
 };
 
+// Compatibility decompositions (Unicode 9): codes left out; how many characters; each as signed
+// distance to the last one.
+static const char *const unicode_compatible[] = {
+    "GebCmhcaCFgbbCAfecEzCEycbCDnabcacBlCEsabOkccCTbCHqabCGhabEubdEtYHqYHjadfYHqYHnadcYHmYHj",
+    "ElcBqcacCkclcChIgacFtFuicBNuBTjCbbkCqcDpYcacYbYeacVrVsacXndaceCiacedacCdhaciCeacihBkcCxBs",
+    "acBrEeacBrBsHgbBjabBNgabBNbabqabBNyabeabmabBOdabeBfcGvCFcacCFbCFeacCFdCFkacCFjCHsacCHrCEw",
+    "acCEvCFmcbMxabBMraboabkabBPqFtcBWjCJyjcCJxCEsCxbNqabmabBlcbCoablzblaboabcbbDfabCgdbBj",
+    "PhcBIqCgJdcMsFyacDjDkacGkGjacDfDgCYccFYoCbExcLyCbBocnBjacBktBubIeEccMwDtbcDwDvOwbBAsEPzbMOz",
+    "abKgabKdbbeabcabZiabZdabcabcabcabcabcabcabcbbcabBJyabBJvabeabeabcabeabuabBMcabcabUFqabVRrabe",
+    "abcabBMmabeabcabBMnbbiabeabRcabQxabBLiabUGyabcabVSfabiabcabVSiabUFjabBMvabVSwabTHdabcabcabBk",
+    "abcabCOhabsabgabcabCLsabcabBcabkabcnbJcBibBLtabBMbabBMiabBBlabBCaabBMpabBMwabeabiabgabcabc",
+    "abUNaabUJbabDrabUNoabUJrabDnabbabeabcabcabcabgabuabcabQpabRcabcabUDgabUDdabcabBOtabBPcabcabc",
+    "abWqIkcCNtBUoLecBZnCGcbcCGbCGcacCGbCJsCjcCJrCGedbCGdabaabaabaabaabaabaabaabagbYEyfcYExCIo",
+    "mbCHlacaaadaaaibBbdcYHoaadaaabcgaadaaaecYHrabcbCFaicCCpaacaChacaCineYFeaaahbYHnqbBgabEkcbEb",
+    "abcabcabcabcabcabBbabZRqabZQfabBpabcabFiabEtabcabcabcabcabcabcabcabcabcabBbabZRqabZQfabBpabc",
+    "bbEiabiabuabsabBLaabBMfabgabcabcabcabeabgabclcCpCoDjdBjDvEaaddDvFgabDracIkIjbdCmDzEyadxDzFk",
+    "abVubcRfIdabCoabCjabaabaabCmabOsabRbabaabgabCmbbChacaCocbCjabcabcabaabacccladoBdoacqnbbBadba",
+    "dbBvabcbbCqabClabcbboabCqabEByabcabcabcabECpbdCrjBuabCPcabzabClabBaabXBmebZPpabCmabcabiabc",
+    "gdEjYHqYHdadlYHqYGzaepYHqYHpbadcYHqYHladbYHoYHladdYHqYHhadfYHoYHhaddYHmYHhadbYHkYHhadhYHqYHf",
+    "adbYHiYHfadjYHqYHbadjYHmYHbadfYHiYHbadbYHeYHbacnYHqabYFtacaaadaaaacaBaabaacazadBazaaeBazaa",
+    "acaBeabaacaBdadBeBdaabgabrabcabsabCeacaaadaaaacaBaabaacazadBazaaeBazaaacaBeabaacaBdadBeBda",
+    "abgabrabcabsjdErYHsYHlGgcZSyaadaaabcgaadaaaVnbZThabcabcabcabcabcabcabcabcacpbaccaacacacbe",
+    "acdgacfiachkacjmacloacnqacndadpspadburadbwtadbyvadbBaxadbBczadbBeBbadbBgBdadbBiBfaebsbn",
+    "aebsapaebscraebsetaebsgvaebsixaebskzaebsmBbaebsoBdaebsqBfaebudnacqfacihackjacmlaconacqpacsr",
+    "acutacwvadgbdadgafadgchadgejadggladginadgkpadgmradgotadgqvadiddadlEkEhadbEmEjadbEoEladbEqEn",
+    "adbEsEpadbEuEradbEwEtadbEyEvadbFaExadbFcEzadbFeFbadbFgFdadbFiFfadbFkFhadbFmFjadbFoFladbFqFn",
+    "adbFsFpadbFuFradbFwFtadbFyFvadbGaFxadbGcFzadbGeGbadbGgGdadbGiGfabBwabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcaboabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabFrBYneZTeaaaDzdZSjagacaaadaaaTxbDmabBnJhbBIDa",
+    "LrbBVHgDfbBNGmmbCJVhabDcabBcabsabCaabDkaboabBoabCaabBXqabCyabmabBuabBoabBqabEcabBqabwabLy",
+    "abHgabCeabkabCiabsabCcabBaabByabEaabBkabCcabCGeabFoabBJkabBuabqabwabBkabFwabBKsabDsabJgabBu",
+    "abBmabBsabEeabgabBBwabuabyabBaabIyabqabkabJaabuabBaabqabEsabBiabBkabGeabBSsabDoabBqabCEyabk",
+    "abGkabBgabBaabBqabDaabkabUoabBwabCmabDAeabFcabBuabEmabBwabsaboabEaabkabCmabDFaabBIkabyabkabi",
+    "abqabBkabeabGgabQqabkabBAcabuabDwaboabsabqabHaaboabRoaboabDuabBiabDqabSgaboabBiabZeabJsabm",
+    "abOaabGsabDoabBDcabKgabBSeabCcabEkabDyabFgabwabmabCoabFwabuabBAqaboabsabsabBgabBeabiabGcabi",
+    "abmabCXmabCiabBKcabyabBuabVuabBaabFmabDoabBRqabBeabBeabCsabCwabPiabyabFeabTcabCkabQcabBqabk",
+    "abQyabOeabJqabmabkabCTwabsabMaabLwabgabDqabIcabBaabiaboabHoabCqabmabBcabMwabDyabiabOcabgabBm",
+    "abTkabDsaboabFkabuabgabuabCiabBEkabBEuabuabCyabBsabqabuabiabDcabiabBiabkabBaabCcabBeabqabEo",
+    "abBeabiBqbEQUxCbbBKIebbBAQwabgabcDscCKZhBKSoacBKSnBKSqccBjeDrcDeBqBxbYBvabcabNaabMxabNcabc",
+    "abNbabcabcabNeabcabcabcabcabcabLxabBnabcabcabByabBvabcabcabcabcabcabcabcabcabcabGcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabBpabFvabcabNsabcabiabeabkabiabeabOnabOw",
+    "abeabOxabcabeabeabcabiabeabeabcabcabcabcabgabiabuaboabkabMsabcabLxabcabcabDiabcabgabsabcabe",
+    "abuabgdbBTSwabKuabKbabGRsabGRpabCsabCpabBDRaabBDKzabExabBvabILsabBMvabGKpDsdCHNfMTsMTp",
+    "adbMTwMTtadbMTyMTvadbMUcMTzadbMUeMUbadbMUgMUdadbMUkMUhadbMUoMUladbMUqMUnadbMUuMUradbMUwMUt",
+    "adbMUyMUvadbMVaMUxadbMVcMUzaebMTsHmNBbaebMTwHiNBbaebMTyHgNBbaebMUcHcNBbaebMUeHaNBb",
+    "aebMUgGyNBbaebMUkGuNBbaebMUoGqNBbaebMUqGoNBbaebMUuGkNBbaebMUwGiNBbaebMUyGgNBbaebMVaGeNBb",
+    "aebMVcGcNBbaebMUqHoNCbahbMUoHgHdGwFkNGtagbMUoHgGrHcNCbbdbCGYyCGYvadbCHJsCHJpadbCGZqCGZn",
+    "adbCNRiCNRfadbCHKiCHKfadbCJOkCJOhadbCGZeCGZbadbCJOgCJOdadbCHGcCHFzadbCKYkCKYhadbCZXwCZXt",
+    "adbDHAsDHApadbDDVsDDVpadbDAAiDAAfadbEGIkEGIhadbCNWoCNWladbCZBmCZBjadbDAUeDAUbadbCZXyCZXv",
+    "adbDNSmDNSjadbCLOcCLNzadbDIPeDIPbadbECKgECKdadbDNUwDNUtadbCKNoCKNladbCHQkCHQhadbCLWqCLWn",
+    "adbCRCuCRCradbDLYcDLXzadbCHSsCHSpadbECNeECNbadbCKZwCKZtadbDNWcDNVzadbCHTyCHTvadbDUHgDUHd",
+    "adbDUHyDUHvabCMMuabGYsabFIsabQRwidDPIziBdacBlbaccaacacacbeacdgacfiachkacjmacloaclfacgdaceb",
+    "accaacacacbeabMSsabeabcabeabcabcabeabeabcabeabcabcabcabcacBjHmacHhHiacHfHgacHbHcacGzHaacGxGy",
+    "acGtGuacGpGqacGnGoacGjGkacGhGiacGfGgacGdGeacGbGcafGjGkGqObIcaeHdHoHpIcacIbHqbbBTWuabKuabKb",
+    "abGRsabGGzabCEcabCPfabCPcabCIdabDSiabOZmabHCwabDEzabDVjabBGIcabBSLvabLEyabBSsabWfabNUoabBCEj",
+    "abXBcabTVcabOPjabBDHhabBDQuabDNdabVAtabBPQiabBVXlabBSuabTHoabBGRaabCDGpabBXwabTNwabWFxabCs",
+    "abCpabMAgabHNxabOdabGIqabDtabUViabBEFjabBUUmabBRNhabEJwacCPIvgacfiachkacjmacjhacifacgdaceb",
+    "accaacacacbeacdgacfiachkachjaccCZXeacCZXbCZXcacCZWzCZXaacCZWxCZWyacCZWvCZWwacCZWtCZWu",
+    "acCZWrCZWsacCZWpCZWqacCZWnCZWoadCZXdbCZXgadCZXdaCZXeadCZXdcCZXcacCZVjCkaddBavacdBdadtqBf",
+    "abBKQmabeabeabeabeabcabeabeabeabeabeabeabeabeabeabeabeabgabeabeabeabcabcabcabcabcabgabgabg",
+    "abgabgabcabcabcabcabeabeabeabcabcabcabcabcabeabcabcabcbeGdDqDiDzaeCxFqBrDzaecGgBxEhadaGyBh",
+    "aeFlDaDcFdadxGcDvadCbgFsafFtBitFyDxaeCnGmGfGgadGhFqEladBdGiCdadEbnFkaeEvEuCxkaeCfFcfBk",
+    "adGdFamadFlFmBpacDrdadeCgDuaeGbEikBkaeFzEsDhEqacGbEyafExEyErEkragDxEyxCcDzCsafEtEyeDjk",
+    "adBvEkrafDrEkrBvDiafFfEqDpBvFqaeEtEuBeDpadCdFuFdadlEiCnadBtFqCjaeDbBhwEqafEdEuDvEoCd",
+    "aeDdDysFdadwEiDvadlEiDhadpEqFdacBcBfacBkCqacCrDiacDdiadavkadoDhCmafBaDiEzEiDhadsDiEhaeyDkBfb",
+    "afBtDvBuBeCsadBtCvEqacBtCnacCmBwafBrDzFoCxmaeyDvGwDzafBcBlxBfFgadBrBouafCbDdBgEsBhacBhCf",
+    "adCgBdoadmBmCzadBsByEladCoCqFfadCoCsEraeCiEjGcDhadBoBeCracBmBwadBrBsDfadBkCoBhadBfCor",
+    "aeBpElwEuadBdElFmadzCbyadBeBaEpafDqBqEpDsyaeBnDrEumacBnwafvwBzDkBhactEbaeEcEbCeDiaeBjCcDzCs",
+    "adnBwDxadCcBwBhadjFfGgaerCzkCsacbbadeBtDcaeBhBiCxBqaccxafyoDhBrFaadhDjkacBKUxDHGcacDHFzDHGa",
+    "acDHFxDHFyacDHFvDHFwacDHFtDHFuacDHFrDHFsacDHFpDHFqacDHFnDHFoacDHFlDHFmacDHFjDHFkadDHFzbDHGc",
+    "adDHFzaDHGaadDHFzcDHFyadDHFzeDHFwadDHFzgDHFuadDHFziDHFsadDHFzkDHFqadDHFzmDHFoadDHFzoDHFm",
+    "adDHFzqDHFkadDHFxdDHGcadDHFxbDHGaadDHFxaDHFyadDHFxcDHFwadDHFxeDHFuadDHBtBvBiacgfacClBo",
+    "adBabBiacfBxacCazaccsadrsFiadFzsFkacIdyacCTHkCTeacDDaNJdacDMsNVcacEAzFBmaeDLxGXhMCfBFXw",
+    "acDNMxDpacDmDlacCQoCQnacDkDjacDgDfacuracwvackjadCodwaebpdwaciDfacDcDbacCQeCQdacCQeCNpacml",
+    "acihacCjDwadBdCrDwadDljDwadDxcDwadCxxDwacCMeWFuacYSxYSyacYTpYTqacYTbYTcacYTloaccbacCNeCNd",
+    "acaaactuacdeadaaFiadGbuFiacFhFiadFleFiadFhaFkadGduFkacFjFkadFneFkadFjZMuZMhaelZMuZMhEwacHnBi",
+    "aduCbBiadBngBiadBzsBiadBiBhgafBcBhgZNmZMhagbBhgZNmZMhEwacFbgacjkacCMsCMraclmacfBzacBwBv",
+    "acCOyCOxacBuBtacBqBpacrsacCaBxacBuBtacCOwCOvacBsBracBoBnactuacBoCLwacCOdCOeaeCMpDxEwEvacBoDq",
+    "acBbaacacaeCnZQaZMxhadCtDkEzacEeCpackDwacBhnacBxqacBykacCraacaeacCisacpcacbeaddgpackyacvv",
+    "adwhgadcefacCdpaeDcFbEwEvadCqafacgeacCobacCjCsacCjwadxZOoZMtadDjZQeZMtacEpCZAuacCZArCZAs",
+    "acCZApCZAqacCZAnCZAoacCZAlCZAmacCZAjCZAkacCZAhCZAiacCZAfCZAgacCZAdCZAeadCZAtbCZAwadCZAtaCZAu",
+    "adCZAtcCZAsadCZAteCZAqadCZAtgCZAoadCZAtiCZAmadCZAtkCZAkadCZAtmCZAiadCZAtoCZAgadCZAtqCZAe",
+    "adCZArdCZAwadCZArbCZAuadCZAraCZAsadCZArcCZAqadCZAreCZAoadCZArgCZAmadCZAriCZAkadCZArkCZAi",
+    "adCZArmCZAgadCZAroCZAeadCZApfCZAwadCZApdCZAuadCYWplwBRKmbCYeabeIcbETOoFfbEVYnabDmBHibEVPo",
+    "abDCaabEXVzabEXYcBEEacEZLvaacagacfmadlagadfamacVeUnacbcmcDUmeacdBdacBeracBmpacdnibJaabBjabg",
+    "abcaboabcabcabwabeabEJdBlcEHeyabLmabaabuabaabaabaabgabaabaabaabeabaabaabaablabaabaabaabkaba",
+    "abaabaablabaabaabaabDiabaabaabaabeabaabaabaabCpabaabaabaabbabaabaabaabgabaabaabaabcabaabaaba",
+    "abmabaabbabaabeabaablabaabBgabaabnabaabBwabaabaabaabmabaabaabaabiabaabaabaabdabaabaabaabsaba",
+    "abcabaabaabaabkabaabcabaabaabaabfabaabaabaabBoabaabcabaBhbCxabaabaabaabCaabaabbabaabeabaabGf",
+    "abGmabaablabaabiabaaboabaabaabaabKjabaacCrcacbcacbNmacNlNmacNlCqacCpCqacCpMkacMjMkacMjMi",
+    "acMhMiacMhMmacMlMmacMlNcacNbNcacNbNcacNbCsacCrCsacCrCsabKcabaabaabaacMtmacloacnCkacCjCs",
+    "acCrCuacCpiachkacjmaclCgacCfCoacCnCqacCleacdgacfiachCcacCbCkacCjCmacCjcacbCaacBzCiacChCk",
+    "acChcacbByacBvbaccBwacBtdacebaccBuacBjnacolacmjackBkacBfpacqBgacBdtacuracspacqBeacBbtacuBc",
+    "aczBaacxzacBayacvBbacBcwachBpacBqBnacBoBlacBmiachqacpsacpBpacBqgacfoacnqacnCdacCeBtacBuBr",
+    "acBsBpacBqcacbeacdmacloaclBvacBwBtacBuBracBscacbkacjmacjBxacByBvacBwBtacBuaacaiachkachBz",
+    "acCaBxacByBvacBwbaccgacfiacfCbacCcdaceeacdgacaChacCiCfacCgCdacCejackbaccaacBzEyacEvEwacCzDa",
+    "adEUhERokadERxERqiadERxERsgadERxERueadERxERwcadERxERyCkacFrwacvyacxCkacCjCmacClCsacCrCuacCps",
+    "acruactCgacCfCiacChCoacCnCqacCloacnqacpCcacCbCeacCdCkacCjCmacCjmacloacnCaacBzCcacCbCiacChCk",
+    "acrqacpsacpoacnqacnCdacCecacbeacdmacloaclcacbkacjmacjChacCiaaccBpacBqBnacBobaccaacagacfi",
+    "acbDaacCxBxacByBvacBwjackhacibaccaacCtmacloacnqacpCkacCjCoacCjiachkacjmaclCgacCfCkacCfeacdg",
+    "acfiachCcacCbCgacCdCaacBxcacbByacBvbaccBwacBtdaceBuacBjnacolacmjackBkacBfpacqnacoBgacBdtacur",
+    "acspacqBeacBbtacwBaacxzacBayacvBbacBcwachBpacBqBnacBoBlacBmiacfBpacBqgacdBtacBuBracBsBpacBqc",
+    "acbeacbBvacBwBtacBuBracBscacbgacdBxacByBvacBwBtacBuaaccBzacCaBxacByBvacBwbacccacaCbacCcd",
+    "aceDeacCxChacCiCfacCgCdacCejackfacCnCkacCjCoacCjCgacCfCkacCfCcacCbCgacCdCaacBzCeacBnBkacBjBo",
+    "acBlBiacBhBmachcacbeacbcaccbacccacgjackfadnBcgadBhBeeadBhBgcacBzBkacBjBmacBhBgacBfBiacBfBe",
+    "acBdBgacBtBsacBrBuacBrBqacBpBsacCfCeacCdCgacChCgacCfCiacCdCcacCbCeacBpBoacBnBqacBnBmacBlBo",
+    "acBrpacqnacolacmBiacBhfacedacihackjacmBkacBjBmacBhBgacBfBiacBfBeacBdBgacBtBsacBrBuacBrBq",
+    "acBpBsacCfCeacCdCgacChCgacCfCiacCdCcacCbCeacBpBoacBnBqacBnBmacBlBoacBrpacqnacolacmBiacBhf",
+    "acedacihackjacgpacqnacolacmBiacBjBoacBlBmacBfBcacBjnacolacmjacmpacqnacolacsBcaczBaacChCu",
+    "acCtCusdCneByadCbgbaddgbaddgBwadCbiBuadCbCcBxaddCcBvadfCcBtaddByBvadbByBvadaBwkadCfBwiadBrlb",
+    "adoncadmnCgadBrBkBvadmBkBvadmBkBxadoBkaadBjBkaadBfpaadqpaadqBgaadBhnBwadBhnBwadBhpCiadBrBiBt",
+    "admBiBtadmBiaadBhBiaadBdrCeadBlpBuadBdpBuadBbBcBvaduBcBvaduBcaadBbBckadBhzByadxyaadxyaadxyi",
+    "adBdwaadvwkadBfwiadpBlBuadhBlBuadfgBvadBqgaadbBtBwadbBtCgadlBtCeadjBvaadBwBvaadBwBrBuadbBrBu",
+    "adbcBvadBucBvadBwBvbadByBvBwadaBvCgadjBxcadBwBxByadaBtdadByBtBucdaBxeadBydBxadCcdaadcBxBw",
+    "adcBxCeadfBzByadcBzByadcBzCgadfbkadhbiadcjaadkjaadCfmCeadCleCiadCleCgadCjiCeadCliCcadCjCck",
+    "adClCciadCfBykadChcCeadCfByiadBrjCcadBnpCgadBrnCgadBnrCgadlBvCiadlckadaCfCgadaChCiadajkadjak",
+    "adpgkadhBxCgadpgBvadBuBtBwadxykadnekadhBzcadBwBtCeadlBvByaddeaadbBvByadcBzcadbcCgadCfbCi",
+    "adjBxCiadrikadCpkCgadneaadxzByadBfBgaadBjjCeadhBzCiBodBpBeKyadLbeKyaeNdCgagaeClCeCbs",
+    "aeBoBvBwBraemBevyaeBneBqhaevwmfaecBpBicadBfBekasBnBekERhEOsCgagERdEQcwmfERdERgBpBic",
+    "aiBxBwEQxEPcBwCfCggaeBrLyMrCgtbEPzabBKFyabcabBKExabcabBzabCiabBKGcabcabMBxwbbabBhabbabYAhaba",
+    "abEfabcabGiabeabBKBeabcabjabcabnabcabfabcabgabcabcabccbBKDjabeabYDuabaabaabaabYDpabaabaabDx",
+    "abBKFyabBKFtbbBaabbabkabChabYFeabYEpabcabGiabeabBKBeabcabBKIdabgabiabcabeabBeabeabbbbCkabEh",
+    "abcabCcecClERmacvwacERlERobcERnERqbcERpERsacBbBcacERrERuacBdBeacERtERwacBfBgacERvERyacBhBi",
+    "acERxESaacBjBkabDtabcabaabcabaabcabaabcabaabcabaabaabaabcabaabcabaabaabaabcabaabcabaabaaba",
+    "abcabaabaabaabcabaabaabaabcabaabaabaabcabaabaabaabcabaabcabaabcabaabcabaabcabaabaabaabcaba",
+    "abaabaabcabaabaabaabcabaabaabaabcabaabaabaabcabaabaabaabcabaabaabaabcabaabaabaaboabaabaaba",
+    "abcabaabaabaabcabaabaabaabcabaabaabaabcabaabaabaabcabaabaabaabcabaabaabaabcabaabcabaabcaba",
+    "abaabaaclCpacCqCpacCqCnacCoCnacCoCjacCkCjacCkCfacCgCfebEOpabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabBFByabcabEXsabuabcabx",
+    "abTgabrabGfabeabeabeabeabEmabeabeabCtabEkabGxabeabeabeabeabcabeabeabeabeabeabeabeabeabeabe",
+    "abeabgabeabeabeabcabcabcabcabcabgabgabgabgabgabcabcabcabcabeabeabeabcabcabcabcabcabeabiabGx",
+    "abcabPoabDxabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcdbcabcabcabcabcabccbcabcabcabcabcabccbcabcabcabcabcabccbcabcabcdbBKYbabcabsabgabrabb",
+    "abYGmbbDHqabCPvabcabcabcabDBuabDiDCIbbBCLfabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcaboabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabEjabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcaboabcabcabcabcabcabcbbeabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabEjabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcaboabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabEjbbeabccbgcbgabccbgabcabcabcbbeabc",
+    "abcabcabcabcabcabcaboabcabcabcbbebbeabcabcabcabcabcabcbbeabcabcabcabcabcabcabcabcabcabcabEj",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcaboabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabEjabcbbeabcabcabccbgabcabc",
+    "abcabcabcabcabcbbeabcabcabcabcabcabcbbqabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabEjabcbbeabcabcabcbbeabcabcabcabcbbedbiabcabcabcabcabcabcbbqabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabEjabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcaboabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabEjabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcaboabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabEjabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcaboabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabEj",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcaboabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabEjabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcaboabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabEjabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcaboabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabOcabUecbBAqabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabGkabGfabcabc",
+    "abcabcabcabcabXAaabWZjabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabWXeabWTtabCtabCkabCbabCeabCbabFhabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabGk",
+    "abGfabcabcabcabcabcabcabXAaabWZjabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabWXeabWTtabCtabCkabCbabCeabCbabFhabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabGkabGfabcabcabcabcabcabcabXAaabWZjabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabWXeabWTtabCtabCkabCbabCeabCbabFhabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabGkabGfabcabcabcabcabcabcabXAaabWZjabcabcabcabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabWXeabWTtabCtabCkabCbabCeabCbabFhabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabGkabGfabcabcabcabcabcabcabXAaabWZjabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabWXeabWTtabCtabCkabCbabCeabCbabmabccbCUjabcabcabcabc",
+    "abcabcabcabcabcabrabcabcabcabcabcabcabcabcabcabrabcabcabcabcabcabcabcabcabcabrabcabcabcabc",
+    "abcabcabcabcabcabrabcabcabcabcabcabcabcabcabcIIqbEMuabcabiabgbbByabBrabjabuabBmabnabcabcabc",
+    "abBlabmabqabxabBaabBhabgabtabcabgabeabmabeabeabEaabFwabBxabDvbbFlabibbCccbBzbbCgabnabcabcabc",
+    "abBlabmabqabxabBabbBbabtabcabgbbqbbigbBbebcbbCgbblbbeabBlabmbbhabBabbBbcblbbqbbibbJwbbFtbbFl",
+    "abibbCccbBzabuabBmabnbbeabcabBlabmabqabxabBabbBbabtabcabgbbqabeabeabEabbDybbJjabcabiabgabBw",
+    "abcabBrabjabuabBmbblabcabcabBlabmabqabxabBaabBhabgabtabcabgabeabmabeabefbBjabiabgbbByabBrabj",
+    "abuabBmbblabcabcabBlabmabqabxabBaabBhabgabtabcabgabeabmabeabeWicEOxdacehackjacmlaconacqpacsr",
+    "acutacwvacyxacBazfdhByBvadbCaBxadbCcBzadbCeCbadbCgCdadbCiCfadbCkChadbCmCjadbCoCladbCqCn",
+    "adbCsCpadbCuCradbCwCtadbCyCvadbDaCxadbDcCzadbDeDbadbDgDdadbDiDfadbDkDhadbDmDjadbDoDladbDqDn",
+    "adbDsDpadbDuDradbDwDtadBKHqBKEjBKEmabBKFrabBeacBdcacBmgbbBxabcabcabcabcabcabcabcabcabcabcabc",
+    "abcabcabcabcabcabcabcabcabcabcabcabcabcabcacBjBcacrsacfBdacBeaadfamaccBnBacutacurBkcam",
+    "EhcBKNaDracIaaabenbBLOmabFGxabFSnabBANpabWOgabHZwabBKYsabBKXnabHZdabRUmabIIsabITbabOPzabKAw",
+    "abKPpabPGoabOVlabBGRqabGEfabRVoabBNEnabDOvabUIwabJMbabOuabQEbabsabBYEsabBMEhabLXpabEJsabLKy",
+    "abBGDeabBGQzabROmabTeabBDDbabUBgabFQzabbabKTaabBAIjabCMiabBTDmedCVQnBPSyBPSvadbWRyWRv",
+    "adbXCaXBxadbBGXuBGXradbBWZaBWYxadbBMBmBMBjadbCBPmCBPjadbBAJaBAIxadbBOIwBOIthbBJZoabIVn",
+    NULL
+};
+
 static const char *const *unicode_table(UnicodeTable which) {
     static const char *const *const tables[] = {
-        unicode_categories, unicode_classes, unicode_canonical};
+        unicode_categories, unicode_classes, unicode_canonical, unicode_compatible};
     return tables[which];
 }

@@ -159,6 +159,7 @@ static void free_batch(TestBatch *b) {
 #include "test_gpu.c"
 #endif
 #include "test_templates.c"
+#include "test_text.c"
 #endif
 
 // -------------------------------------------------------------------------------------- the table
@@ -177,6 +178,7 @@ static const TestRow tests[] = {
     INPUT_TESTS
     DATA_TESTS
     TEMPLATE_TESTS
+    TEXT_TESTS
 #endif
 };
 

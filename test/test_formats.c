@@ -217,8 +217,9 @@ static void check_tokenizer(Test *t, const char *name) {
 }
 
 static void test_tokenizers(Test *t) {
-    static const char *const names[] = {"byte", "llama3style", "spm", "gpt2style"};
-    for (size_t i = 0; i < 4; i++) check_tokenizer(t, names[i]);
+    static const char *const names[] = {"byte", "llama3style", "spm", "gpt2style", "vocab_merges",
+                                        "sentencepiece"};
+    for (size_t i = 0; i < 6; i++) check_tokenizer(t, names[i]);
 }
 
 // The real tokenizers, with the vectors that llama.cpp recorded for them.

@@ -30,10 +30,20 @@ NEWER_THAN_UNICODE_9 = """
     11391 113C5 113C7-113C8 113CE-113D0 1145E 11839-1183A 11938 1193D-1193E 11943 119E0 11A34
     11A47 11A99 11D42 11D44-11D45 11D97 11F41-11F42 16121-16128 1612F 16D68-16D6A 16FF0-16FF1
     1E08F 1E130-1E136 1E2AE 1E2EC-1E2EF 1E4EC-1E4EF 1E5EE-1E5EF"""
-NEWER = set()
-for span in NEWER_THAN_UNICODE_9.split():
-    first, _, last = span.partition("-")
-    NEWER.update(range(int(first, 16), int(last or first, 16) + 1))
+# The same of compatibility decompositions, which may also rest on a newer canonical one.
+NEWER_COMPATIBLE = """
+    32FF A7F2-A7F4 AB69 10781-10785 10787-107B0 107B2-107BA 1CCD6-1CCF9 1E030-1E06D 1F16C
+    1FBF0-1FBF9"""
+
+
+def codes(spans):
+    for span in spans.split():
+        first, _, last = span.partition("-")
+        yield from range(int(first, 16), int(last or first, 16) + 1)
+
+
+NEWER = set(codes(NEWER_THAN_UNICODE_9))
+NEWER_COMPATIBLE = set(codes(NEWER_COMPATIBLE))
 
 
 def number(n):
@@ -105,6 +115,22 @@ def canonical_table():
         yield text
 
 
+def compatible_table():
+    """Codes left out, how many characters, each as its distance to the one before it."""
+    end, last = 0, 0
+    for code in range(LIMIT):
+        text = "" if code in NEWER_COMPATIBLE else unicode.decomposition(chr(code))
+        if text[:1] != "<":
+            continue
+        parts = [int(part, 16) for part in text.split()[1:]]
+        entry = number(code - end) + number(len(parts))
+        for part in parts:
+            entry += signed(part - last)
+            last = part
+        end = code + 1
+        yield entry
+
+
 def write_table(name, comment, entries):
     for line in comment:
         print("// " + line)
@@ -139,9 +165,13 @@ def main():
         "for a pair that is never composed again; each character as signed distance to the last one",
         "in its place (a single one stands in the second)."],
         canonical_table())
+    write_table("unicode_compatible", [
+        "Compatibility decompositions (Unicode 9): codes left out; how many characters; each as signed",
+        "distance to the last one."],
+        compatible_table())
     print("""static const char *const *unicode_table(UnicodeTable which) {
     static const char *const *const tables[] = {
-        unicode_categories, unicode_classes, unicode_canonical};
+        unicode_categories, unicode_classes, unicode_canonical, unicode_compatible};
     return tables[which];
 }""")
 
