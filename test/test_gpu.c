@@ -163,7 +163,7 @@ static void test_gpu_gradients(Test *t) {
 
 // A run of 20 steps: see test_run in test_trainer.c. Its settings here are those of `gpu_run`.
 typedef struct { const char *device; qlora_compute compute; size_t logging_steps; bool resume;
-                 size_t stop_at; } GpuRun;
+                 size_t stop_at, steps; } GpuRun;
 
 static double final_loss;                   // of the last run, from its progress
 
@@ -189,7 +189,7 @@ static int gpu_run(const char *data, const char *out, GpuRun run, qlora_error *e
     train.warmup_ratio = 0.15f;
     train.per_device_train_batch_size = 2;
     train.gradient_accumulation_steps = 2;
-    train.max_steps = 20;
+    train.max_steps = run.steps;
     train.logging_steps = run.logging_steps;
     train.resume = run.resume;
     train.progress = keep_loss;
@@ -201,7 +201,7 @@ static int gpu_run(const char *data, const char *out, GpuRun run, qlora_error *e
 
 // The losses of log.jsonl, eval_loss too; returns how many.
 static size_t read_losses(const char *out, double losses[64]) {
-    char path[300];
+    char path[500];
     Buffer text = {.allocator = &heap};
     size_t n = 0;
     snprintf(path, sizeof path, "%s/log.jsonl", out);
@@ -216,7 +216,7 @@ static size_t read_losses(const char *out, double losses[64]) {
 static void test_gpu_training(Test *t) {
     char data[200], out[2][200];
     snprintf(data, sizeof data, "build/gpu-%d.jsonl", (int)getpid());
-    write_test_data(t, data, 24);
+    write_test_data(t, data, 8);
     for (int bf16 = 0; bf16 < 2; bf16++) {
         double losses[2][64], worst = 0;
         size_t n[2];
@@ -224,7 +224,7 @@ static void test_gpu_training(Test *t) {
             qlora_error err = {{0}};
             snprintf(out[gpu], sizeof out[gpu], "build/gpu-%d-%d", (int)getpid(), gpu);
             GpuRun run = {gpu ? "cuda" : "cpu", bf16 ? QLORA_COMPUTE_BF16 : QLORA_COMPUTE_F32, 1,
-                          false, 0};
+                          false, 0, 20};
             remove_run(out[gpu]);
             check(t, !gpu_run(data, out[gpu], run, &err), "%s", err.text);
             n[gpu] = read_losses(out[gpu], losses[gpu]);
@@ -243,20 +243,20 @@ static void test_gpu_training(Test *t) {
     unlink(data);
 }
 
-// Stopped and resumed, and looked at every step or every seventh only: the same bits.
+// Stopped and resumed, and looked at every step or every fourth only: the same bits.
 static void test_gpu_resume(Test *t) {
     char data[200], whole[200], out[200];
     qlora_error err = {{0}};
     snprintf(data, sizeof data, "build/gpu-%d.jsonl", (int)getpid());
     snprintf(whole, sizeof whole, "build/gpu-%d-whole", (int)getpid());
     snprintf(out, sizeof out, "build/gpu-%d-part", (int)getpid());
-    write_test_data(t, data, 24);
-    GpuRun run = {"cuda", QLORA_COMPUTE_BF16, 1, false, 0};
+    write_test_data(t, data, 8);
+    GpuRun run = {"cuda", QLORA_COMPUTE_BF16, 1, false, 0, 6};
     remove_run(whole);
     check(t, !gpu_run(data, whole, run, &err), "%s", err.text);
     for (size_t i = 0; i < 3; i++) {
         remove_run(out);
-        run = (GpuRun){"cuda", QLORA_COMPUTE_BF16, i == 2 ? 7 : 1, false, i == 2 ? 0 : 5 + 8 * i};
+        run = (GpuRun){"cuda", QLORA_COMPUTE_BF16, i == 2 ? 4 : 1, false, i == 2 ? 0 : 2 + 3 * i, 6};
         int stopped_run = gpu_run(data, out, run, &err);
         check(t, (stopped_run != 0) == (i < 2), "%s", err.text);
         run.stop_at = 0;
@@ -322,7 +322,7 @@ static void test_gpu_merge(Test *t) {
 static void test_gpu_not_finite(Test *t) {
     char data[200];
     snprintf(data, sizeof data, "build/gpu-%d-nan.jsonl", (int)getpid());
-    write_test_data(t, data, 24);
+    write_test_data(t, data, 6);
     for (int k = 0; k < 2; k++) {
         qlora_error err = {{0}};
         qlora_train_options train = qlora_default_train_options();
@@ -349,6 +349,70 @@ static void test_gpu_not_finite(Test *t) {
     unlink(data);
 }
 
+#ifdef CUDA_ON_CPU
+int emulator_set(const char *words);
+long emulator_calls(void);
+void emulator_reset(void);
+
+// Opens, takes one step, writes two tokens. Returns 0 when nothing failed; *calls counts what was
+// asked of CUDA before closing.
+static int small_run(const char *data, long *calls, qlora_error *err) {
+    qlora_options opt = {.quant = QLORA_QUANT_NF4, .double_quant = 1, .threads = 1,
+                         .device = "cuda"};
+    qlora_train_options train = qlora_default_train_options();
+    qlora_sampling how = {.max_new_tokens = 3, .top_p = 1, .repetition_penalty = 1,
+                          .ignore_eos = 1};
+    int32_t prompt[3] = {5, 6, 7}, *ids = NULL;
+    size_t n;
+    train.output_dir = NULL;
+    train.lora_r = 2;
+    train.target_modules = "v_proj";
+    train.max_steps = 1;
+    train.val_split = 0;
+    train.per_device_train_batch_size = train.gradient_accumulation_steps = 1;
+    qlora_model *q = qlora_open(MODELS "qwen2", &opt, err);
+    int bad = !q || qlora_train(q, data, &train, err) ||
+              qlora_generate(q, prompt, 3, &how, NULL, NULL, &ids, &n, err);
+    *calls = emulator_calls();
+    if (q) qlora_free(q, ids);
+    qlora_close(q);
+    return bad ? -1 : 0;
+}
+
+// The n-th call to CUDA fails, for n over the whole run: one line says what, and nothing crashes.
+// Only the first name under which cuBLAS is looked for may fail unseen.
+static void test_gpu_failing_calls(Test *t) {
+    char data[200], words[40];
+    long calls = 0, before, last = 0;
+    size_t runs = 0, unseen = 0;
+    snprintf(data, sizeof data, "build/gpu-%d-fail.jsonl", (int)getpid());
+    write_test_data(t, data, 2);
+    for (long n = 1; n == 1 || n <= last; n += 1 + n / 12, runs++) {
+        qlora_error err = {{0}};
+        if (n == 1) {
+            before = emulator_calls();
+            check(t, !small_run(data, &calls, &err), "%s", err.text);
+            last = calls - before;
+        }
+        snprintf(words, sizeof words, "fail_call=%ld", n);
+        emulator_set(words);
+        bool good = !small_run(data, &calls, &err);
+        unseen += good;
+        check(t, good || (strlen(err.text) > 8 && !strchr(err.text, '\n')), "call %ld: \"%s\"", n,
+              err.text);
+        emulator_set("fail_call=0");
+        emulator_reset();
+    }
+    check(t, unseen <= 1, "%zu of %zu calls failed unseen", unseen, runs);
+    printf("    %zu of the %ld calls failed, %zu unseen\n", runs, last, unseen);
+    unlink(data);
+}
+#define EMULATED_TESTS_ROWS                                                                        \
+    {"gpu_failing_calls", "any failing CUDA call ends in one clear line", test_gpu_failing_calls},
+#else
+#define EMULATED_TESTS_ROWS
+#endif
+
 #define GPU_TESTS                                                                                  \
     {"gpu_quantise", "4-bit weights are the CPU's, bit for bit", test_gpu_quantise},               \
     {"gpu_logits", "logits are the CPU's, float32 and bf16, quantised and not", test_gpu_logits},  \
@@ -357,4 +421,5 @@ static void test_gpu_not_finite(Test *t) {
     {"gpu_resume", "stopped and resumed = never stopped, bit for bit", test_gpu_resume},           \
     {"gpu_generate", "greedy and drawn texts are the CPU's", test_gpu_generate},                   \
     {"gpu_merge", "merged files are the CPU's, byte for byte", test_gpu_merge},                    \
-    {"gpu_not_finite", "NaN is never applied and is told at the next read-back", test_gpu_not_finite},
+    {"gpu_not_finite", "NaN is never applied and is told at the next read-back", test_gpu_not_finite}, \
+    EMULATED_TESTS_ROWS

@@ -1,0 +1,4065 @@
+// qlora.cu: the op table of qlora.c on NVIDIA GPUs.
+//
+// The same operations, names, arguments and stage comments as chapter 3 of qlora.c, which is their
+// specification: read the CPU kernel of a name first, then the GPU kernel of that name here. Needs
+// the CUDA runtime; cuBLAS is loaded when the first GPU is opened. Nothing here knows what a model
+// is. Not here: other vendors, several GPUs at once, float atomics (results are the same bits from
+// run to run).
+//
+//      1  The machine: matrix instructions, asynchronous copies, numbers
+//      2  A GPU: memory, errors, streams
+//      3  4-bit weights: quantise, dequantise, panels
+//      4  Matrix products and the LoRA linear
+//      5  Embedding, norms, rotation, activations, gather and scatter
+//      6  Attention
+//      7  Output head, cross-entropy, optimiser
+//      8  Decoding one token: matrix-vector kernels, sampling, recorded steps
+//      9  The op table
+//
+// Letters, names and the gradient contract are those of chapter 1 of qlora.c. A kernel's comment
+// says what it computes, what a thread, warp or block owns, and what it should cost.
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define QLORA_INTERNAL
+#include "qlora.h"
+
+// =================================================================================================
+//  1. The machine: matrix instructions, asynchronous copies, numbers
+//
+//  All inline assembly of this file is here. Under test/cuda the same wrappers run on a CPU; what
+//  follows #else is their body there.
+// =================================================================================================
+
+typedef __nv_bfloat16 bf16;
+
+enum { WARP = 32 };
+
+// d (16 x 8) = a (16 x 16) b (16 x 8) + c, bf16 in, float32 out, spread over the lanes of a warp as
+// PTX defines for mma.m16n8k16: lane l holds of d rows l/4 and l/4 + 8, columns 2 (l%4) and + 1.
+__device__ __forceinline__ void mma(float d[4], const uint32_t a[4], const uint32_t b[2],
+                                    const float c[4]) {
+#if !defined(__CUDACC__)
+    emulated_mma_m16n8k16_bf16(d, a, b, c);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]),
+                   "f"(c[1]), "f"(c[2]), "f"(c[3]));
+#else
+    (void)d, (void)a, (void)b, (void)c;             // the launchers never come here before Ampere
+    __trap();
+#endif
+}
+
+// Four 8 x 8 matrices of bf16 from shared memory; lane l gives the address of row l % 8 of matrix
+// l / 8, and gets of each matrix row l / 4, columns 2 (l % 4) and + 1.
+__device__ __forceinline__ void load_matrices(uint32_t r[4], const void *row) {
+#ifdef __CUDACC__
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+#else
+    emulated_ldmatrix_x4(r, row);
+#endif
+}
+
+// The same, each matrix transposed on the way.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t r[4], const void *row) {
+#ifdef __CUDACC__
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+#else
+    emulated_ldmatrix_x4_trans(r, row);
+#endif
+}
+
+// Starts copying 16 bytes to shared memory, of which the first `bytes` (0 to 16) come from global
+// memory and the rest are zero. Both addresses are 16-aligned.
+__device__ __forceinline__ void copy_async(void *shared, const void *global, int bytes) {
+#if !defined(__CUDACC__)
+    emulated_cp_async16(shared, global, bytes);
+#elif __CUDA_ARCH__ >= 800
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                 "r"(bytes)
+                 : "memory");
+#else
+    (void)shared, (void)global, (void)bytes;
+    __trap();
+#endif
+}
+
+// Closes the group of copies started since the last commit.
+__device__ __forceinline__ void copy_commit() {
+#if !defined(__CUDACC__)
+    emulated_cp_async_commit();
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `groups` of this thread's latest groups are under way.
+template <int groups> __device__ __forceinline__ void copy_wait() {
+#if !defined(__CUDACC__)
+    emulated_cp_async_wait(groups);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+#endif
+}
+
+// 2^x to 22 bits; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+#ifdef __CUDACC__
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
+// Activations are float or bf16: kernels are templates over the type, and compute in float.
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void from_float(float *to, float x) { *to = x; }
+__device__ __forceinline__ void from_float(bf16 *to, float x) { *to = __float2bfloat16(x); }
+// x as a matrix product sees it: rounded to the activation type.
+template <typename Act> __device__ __forceinline__ float rounded(float x) {
+    Act y;
+    from_float(&y, x);
+    return to_float(y);
+}
+
+// Sixteen and four bytes at once, whatever they hold, at addresses that are multiples of that. (A
+// memcpy says the same, but nvcc 13 makes single bytes of it.)
+template <typename T> __device__ __forceinline__ uint4 load16(const T *from) {
+#ifdef __CUDACC__
+    __uint128_t bits = *(const __uint128_t *)from;
+    uint4 v;
+    memcpy(&v, &bits, 16);
+    return v;
+#else
+    uint4 v;
+    memcpy(&v, __builtin_assume_aligned(from, 16), 16);
+    return v;
+#endif
+}
+template <typename T> __device__ __forceinline__ void store16(T *to, uint4 v) {
+#ifdef __CUDACC__
+    __uint128_t bits;
+    memcpy(&bits, &v, 16);
+    *(__uint128_t *)to = bits;
+#else
+    memcpy(__builtin_assume_aligned(to, 16), &v, 16);
+#endif
+}
+template <typename T> __device__ __forceinline__ uint32_t load4(const T *from) {
+#ifdef __CUDACC__
+    return *(const uint32_t *)from;
+#else
+    uint32_t v;
+    memcpy(&v, __builtin_assume_aligned(from, 4), 4);
+    return v;
+#endif
+}
+template <typename T> __device__ __forceinline__ void store4(T *to, uint32_t v) {
+#ifdef __CUDACC__
+    *(uint32_t *)to = v;
+#else
+    memcpy(__builtin_assume_aligned(to, 4), &v, 4);
+#endif
+}
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);     // one instruction since Ampere
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+// Eight activations at once, widened. The address is 16-aligned.
+__device__ __forceinline__ void load8(float x[8], const bf16 *from) {
+    uint4 v = load16(from);
+    bf16 y[8];
+    memcpy(y, &v, 16);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = __bfloat162float(y[i]);
+}
+__device__ __forceinline__ void load8(float x[8], const float *from) {
+    uint4 low = load16(from), high = load16(from + 4);
+    memcpy(x, &low, 16);
+    memcpy(x + 4, &high, 16);
+}
+__device__ __forceinline__ void store8(bf16 *to, const float x[8]) {
+    store16(to, make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]),
+                           pack_bf16(x[6], x[7])));
+}
+__device__ __forceinline__ void store8(float *to, const float x[8]) {
+    uint4 low, high;
+    memcpy(&low, x, 16);
+    memcpy(&high, x + 4, 16);
+    store16(to, low);
+    store16(to + 4, high);
+}
+
+// The same for kernels that are built for rows of whole 16-byte pieces (width 8) and for any other
+// rows (width 1).
+template <int width, typename T> __device__ __forceinline__ void load(float *x, const T *from) {
+    if constexpr (width == 8) load8(x, from);
+    else *x = to_float(*from);
+}
+template <int width, typename T> __device__ __forceinline__ void store(T *to, const float *x) {
+    if constexpr (width == 8) store8(to, x);
+    else from_float(to, *x);
+}
+
+// Calls a launcher, a template over the activations' type, for those of dev.
+#define FOR_ACT(dev, launch, ...) \
+    ((dev)->act == DT_BF16 ? launch<bf16>(__VA_ARGS__) : launch<float>(__VA_ARGS__))
+// The same for one that is also a template over the width: 8 where rows of n values begin at
+// multiples of 16 bytes.
+#define FOR_ACT_AND_ROWS(dev, n, launch, ...) \
+    ((dev)->act == DT_BF16 ? (n) % 8 == 0 ? launch<bf16, 8>(__VA_ARGS__)    \
+                                          : launch<bf16, 1>(__VA_ARGS__)    \
+                           : (n) % 8 == 0 ? launch<float, 8>(__VA_ARGS__)   \
+                                          : launch<float, 1>(__VA_ARGS__))
+
+// Sum and maximum over a warp; every lane gets the same bits (xor order is symmetric).
+__device__ __forceinline__ float warp_sum(float x) {
+    for (int lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lane);
+    return x;
+}
+__device__ __forceinline__ float larger(float a, float b) {      // keeps a NaN of either
+    return a > b || a != a ? a : b;
+}
+__device__ __forceinline__ float warp_max(float x) {
+    for (int lane = WARP / 2; lane; lane /= 2)
+        x = larger(x, __shfl_xor_sync(0xFFFFFFFFu, x, lane));
+    return x;
+}
+
+// Sum and maximum over a block, for all its threads; partial (32) is shared memory. Barriers inside.
+template <typename T> __device__ __forceinline__ T block_sum(T x, T *partial) {
+    for (int lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lane);
+    __syncthreads();                                // partial may still be read from the last call
+    if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = x;
+    __syncthreads();
+    T sum = 0;
+    for (unsigned warp = 0; warp < blockDim.x / WARP; warp++) sum += partial[warp];
+    return sum;
+}
+__device__ __forceinline__ float block_max(float x, float *partial) {
+    x = warp_max(x);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = x;
+    __syncthreads();
+    for (unsigned warp = 0; warp < blockDim.x / WARP; warp++) x = larger(x, partial[warp]);
+    return x;
+}
+
+// =================================================================================================
+//  2. A GPU: memory, errors, streams
+//
+//  Work is asked for in order on one stream. A call that fails leaves its message in the Gpu and
+//  every op after it returns at once; `check` hands the message out. So ops have no result, and no
+//  failing call is ever passed over.
+// =================================================================================================
+
+// cuBLAS, found when the first GPU is opened: linking it would cost every start of the program, CPU
+// runs too, the loading of its several hundred megabytes.
+typedef struct {
+    void *library;
+    cublasStatus_t (*create)(cublasHandle_t *);
+    cublasStatus_t (*destroy)(cublasHandle_t);
+    cublasStatus_t (*set_stream)(cublasHandle_t, cudaStream_t);
+    cublasStatus_t (*set_workspace)(cublasHandle_t, void *, size_t);
+    cublasStatus_t (*set_math)(cublasHandle_t, cublasMath_t);
+    cublasStatus_t (*gemm)(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int,
+                           const void *, const void *, cudaDataType, int, const void *,
+                           cudaDataType, int, const void *, void *, cudaDataType, int,
+                           cublasComputeType_t, cublasGemmAlgo_t);
+} Blas;
+
+// Rows of a weight matrix in the activations' type, ready to be multiplied with (chapter 3).
+typedef struct {
+    const void *data;               // of the weight, which names it; NULL: the panel is empty
+    size_t first, rows, pitch;      // rows first .. first+rows-1, their starts `pitch` values apart
+    bool beside;                    // made on the side stream: `ready` tells when
+    cudaEvent_t ready, unused;      // it was made; the last product that read it has ended
+} Panel;
+
+// Uploads go through these pinned pieces in turn, so that they need not wait for the GPU.
+enum { STAGING_PIECES = 32, STAGING_BYTES = 512 << 10 };
+
+enum { SUMS = 1024 };               // partial sums of a reduction over many blocks, at most
+enum { BLAS_BYTES = 32 << 20 };     // cuBLAS' own scratch; fixed, so that its results are
+enum { WIDENED = 4 << 20 };         // values
+
+typedef struct Gpu {
+    const qlora_allocator *allocator;   // for this structure itself
+    int number;                         // of the card
+    int major, minor;                   // compute capability
+    int processors;                     // streaming multiprocessors
+    size_t shared_limit;                // bytes of shared memory a block may ask for
+    bool matrix_units;                  // bf16 mma and cp.async: Ampere or newer
+    cudaStream_t stream, side;          // `side` prepares panels
+    Blas blas;
+    cublasHandle_t handle;
+    void *workspace;                    // (BLAS_BYTES)
+    double *sums;                       // (SUMS + 1) partial sums, and what they add up to
+    char *staging;                      // (STAGING_PIECES, STAGING_BYTES) pinned
+    cudaEvent_t copied[STAGING_PIECES]; // the piece may be written again
+    int piece;                          // the next one
+    Panel panels[2];
+    const void *panel_scratch;          // the scratch they lie in
+    int panel;                          // the one to make next
+    size_t panel_bytes, panel_columns;  // of each; columns it has beyond those of a weight
+    size_t rows;                        // of the last linears: hints matter to many rows only
+    bool recording;                     // inside replay: no hints
+    bool written;                       // the host wrote something: panels made before are void
+    float *widened;                     // (3, WIDENED) before Ampere: operands of a product, float
+    bool failed;
+    char message[256];                  // the first failure
+} Gpu;
+
+// ---------------------------------------------------------------------------------------- errors
+
+__attribute__((format(printf, 2, 3)))
+static void gpu_fail(Gpu *gpu, const char *format, ...) {
+    va_list args;
+    if (gpu->failed) return;
+    gpu->failed = true;
+    va_start(args, format);
+    vsnprintf(gpu->message, sizeof gpu->message, format, args);
+    va_end(args);
+}
+
+// True when the call failed; the first failure is kept.
+static bool cuda_failed(Gpu *gpu, cudaError_t error, const char *what) {
+    if (error == cudaSuccess) return false;
+    (void)cudaGetLastError();                       // else the next launch is blamed as well
+    gpu_fail(gpu, "%s: %s", what, cudaGetErrorString(error));
+    return true;
+}
+
+// After each launch.
+static void launched(Gpu *gpu, const char *kernel) {
+    (void)cuda_failed(gpu, cudaGetLastError(), kernel);
+}
+
+__attribute__((format(printf, 2, 3)))
+static int open_fail(qlora_error *err, const char *format, ...) {
+    va_list args;
+    if (!err) return -1;
+    va_start(args, format);
+    vsnprintf(err->text, sizeof err->text, format, args);
+    va_end(args);
+    return -1;
+}
+
+// ---------------------------------------------------------------------------------------- sizes
+
+static size_t min_size(size_t a, size_t b) { return a < b ? a : b; }
+static size_t max_size(size_t a, size_t b) { return a > b ? a : b; }
+static size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
+static size_t round_up(size_t n, size_t step) { return ceil_div(n, step) * step; }
+static size_t act_size(DType act) { return act == DT_BF16 ? sizeof(bf16) : sizeof(float); }
+
+// Blocks of a grid's x for n things, `each` per block.
+static unsigned blocks_for(size_t n, size_t each) {
+    return (unsigned)min_size(ceil_div(n, each), INT_MAX);
+}
+
+// Pieces of the op's scratch, as arena_alloc of qlora.c hands them out; 256-aligned.
+typedef struct { char *base; size_t used; } Carve;
+
+static void *carve(Carve *c, size_t n, size_t size) {
+    void *p = c->base ? c->base + c->used : NULL;
+    c->used += round_up(n * size, 256);
+    return p;
+}
+
+// ---------------------------------------------------------------------------------------- memory
+
+// The only place where device memory comes from.
+static cudaError_t device_memory(void **memory, size_t bytes) {
+    *memory = NULL;
+    return cudaMalloc(memory, max_size(bytes, 256));
+}
+
+static void *gpu_allocate(Device *dev, size_t bytes, qlora_error *err) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    void *memory = NULL;
+    size_t available = 0, total = 0;
+    if (gpu->failed) return open_fail(err, "GPU: %s", gpu->message), (void *)NULL;
+    if (cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice"))
+        return open_fail(err, "GPU: %s", gpu->message), (void *)NULL;
+    if (device_memory(&memory, bytes) == cudaSuccess) return memory;
+    (void)cudaGetLastError();                       // a refusal that the caller may recover from
+    if (cudaMemGetInfo(&available, &total) != cudaSuccess) (void)cudaGetLastError();
+    open_fail(err, "out of GPU memory: %.1f MiB were asked for, %.1f of %.1f MiB are free",
+              (double)bytes / (1 << 20), (double)available / (1 << 20), (double)total / (1 << 20));
+    return NULL;
+}
+
+static void forget_panels(Gpu *gpu);                // chapter 3
+
+// Nothing that was asked for may still use the memory.
+static void gpu_release(Device *dev, void *memory, size_t bytes) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    (void)bytes;
+    if (!memory) return;
+    forget_panels(gpu);
+    (void)cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice");
+    (void)cuda_failed(gpu, cudaStreamSynchronize(gpu->side), "waiting for the GPU");
+    (void)cuda_failed(gpu, cudaStreamSynchronize(gpu->stream), "waiting for the GPU");
+    (void)cuda_failed(gpu, cudaFree(memory), "cudaFree");
+}
+
+static size_t gpu_available(Device *dev) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    size_t available = 0, total = 0;
+    if (cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice")) return 0;
+    if (cuda_failed(gpu, cudaMemGetInfo(&available, &total), "cudaMemGetInfo")) return 0;
+    return available;
+}
+
+static void gpu_upload(Device *dev, void *to, const void *host, size_t bytes) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice")) return;
+    gpu->written = true;
+    for (size_t at = 0, n; at < bytes; at += n) {
+        char *piece = gpu->staging + (size_t)gpu->piece * STAGING_BYTES;
+        cudaEvent_t copied = gpu->copied[gpu->piece];
+        n = min_size(bytes - at, STAGING_BYTES);
+        if (cuda_failed(gpu, cudaEventSynchronize(copied), "waiting for an upload")) return;
+        memcpy(piece, (const char *)host + at, n);
+        if (cuda_failed(gpu, cudaMemcpyAsync((char *)to + at, piece, n, cudaMemcpyHostToDevice,
+                                             gpu->stream), "upload") ||
+            cuda_failed(gpu, cudaEventRecord(copied, gpu->stream), "upload"))
+            return;
+        gpu->piece = (gpu->piece + 1) % STAGING_PIECES;
+    }
+}
+
+// Where nothing can be had any more, the host gets zeros rather than what lay in its memory.
+static void gpu_download(Device *dev, void *host, const void *from, size_t bytes) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (!bytes) return;
+    if (gpu->failed || cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice") ||
+        cuda_failed(gpu, cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, gpu->stream),
+                    "download") ||
+        cuda_failed(gpu, cudaStreamSynchronize(gpu->stream), "waiting for the GPU"))
+        memset(host, 0, bytes);
+}
+
+static void gpu_zero(Device *dev, void *memory, size_t bytes) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !bytes) return;
+    if (cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice")) return;
+    (void)cuda_failed(gpu, cudaMemsetAsync(memory, 0, bytes, gpu->stream), "cudaMemsetAsync");
+}
+
+static int gpu_check(Device *dev, qlora_error *err) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (!gpu->failed && !cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice") &&
+        !cuda_failed(gpu, cudaStreamSynchronize(gpu->stream), "waiting for the GPU"))
+        (void)cuda_failed(gpu, cudaStreamSynchronize(gpu->side), "waiting for the GPU");
+    return gpu->failed ? open_fail(err, "GPU: %s", gpu->message) : 0;
+}
+
+// =================================================================================================
+//  3. 4-bit weights: quantise, dequantise, panels
+//
+//  Weights stay 4-bit in memory. What a matrix product needs of one is dequantised just before into
+//  a panel of scratch, and while that product runs, the panel of the next is made on a second
+//  stream. Numbers are those of chapter 2 of qlora.c bit for bit: where the compiler might fuse a
+//  product and a sum, or divide approximately, the rounding is spelled out.
+// =================================================================================================
+
+// ------------------------------------------------------------------------------------- quantising
+
+// The constants of one 4-bit type; a kernel's argument.
+typedef struct {
+    bool nf4;
+    float thresholds[15];           // NF4; FP4 has 7
+    uint8_t by_size[8];             // FP4
+} CodeLevels;
+
+__device__ __forceinline__ int nf4_code(const CodeLevels &levels, float x) {
+    int code = 0;
+#pragma unroll
+    for (int k = 0; k < 15; k++) code += x > levels.thresholds[k];
+    return code;
+}
+
+// Ties go to the lower value, which is the larger magnitude of a negative one.
+__device__ __forceinline__ int fp4_code(const CodeLevels &levels, float x) {
+    int rank = 0;
+#pragma unroll
+    for (int k = 0; k < 7; k++)
+        rank += x < 0 ? -x >= levels.thresholds[k] : x > levels.thresholds[k];
+    return levels.by_size[rank] | (x < 0 ? 8 : 0);
+}
+
+template <typename Raw> __device__ __forceinline__ float raw_float(const void *raw, size_t i) {
+    return to_float(((const Raw *)raw)[i]);
+}
+template <> __device__ __forceinline__ float raw_float<__half>(const void *raw, size_t i) {
+    return __half2float(((const __half *)raw)[i]);
+}
+
+// Twin of quantize_block: eight lanes own a block of 64, a lane 8 of its values and so 4 bytes of
+// codes. Reads 2 or 4 bytes a value, writes 0.56; the bus to the card, not the card, is the limit.
+template <typename Raw>
+__global__ void quantize_kernel(uint8_t *packed, float *absmax, const void *raw,
+                                const __grid_constant__ CodeLevels levels, size_t n) {
+    const float smallest = 1e-38f;                  // keeps a block of zeros dividable
+    size_t at = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8, block = at / QUANT_BLOCK;
+    bool full = (block + 1) * QUANT_BLOCK <= n;
+    float x[8], largest = 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        x[i] = at + i < n ? raw_float<Raw>(raw, at + i) : 0;
+        largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
+    }
+    for (int lane = 4; lane; lane /= 2) {
+        float other = __shfl_xor_sync(0xFFFFFFFFu, largest, lane);
+        largest = other > largest ? other : largest;
+    }
+    float divisor = largest > smallest ? largest : smallest;
+    float reciprocal = __fdiv_rn(1.0f, divisor);
+    uint8_t codes[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float s = full ? __fmul_rn(x[i], reciprocal) : __fdiv_rn(x[i], divisor);
+        s = s > -1.0f ? s : -1.0f;
+        s = s < 1.0f ? s : 1.0f;
+        codes[i] = (uint8_t)(levels.nf4 ? nf4_code(levels, s) : fp4_code(levels, s));
+        if (at + i >= n) codes[i] = levels.nf4 ? 7 : 0;     // an odd tail's partner is the value 0
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i += 2)
+        if (at + i < n) packed[(at + i) / 2] = (uint8_t)(codes[i] << 4 | codes[i + 1]);
+    if (at < n && at % QUANT_BLOCK == 0) absmax[block] = full ? largest : divisor;
+}
+
+template <typename Raw>
+static void quantize_launch(Gpu *gpu, uint8_t *packed, float *absmax, const void *raw,
+                            const CodeLevels &levels, size_t n) {
+    unsigned grid = blocks_for(n, 128 * 8);
+    quantize_kernel<Raw><<<grid, 128, 0, gpu->stream>>>(packed, absmax, raw, levels, n);
+}
+
+static void quantize(Device *dev, uint8_t *packed, float *absmax, const void *raw, DType from,
+                     DType to, size_t n) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    CodeLevels levels = {};
+    if (gpu->failed || !n) return;
+    levels.nf4 = to == DT_NF4;
+    if (levels.nf4) memcpy(levels.thresholds, qlora_nf4_thresholds, sizeof qlora_nf4_thresholds);
+    else memcpy(levels.thresholds, qlora_fp4_thresholds, sizeof qlora_fp4_thresholds);
+    memcpy(levels.by_size, qlora_fp4_by_size, sizeof levels.by_size);
+    gpu->written = true;
+    if (from == DT_BF16) quantize_launch<bf16>(gpu, packed, absmax, raw, levels, n);
+    else if (from == DT_F16) quantize_launch<__half>(gpu, packed, absmax, raw, levels, n);
+    else quantize_launch<float>(gpu, packed, absmax, raw, levels, n);
+    launched(gpu, "quantize");
+}
+
+// sums[i] = the sum, in order, of the i-th SCALE_SUM scales. A thread owns a sum: the order leaves
+// it no help, and there are few scales.
+__global__ void sum_scales_kernel(double *sums, const float *absmax, size_t n) {
+    size_t start = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * SCALE_SUM;
+    if (start >= n) return;
+    size_t end = start + SCALE_SUM < n ? start + SCALE_SUM : n;
+    double sum = 0;
+    for (size_t i = start; i < end; i++) sum += (double)absmax[i];
+    sums[start / SCALE_SUM] = sum;
+}
+
+// *total = or += the sums, in order. One thread.
+__global__ void add_sums_kernel(double *total, const double *sums, size_t n, bool first) {
+    double sum = first ? 0 : *total;
+    for (size_t i = 0; i < n; i++) sum += sums[i];
+    *total = sum;
+}
+
+// Twin of quantize_scales: a warp owns SCALE_BLOCK scales, a lane 8 of them.
+__global__ void quantize_scales_kernel(uint8_t *codes, float *absmax2, const float *absmax,
+                                       size_t n, const float *map, const double *total) {
+    __shared__ float levels[256];
+    for (unsigned i = threadIdx.x; i < 256; i += blockDim.x) levels[i] = map[i];
+    __syncthreads();
+    float offset = (float)(*total / (double)n);
+    size_t warp = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    size_t at = warp * SCALE_BLOCK + threadIdx.x % WARP;
+    float x[SCALE_BLOCK / WARP], largest = 0;
+#pragma unroll
+    for (int i = 0; i < SCALE_BLOCK / WARP; i++) {
+        x[i] = at + i * WARP < n ? absmax[at + i * WARP] - offset : 0;
+        largest = fmaxf(largest, fabsf(x[i]));
+    }
+    for (int lane = WARP / 2; lane; lane /= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, lane));
+    float reciprocal = __fdiv_rn(1.0f, fmaxf(largest, 1e-38f));
+    for (int i = 0; i < SCALE_BLOCK / WARP; i++) {
+        float scaled = fminf(fmaxf(__fmul_rn(x[i], reciprocal), -1.0f), 1.0f);
+        int low = 0, high = 255;
+        while (high - low > 1) {                    // the nearest level; halfway goes to the lower
+            int middle = (low + high) / 2;
+            if (scaled > levels[middle]) low = middle;
+            else high = middle;
+        }
+        if (scaled > (levels[low] + levels[high]) / 2) low = high;
+        // All scales equal: bitsandbytes divides 0 by 0 and lands on code 0; so do we.
+        if (at + i * WARP < n) codes[at + i * WARP] = (uint8_t)(largest > 0 ? low : 0);
+    }
+    if (at < n && threadIdx.x % WARP == 0) absmax2[warp] = largest;
+}
+
+static float quantize_scales(Device *dev, uint8_t *codes, float *absmax2, const float *absmax,
+                             size_t n, const float *map) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    double sum = 0, *total = gpu->sums + SUMS;
+    size_t each = (size_t)SUMS * SCALE_SUM;
+    if (gpu->failed || !n) return 0;
+    for (size_t start = 0; start < n; start += each) {
+        size_t here = min_size(each, n - start), sums = ceil_div(here, SCALE_SUM);
+        unsigned grid = blocks_for(sums, WARP);
+        sum_scales_kernel<<<grid, WARP, 0, gpu->stream>>>(gpu->sums, absmax + start, here);
+        launched(gpu, "sum_scales");
+        add_sums_kernel<<<1, 1, 0, gpu->stream>>>(total, gpu->sums, sums, start == 0);
+        launched(gpu, "add_sums");
+    }
+    enum { THREADS = 128 };
+    unsigned grid = blocks_for(n, THREADS / WARP * SCALE_BLOCK);
+    quantize_scales_kernel<<<grid, THREADS, 0, gpu->stream>>>(codes, absmax2, absmax, n, map, total);
+    launched(gpu, "quantize_scales");
+    gpu_download(dev, &sum, total, sizeof sum);
+    return (float)(sum / (double)n);
+}
+
+// delta = s (B A); a block owns a row of it. What merging costs is writing the files.
+__global__ void low_rank_kernel(float *delta, const float *B, const float *A, float s, size_t K,
+                                size_t r) {
+    size_t row = blockIdx.x;
+    for (size_t k = threadIdx.x; k < K; k += blockDim.x) {
+        float sum = 0;
+        for (size_t j = 0; j < r; j++) sum = __fadd_rn(sum, __fmul_rn(B[row * r + j], A[j * K + k]));
+        delta[row * K + k] = __fmul_rn(s, sum);
+    }
+}
+
+static void low_rank(Device *dev, real *delta, const real *B, const real *A, real s, size_t rows,
+                     size_t K, size_t r) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !rows || !K) return;
+    low_rank_kernel<<<blocks_for(rows, 1), 128, 0, gpu->stream>>>(delta, B, A, s, K, r);
+    launched(gpu, "low_rank");
+}
+
+// --------------------------------------------------------------------------------------- reading
+
+// The tables of a 4-bit weight in shared memory, for the whole block. Ends with a barrier.
+__device__ __forceinline__ void load_tables(float code[16], float code8[256], const Weight &w) {
+    bool packed = w.dtype == DT_NF4 || w.dtype == DT_FP4;
+    for (unsigned i = threadIdx.x; packed && i < 16; i += blockDim.x) code[i] = w.code[i];
+    for (unsigned i = threadIdx.x; packed && !w.absmax && i < 256; i += blockDim.x)
+        code8[i] = w.code8[i];
+    __syncthreads();
+}
+
+__device__ __forceinline__ float block_scale(const Weight &w, size_t block, const float *code8) {
+    if (w.absmax) return w.absmax[block];
+    return __fadd_rn(__fmul_rn(code8[w.absmax8[block]], w.absmax2[block / SCALE_BLOCK]), w.offset);
+}
+
+// Eight codes, the first of them number `at`, a multiple of eight.
+__device__ __forceinline__ uint32_t load_codes(const Weight &w, size_t at) {
+    return load4((const uint8_t *)w.data + at / 2);
+}
+
+// The value of nibble i of four bytes of codes; the even one is a byte's high nibble.
+__device__ __forceinline__ float decode(uint32_t codes, int i, float scale, const float *code) {
+    return __fmul_rn(code[codes >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15], scale);
+}
+
+// Twin of weight_row, before rounding: the `width` values of a weight from number `at` on. Width 8
+// wants `at` to be a multiple of 8.
+template <int width>
+__device__ __forceinline__ void read_weight(float *x, const Weight &w, size_t at, const float *code,
+                                            const float *code8) {
+    if (w.dtype == DT_F32) load<width>(x, (const float *)w.data + at);
+    else if (w.dtype == DT_BF16) load<width>(x, (const bf16 *)w.data + at);
+    else if (w.dtype == DT_F16) {
+        for (int i = 0; i < width; i++) x[i] = __half2float(((const __half *)w.data)[at + i]);
+    } else {
+        float scale = block_scale(w, at / QUANT_BLOCK, code8);
+        if constexpr (width == 8) {
+            uint32_t codes = load_codes(w, at);
+#pragma unroll
+            for (int i = 0; i < 8; i++) x[i] = decode(codes, i, scale, code);
+        } else {
+            uint8_t byte = ((const uint8_t *)w.data)[at / 2];
+            *x = __fmul_rn(code[at % 2 ? byte & 15 : byte >> 4], scale);
+        }
+    }
+}
+
+enum { DEQUANTISE_PIECES = 4 };
+
+// panel (rows, pitch) = rows of w from row `first` on, rounded to the activations' type. A warp owns
+// 4 x 32 pieces of 8 values of a row (width 1: 4 x 32 values); all loads are under way before the
+// first is used. Reads 0.56 (nested scales 0.52) bytes a value and writes 2: limited by memory.
+template <typename Act, int width>
+__global__ void dequantise_kernel(Act *panel, size_t pitch, Weight w, size_t first, size_t rows) {
+    __shared__ float code[16];
+    __shared__ float code8[256];
+    load_tables(code, code8, w);
+    size_t row = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    size_t column = ((size_t)blockIdx.y * DEQUANTISE_PIECES * WARP + threadIdx.x % WARP) * width;
+    if (row >= rows) return;
+    size_t at = (first + row) * w.K + column;
+    Act *to = panel + row * pitch + column;
+    const size_t step = WARP * width;
+    if (width == 8 && (w.dtype == DT_NF4 || w.dtype == DT_FP4)) {
+        uint32_t codes[DEQUANTISE_PIECES];
+        float scale[DEQUANTISE_PIECES];
+#pragma unroll
+        for (int i = 0; i < DEQUANTISE_PIECES; i++) {
+            bool inside = column + i * step < w.K;
+            codes[i] = inside ? load_codes(w, at + i * step) : 0;
+            scale[i] = inside ? block_scale(w, (at + i * step) / QUANT_BLOCK, code8) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < DEQUANTISE_PIECES; i++) {
+            float x[8];
+#pragma unroll
+            for (int j = 0; j < 8; j++) x[j] = decode(codes[i], j, scale[i], code);
+            if (column + i * step < w.K) store<8>(to + i * step, x);
+        }
+        return;
+    }
+    for (int i = 0; i < DEQUANTISE_PIECES; i++) {
+        float x[width];
+        if (column + i * step >= w.K) return;
+        read_weight<width>(x, w, at + i * step, code, code8);
+        store<width>(to + i * step, x);
+    }
+}
+
+// ---------------------------------------------------------------------------------------- panels
+//
+// Two panels lie at the end of the scratch and are made in turn. A panel names the weight it was
+// made from, is used once, and is then free.
+
+enum { FEW_ROWS = 8 };              // up to here chapter 8 reads the codes themselves
+
+// A matrix larger than this is taken in pieces of some rows.
+static const size_t panel_most = (size_t)256 << 20;
+
+static void forget_panels(Gpu *gpu) {
+    for (int i = 0; i < 2; i++) {
+        Panel *p = &gpu->panels[i];
+        if (p->beside)
+            (void)cuda_failed(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
+        p->data = NULL;
+        p->beside = false;
+    }
+}
+
+// Bytes of the two panels. Never shrinks, so that the scratch of a session that was opened before
+// another still holds what it was made for.
+static size_t panels_scratch(Device *dev, const OpSizes *s) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    gpu->panel_columns = max_size(gpu->panel_columns, round_up(s->max_r + 2, 8));
+    size_t D = s->D + 8 + gpu->panel_columns, F = s->F + 8 + gpu->panel_columns;
+    size_t bytes = max_size(D * D, D * F) * act_size(dev->act);
+    bytes = max_size(min_size(bytes, panel_most), max_size(D, F) * sizeof(float));
+    gpu->panel_bytes = max_size(gpu->panel_bytes, round_up(bytes, 256));
+    return 2 * gpu->panel_bytes;
+}
+
+// The op's own part of the scratch; NULL, and the op must return, when it is too small.
+static char *op_scratch(Device *dev, size_t bytes) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (bytes + 2 * gpu->panel_bytes <= dev->scratch_size) return dev->scratch;
+    gpu_fail(gpu, "an op needs %zu bytes of scratch and two panels of %zu, but there are %zu", bytes,
+             gpu->panel_bytes, dev->scratch_size);
+    return NULL;
+}
+
+static void *panel_memory(const Device *dev, const Panel *p) {
+    const Gpu *gpu = (const Gpu *)dev->gpu;
+    return dev->scratch + dev->scratch_size - (size_t)(gpu->panels + 2 - p) * gpu->panel_bytes;
+}
+
+// Whether a product can read the weight where it lies.
+static bool in_place(const Device *dev, const Weight *w) {
+    return w->dtype == (dev->act == DT_BF16 ? DT_BF16 : DT_F32);
+}
+
+// Values from one row of a panel to the next: room for `extra` columns, 16-byte pieces whole.
+static size_t panel_pitch(const Gpu *gpu, const Weight *w, size_t extra) {
+    return round_up(w->K + max_size(gpu->panel_columns, extra), 8);
+}
+
+// Rows of a weight that fit into a panel.
+static size_t panel_rows(const Device *dev, const Weight *w, size_t pitch) {
+    const Gpu *gpu = (const Gpu *)dev->gpu;
+    return min_size(w->N, gpu->panel_bytes / (pitch * act_size(dev->act)));
+}
+
+template <typename Act, int width>
+static void dequantise_launch(void *panel, size_t pitch, const Weight *w, size_t first, size_t rows,
+                              cudaStream_t stream) {
+    const int threads = 128;
+    dim3 grid(blocks_for(rows, threads / WARP), blocks_for(w->K, DEQUANTISE_PIECES * WARP * width));
+    dequantise_kernel<Act, width><<<grid, threads, 0, stream>>>((Act *)panel, pitch, *w, first, rows);
+}
+
+// Makes a panel of rows first .. first+rows-1 of w in the place that is not `busy`. On the side
+// stream it waits for the products that read what was there; on the main one for the side stream's
+// work in that place, which nobody wanted after all.
+static Panel *make_panel(Device *dev, const Weight *w, size_t first, size_t rows, size_t pitch,
+                         const Panel *busy, bool beside) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (&gpu->panels[gpu->panel] == busy) gpu->panel ^= 1;
+    Panel *p = &gpu->panels[gpu->panel];
+    gpu->panel ^= 1;
+    if (beside) (void)cuda_failed(gpu, cudaStreamWaitEvent(gpu->side, p->unused, 0), "panel");
+    else if (p->beside)
+        (void)cuda_failed(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
+    p->data = w->data;
+    p->first = first;
+    p->rows = rows;
+    p->pitch = pitch;
+    p->beside = beside;
+    FOR_ACT_AND_ROWS(dev, w->K, dequantise_launch, panel_memory(dev, p), pitch, w, first, rows,
+                     beside ? gpu->side : gpu->stream);
+    launched(gpu, "dequantise");
+    if (beside) (void)cuda_failed(gpu, cudaEventRecord(p->ready, gpu->side), "panel");
+    return p;
+}
+
+// Panels made for another scratch are void, for its memory may have served something else since, and
+// so are those made before the host wrote anything, which may have been weights. The next ones wait
+// for all that.
+static void check_panels(Device *dev) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (!gpu->written && gpu->panel_scratch == dev->scratch + dev->scratch_size) return;
+    forget_panels(gpu);
+    for (int i = 0; i < 2 && !gpu->recording; i++)
+        (void)cuda_failed(gpu, cudaEventRecord(gpu->panels[i].unused, gpu->stream), "panel");
+    gpu->panel_scratch = dev->scratch + dev->scratch_size;
+    gpu->written = false;
+}
+
+// A panel for the main stream to read: the one that was made before, or a new one.
+static Panel *take_panel(Device *dev, const Weight *w, size_t first, size_t rows, size_t pitch) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    check_panels(dev);
+    for (int i = 0; i < 2; i++) {
+        Panel *p = &gpu->panels[i];
+        if (p->data != w->data || p->first != first || p->rows != rows || p->pitch != pitch)
+            continue;
+        if (p->beside)
+            (void)cuda_failed(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
+        p->beside = false;
+        return p;
+    }
+    return make_panel(dev, w, first, rows, pitch, NULL, false);
+}
+
+// Everything that reads the panel has been asked for.
+static void leave_panel(Gpu *gpu, Panel *p) {
+    p->data = NULL;
+    if (gpu->recording) return;                     // nothing runs beside a recording
+    (void)cuda_failed(gpu, cudaEventRecord(p->unused, gpu->stream), "panel");
+}
+
+// A hint. A wrong one costs the effort.
+static void prefetch(Device *dev, const Weight *w) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || gpu->recording || gpu->rows <= FEW_ROWS || in_place(dev, w)) return;
+    size_t pitch = panel_pitch(gpu, w, 0), rows = panel_rows(dev, w, pitch);
+    if (!rows || 2 * gpu->panel_bytes > dev->scratch_size) return;
+    check_panels(dev);
+    for (int i = 0; i < 2; i++)
+        if (gpu->panels[i].data == w->data && gpu->panels[i].beside) return;
+    make_panel(dev, w, 0, rows, pitch, NULL, true);
+}
+
+// =================================================================================================
+//  4. Matrix products and the LoRA linear
+//
+//  Products are cuBLAS'. Around them: LoRA's A and B rounded to the activations' type, dropout, and
+//  one trick that saves a pass over y and a rounding. With [x | u] and [W | B] as operands
+//      y = x W^T + u B^T = [x | u] [W | B]^T
+//  is a single product; a bias is two more columns of W, its rounded value and what that left over,
+//  next to ones in x.
+// =================================================================================================
+
+// An operand or a result as it lies in memory, row-major, its rows `pitch` values apart.
+typedef struct {
+    void *data;
+    size_t pitch;
+    bool transposed;                // an operand: its transpose is meant
+    bool full;                      // float32 whatever the activations are
+} Matrix;
+
+static Matrix act_matrix(const void *data, size_t pitch) {
+    return {(void *)(uintptr_t)data, pitch, false, false};
+}
+static Matrix full_matrix(float *data, size_t pitch) { return {data, pitch, false, true}; }
+static Matrix transposed(Matrix m) {
+    m.transposed = !m.transposed;
+    return m;
+}
+static Matrix from_column(const Device *dev, Matrix m, size_t column) {
+    m.data = (char *)m.data + column * (m.full ? sizeof(float) : act_size(dev->act));
+    return m;
+}
+
+// C (m, n) = alpha A (m, k) B (k, n) + beta C. cuBLAS counts columns first: to it all three are
+// transposed, and C^T = B^T A^T.
+static void gemm(Gpu *gpu, void *C, cudaDataType c_type, size_t ldc, Matrix A, Matrix B,
+                 cudaDataType type, size_t m, size_t n, size_t k, float alpha, float beta) {
+    size_t most = max_size(max_size(m, n), max_size(k, max_size(ldc, max_size(A.pitch, B.pitch))));
+    if (most > INT_MAX) return gpu_fail(gpu, "matrix product: %zu is too large a size", most);
+    cublasOperation_t a = A.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t b = B.transposed ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasStatus_t status = gpu->blas.gemm(
+        gpu->handle, b, a, (int)n, (int)m, (int)k, &alpha, B.data, type, (int)B.pitch, A.data, type,
+        (int)A.pitch, &beta, C, c_type, (int)ldc, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    if (status != CUBLAS_STATUS_SUCCESS)
+        gpu_fail(gpu, "cublasGemmEx (%zu, %zu, %zu): status %d", m, n, k, (int)status);
+}
+
+// to (rows, columns), dense, = from; before Ampere only. A block owns a row.
+__global__ void widen_kernel(float *to, const bf16 *from, size_t pitch, size_t columns) {
+    size_t row = blockIdx.x;
+    for (size_t i = threadIdx.x; i < columns; i += blockDim.x)
+        to[row * columns + i] = to_float(from[row * pitch + i]);
+}
+
+// to = beta to + from (rows, columns), rounded once.
+__global__ void narrow_kernel(bf16 *to, size_t pitch, const float *from, size_t columns,
+                              float beta) {
+    size_t row = blockIdx.x;
+    for (size_t i = threadIdx.x; i < columns; i += blockDim.x) {
+        bf16 *y = to + row * pitch + i;
+        from_float(y, from[row * columns + i] + (beta != 0 ? beta * to_float(*y) : 0));
+    }
+}
+
+// Rows first .. first+n-1 of op(M) (.., k), widened into the given buffer.
+static Matrix widened(Gpu *gpu, float *to, Matrix M, size_t first, size_t n, size_t k) {
+    size_t rows = M.transposed ? k : n, columns = M.transposed ? n : k;
+    const bf16 *from = (const bf16 *)M.data + first * (M.transposed ? 1 : M.pitch);
+    widen_kernel<<<blocks_for(rows, 1), 128, 0, gpu->stream>>>(to, from, M.pitch, columns);
+    launched(gpu, "widen");
+    return {to, columns, M.transposed, true};
+}
+
+// The same without bf16 units: operands are widened a piece of C at a time, multiplied as float32,
+// and the sum is rounded once.
+static void matmul_widened(Gpu *gpu, Matrix C, Matrix A, Matrix B, size_t m, size_t n, size_t k,
+                           float alpha, float beta) {
+    float *a = gpu->widened, *b = a + WIDENED, *c = b + WIDENED;
+    if (k > WIDENED) return gpu_fail(gpu, "matrix product: %zu is too large a size", k);
+    size_t height = min_size(m, WIDENED / k), width = min_size(n, WIDENED / max_size(k, height));
+    for (size_t i = 0; i < m; i += height) {
+        size_t rows = min_size(height, m - i);
+        Matrix left = widened(gpu, a, A, i, rows, k);
+        for (size_t j = 0; j < n && !gpu->failed; j += width) {
+            size_t columns = min_size(width, n - j);
+            Matrix right = transposed(widened(gpu, b, transposed(B), j, columns, k));
+            if (C.full) {
+                gemm(gpu, (float *)C.data + i * C.pitch + j, CUDA_R_32F, C.pitch, left, right,
+                     CUDA_R_32F, rows, columns, k, alpha, beta);
+                continue;
+            }
+            gemm(gpu, c, CUDA_R_32F, columns, left, right, CUDA_R_32F, rows, columns, k, alpha, 0);
+            bf16 *to = (bf16 *)C.data + i * C.pitch + j;
+            unsigned grid = blocks_for(rows, 1);
+            narrow_kernel<<<grid, 128, 0, gpu->stream>>>(to, C.pitch, c, columns, beta);
+            launched(gpu, "narrow");
+        }
+    }
+}
+
+// C (m, n) = alpha op(A) (m, k) op(B) (k, n) + beta C: activations in, float32 sums, one rounding.
+static void matmul(Device *dev, Matrix C, Matrix A, Matrix B, size_t m, size_t n, size_t k,
+                   float alpha, float beta) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !m || !n || !k) return;
+    bool narrow = dev->act == DT_BF16;
+    if (narrow && !gpu->matrix_units) return matmul_widened(gpu, C, A, B, m, n, k, alpha, beta);
+    cudaDataType type = narrow ? CUDA_R_16BF : CUDA_R_32F;
+    gemm(gpu, C.data, C.full ? CUDA_R_32F : type, C.pitch, A, B, type, m, n, k, alpha, beta);
+}
+
+// --------------------------------------------------------------------------------------- dropout
+
+// Which span row t belongs to: the last that does not begin behind it. Empty spans have no rows.
+__device__ __forceinline__ const Span &span_of(const Span *spans, size_t n, size_t t) {
+    size_t low = 0, high = n;
+    while (high - low > 1) {
+        size_t middle = (low + high) / 2;
+        if (spans[middle].q0 <= t) low = middle;
+        else high = middle;
+    }
+    while (low > 0 && spans[low].nq == 0) low--;
+    return spans[low];
+}
+
+// What dropout needs to know; a kernel's argument.
+typedef struct {
+    const Span *spans;
+    size_t n_spans;
+    uint32_t key[2], module;
+    float dropout;
+} Mask;
+
+// Twin of dropout_row: what values column .. column+7 of row t are multiplied with.
+__device__ __forceinline__ void mask8(float m[8], const Mask &a, const Span &span, size_t t,
+                                      size_t column) {
+    uint32_t bits[8];
+    float keep = __fdiv_rn(1.0f, 1.0f - a.dropout);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        uint32_t counter[4] = {(uint32_t)(column / 4) + half, (uint32_t)(t - span.q0),
+                               span.ordinal, a.module};
+        philox(bits + 4 * half, counter, a.key);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; i++) m[i] = unit_float(bits[i]) < a.dropout ? 0 : keep;
+}
+
+// y (T, K) = dropout(x) rounded. A block owns a row, a thread 8 columns of it at a time. Reads and
+// writes each value once; ten rounds of Philox for 4 values are about as long as that takes.
+template <typename Act, int width>
+__global__ void dropout_kernel(Act *y, const Act *x, size_t K, Mask a) {
+    size_t t = blockIdx.x;
+    const Span &span = span_of(a.spans, a.n_spans, t);
+    for (size_t k = 8 * threadIdx.x; k < K; k += 8 * blockDim.x) {
+        float m[8], v[8];
+        mask8(m, a, span, t, k);
+        if constexpr (width == 8) {
+            load8(v, x + t * K + k);
+            for (int i = 0; i < 8; i++) v[i] *= m[i];
+            store8(y + t * K + k, v);
+        } else
+            for (int i = 0; i < 8 && k + i < K; i++)
+                from_float(y + t * K + k + i, to_float(x[t * K + k + i]) * m[i]);
+    }
+}
+
+// sum (T, K) = or += dropout's mask times part: the way back. Out: activations, or float32 where
+// more is to come.
+template <typename Out, typename Act, int width>
+__global__ void dropout_back_kernel(Out *sum, const Act *part, size_t K, Mask a, bool add) {
+    size_t t = blockIdx.x;
+    const Span &span = span_of(a.spans, a.n_spans, t);
+    for (size_t k = 8 * threadIdx.x; k < K; k += 8 * blockDim.x) {
+        float m[8], v[8], s[8] = {0};
+        mask8(m, a, span, t, k);
+        if constexpr (width == 8) {
+            load8(v, part + t * K + k);
+            if (add) load8(s, sum + t * K + k);
+            for (int i = 0; i < 8; i++) s[i] += v[i] * m[i];
+            store8(sum + t * K + k, s);
+        } else
+            for (int i = 0; i < 8 && k + i < K; i++) {
+                Out *to = sum + t * K + k + i;
+                from_float(to, (add ? to_float(*to) : 0) + to_float(part[t * K + k + i]) * m[i]);
+            }
+    }
+}
+
+static bool has_dropout(const Lora *lora, const Batch *batch) {
+    return batch->training && lora->r && lora->dropout > 0;
+}
+
+static Mask mask_of(const Lora *lora, const Batch *batch) {
+    return {batch->spans,
+            batch->n_spans,
+            {(uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u, batch->step},
+            lora->module,
+            lora->dropout};
+}
+
+template <typename Act, int width>
+static void dropout_launch(Gpu *gpu, void *y, const void *x, size_t K, const Mask &a, size_t T) {
+    unsigned grid = blocks_for(T, 1);
+    dropout_kernel<Act, width><<<grid, 128, 0, gpu->stream>>>((Act *)y, (const Act *)x, K, a);
+}
+
+static void dropout(Device *dev, void *y, const void *x, size_t K, const Lora *lora,
+                    const Batch *batch) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    FOR_ACT_AND_ROWS(dev, K, dropout_launch, gpu, y, x, K, mask_of(lora, batch), batch->T);
+    launched(gpu, "dropout");
+}
+
+template <typename Act, int width>
+static void dropout_back_launch(Gpu *gpu, Matrix sum, const void *from, size_t K, const Mask &a,
+                                size_t T, bool add) {
+    unsigned grid = blocks_for(T, 1);
+    const Act *part = (const Act *)from;
+    Act *to = (Act *)sum.data;
+    float *full = (float *)sum.data;
+    if (sum.full)
+        dropout_back_kernel<float, Act, width><<<grid, 128, 0, gpu->stream>>>(full, part, K, a, add);
+    else
+        dropout_back_kernel<Act, Act, width><<<grid, 128, 0, gpu->stream>>>(to, part, K, a, add);
+}
+
+static void dropout_back(Device *dev, Matrix sum, const void *part, size_t K, const Lora *lora,
+                         const Batch *batch, bool add) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    FOR_ACT_AND_ROWS(dev, K, dropout_back_launch, gpu, sum, part, K, mask_of(lora, batch),
+                     batch->T, add);
+    launched(gpu, "dropout_back");
+}
+
+// ------------------------------------------------------------------------- operands of the adapter
+
+enum { MOST_PRODUCTS = 4 };              // linears that read the same x, at most
+
+// Matrices that are rounded to the activations' type in one launch; blockIdx.y says which.
+typedef struct {
+    const float *from[2 * MOST_PRODUCTS];
+    size_t to[2 * MOST_PRODUCTS + 1];    // where each begins in the result; the last: its end
+} Masters;
+
+template <typename Act> __global__ void round_masters_kernel(Act *to, Masters a) {
+    const float *from = a.from[blockIdx.y];
+    size_t n = a.to[blockIdx.y + 1] - a.to[blockIdx.y], first = a.to[blockIdx.y];
+    for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
+        from_float(to + first + i, from[i]);
+}
+
+// The A (r, K) of all products beneath each other and, with `both`, after them each B (N, r).
+typedef struct {
+    void *A, *B[MOST_PRODUCTS];
+    size_t R, at[MOST_PRODUCTS];         // rows of A altogether, and where each begins
+} Masters16;
+
+static Masters16 round_masters(Device *dev, Carve *scratch, const Product *products, size_t n,
+                               bool both) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    Masters16 m = {};
+    Masters a = {};
+    size_t pieces = 0, most = 0;
+    for (size_t i = 0; i < n; i++) {
+        const Linear *linear = products[i].linear;
+        m.at[i] = m.R;
+        m.R += linear->lora.r;
+        a.from[pieces++] = linear->lora.A;
+        a.to[pieces] = m.R * linear->weight.K;
+    }
+    for (size_t i = 0; i < n && both; i++) {
+        const Linear *linear = products[i].linear;
+        a.from[pieces++] = linear->lora.B;
+        a.to[pieces] = a.to[pieces - 1] + linear->weight.N * linear->lora.r;
+    }
+    for (size_t i = 0; i < pieces; i++) most = max_size(most, a.to[i + 1] - a.to[i]);
+    m.A = carve(scratch, a.to[pieces], act_size(dev->act));
+    if (!m.R || !scratch->base) return m;
+    for (size_t i = 0; i < n && both; i++)
+        m.B[i] = (char *)m.A + a.to[n + i] * act_size(dev->act);
+    dim3 grid((unsigned)min_size(ceil_div(most, 128), 1024), (unsigned)pieces);
+    if (dev->act == DT_BF16)
+        round_masters_kernel<bf16><<<grid, 128, 0, gpu->stream>>>((bf16 *)m.A, a);
+    else round_masters_kernel<float><<<grid, 128, 0, gpu->stream>>>((float *)m.A, a);
+    launched(gpu, "round_masters");
+    return m;
+}
+
+// u (T, r) = s low, rounded, where low is r columns of (T, R); and the columns that stand beside x
+// in `wide`, unless it is NULL: u, two ones if there is a bias, zeros up to `extra`. A warp owns a row.
+template <typename Act>
+__global__ void finish_u_kernel(Act *u, Act *wide, size_t pitch, const float *low, size_t R,
+                                float s, size_t T, size_t r, bool bias, size_t extra) {
+    size_t t = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    size_t columns = wide ? extra : r;
+    if (t >= T) return;
+    for (size_t j = threadIdx.x % WARP; j < columns; j += WARP) {
+        float value = j < r ? s * low[t * R + j] : bias && j < r + 2 ? 1 : 0;
+        if (j < r) from_float(u + t * r + j, value);
+        if (wide) from_float(wide + t * pitch + j, value);
+    }
+}
+
+// The columns beside W in a panel: B (rows, r), the bias in two parts if there is one, zeros.
+template <typename Act>
+__global__ void panel_columns_kernel(Act *panel, size_t pitch, const float *B, const float *bias,
+                                     size_t rows, size_t r, size_t extra) {
+    size_t n = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    if (n >= rows) return;
+    for (size_t j = threadIdx.x % WARP; j < extra; j += WARP) {
+        float value = 0;
+        if (j < r) value = B[n * r + j];
+        else if (bias && j == r) value = bias[n];
+        else if (bias && j == r + 1) value = bias[n] - rounded<Act>(bias[n]);
+        from_float(panel + n * pitch + j, value);
+    }
+}
+
+// wide (T, pitch) = x (T, K) in its first columns. A block owns a row.
+template <typename Act, int width>
+__global__ void widen_rows_kernel(Act *wide, size_t pitch, const Act *x, size_t K) {
+    size_t t = blockIdx.x;
+    const size_t each = width == 8 ? 16 / sizeof(Act) : 1;
+    for (size_t k = each * threadIdx.x; k < K; k += each * blockDim.x) {
+        if constexpr (width == 8) store16(wide + t * pitch + k, load16(x + t * K + k));
+        else wide[t * pitch + k] = x[t * K + k];
+    }
+}
+
+// logits (S, C) += bias (C).
+__global__ void add_bias_kernel(float *logits, const float *bias, size_t C) {
+    size_t s = blockIdx.x;
+    for (size_t c = threadIdx.x; c < C; c += blockDim.x) logits[s * C + c] += bias[c];
+}
+
+// ---------------------------------------------------------------------------------------- forward
+//
+//     1   x~ = dropout(x)                               (T, K)
+//     2   u  = s x~ A^T                                 (T, r)
+//     3   y  = x W^T + u B^T + bias                     (T, N)
+
+static bool few_rows_forward(Device *dev, Product *products, size_t n, const void *x,
+                             const Batch *batch);                               // chapter 8
+static bool few_rows_logits(Device *dev, float *logits, const Product *slice, const void *x,
+                            const Batch *rows);
+
+// Columns beside x that a product needs.
+static size_t extra_columns(const Linear *linear) {
+    return round_up(linear->lora.r + (linear->bias ? 2 : 0), 8);
+}
+
+// What a forward pass keeps in scratch.
+typedef struct {
+    Masters16 masters;
+    float *low;                     // (T, R) x~ A^T
+    void *masked;                   // (T, K) x~, when there is dropout
+    void *wide;                     // (T, pitch) [x | u | 1], when there is anything beside x
+    size_t pitch;
+} Forward;
+
+// With scratch.base NULL this only counts.
+static Forward carve_forward(Device *dev, Carve *scratch, const Product *products, size_t n,
+                             const Batch *batch, bool head) {
+    Forward f = {};
+    size_t extra = 0, K = products[0].linear->weight.K, size = act_size(dev->act);
+    bool drops = false;
+    for (size_t i = 0; i < n; i++) {
+        extra = max_size(extra, extra_columns(products[i].linear));
+        drops = drops || has_dropout(&products[i].linear->lora, batch);
+    }
+    f.masters = round_masters(dev, scratch, products, n, head);
+    f.low = (float *)carve(scratch, batch->T * f.masters.R, sizeof(float));
+    f.masked = drops ? carve(scratch, batch->T * K, size) : NULL;
+    f.pitch = round_up(K + extra, 8);
+    f.wide = extra && !head ? carve(scratch, batch->T * f.pitch, size) : NULL;
+    return f;
+}
+
+template <typename Act, int width>
+static void widen_rows_launch(Gpu *gpu, const Forward *f, const void *from, size_t K, size_t T) {
+    const Act *x = (const Act *)from;
+    unsigned grid = blocks_for(T, 1);
+    widen_rows_kernel<Act, width><<<grid, 128, 0, gpu->stream>>>((Act *)f->wide, f->pitch, x, K);
+}
+
+static void widen_rows(Device *dev, const Forward *f, const void *x, size_t K, size_t T) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    FOR_ACT_AND_ROWS(dev, K, widen_rows_launch, gpu, f, x, K, T);
+    launched(gpu, "widen_rows");
+}
+
+// 1 and 2 for all products that see the same x~ at once, for the others one by one.
+static void lora_down(Device *dev, const Forward *f, const Product *products, size_t n,
+                      const void *x, const Batch *batch) {
+    size_t K = products[0].linear->weight.K, T = batch->T, R = f->masters.R;
+    Matrix A = act_matrix(f->masters.A, K), low = full_matrix(f->low, R);
+    if (!f->masked)
+        return matmul(dev, low, act_matrix(x, K), transposed(A), T, R, K, 1, 0);
+    for (size_t i = 0; i < n; i++) {
+        const Lora *lora = &products[i].linear->lora;
+        bool drops = has_dropout(lora, batch);
+        if (!lora->r) continue;
+        if (drops) dropout(dev, f->masked, x, K, lora, batch);
+        Matrix a = from_column(dev, A, f->masters.at[i] * K);
+        matmul(dev, from_column(dev, low, f->masters.at[i]),
+               act_matrix(drops ? f->masked : x, K), transposed(a), T, lora->r, K, 1, 0);
+    }
+}
+
+template <typename Act>
+static void finish_u_launch(Gpu *gpu, const Forward *f, const Product *product, size_t i,
+                            size_t T) {
+    const Linear *linear = product->linear;
+    size_t r = linear->lora.r, extra = extra_columns(linear);
+    const float *low = f->low + f->masters.at[i];
+    Act *wide = f->wide ? (Act *)f->wide + linear->weight.K : NULL;
+    finish_u_kernel<Act><<<blocks_for(T, 4), 4 * WARP, 0, gpu->stream>>>(
+        (Act *)product->u, wide, f->pitch, low, f->masters.R, linear->lora.scale, T, r,
+        linear->bias != NULL, extra);
+}
+
+// The end of 2 for product i, and what stands beside x for it.
+static void finish_u(Device *dev, const Forward *f, const Product *product, size_t i, size_t T) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (!product->linear->lora.r && !extra_columns(product->linear)) return;
+    FOR_ACT(dev, finish_u_launch, gpu, f, product, i, T);
+    launched(gpu, "finish_u");
+}
+
+template <typename Act>
+static void panel_columns_launch(Gpu *gpu, void *panel, size_t pitch, const Linear *linear,
+                                 size_t first, size_t rows) {
+    size_t r = linear->lora.r, extra = extra_columns(linear);
+    const float *B = r ? linear->lora.B + first * r : NULL;
+    const float *bias = linear->bias ? linear->bias + first : NULL;
+    panel_columns_kernel<Act><<<blocks_for(rows, 4), 4 * WARP, 0, gpu->stream>>>(
+        (Act *)panel + linear->weight.K, pitch, B, bias, rows, r, extra);
+}
+
+// A walk over the rows of several weights, as many at a time as a panel holds; the next panel is
+// made beside the product that reads this one.
+typedef struct {
+    const Product *products;
+    size_t n, i;                    // product number i
+    size_t first, rows, pitch;      // and rows first .. first+rows-1 of its weight
+    Panel *panel;                   // NULL: they are read where they lie
+    const void *data;               // (rows, pitch) act
+} Walk;
+
+// Where the walk goes from here: sets i, first, rows, pitch. False at the end.
+static bool walk_step(const Device *dev, Walk *w, bool beside_x) {
+    const Gpu *gpu = (const Gpu *)dev->gpu;
+    w->first += w->rows;
+    while (w->i < w->n && w->first >= w->products[w->i].linear->weight.N) w->first = 0, w->i++;
+    if (w->i >= w->n) return false;
+    const Linear *linear = w->products[w->i].linear;
+    const Weight *weight = &linear->weight;
+    size_t extra = beside_x ? extra_columns(linear) : 0;
+    bool direct = in_place(dev, weight) && !extra;
+    w->pitch = direct ? weight->K : panel_pitch(gpu, weight, extra);
+    w->rows = direct ? weight->N : min_size(panel_rows(dev, weight, w->pitch), weight->N - w->first);
+    w->panel = NULL;
+    w->data = direct ? weight->data : NULL;
+    return true;
+}
+
+// Goes on to the next rows. beside_x: what stands beside them is needed too. False at the end.
+static bool walk(Device *dev, Walk *w, bool beside_x) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (w->panel) leave_panel(gpu, w->panel);
+    w->panel = NULL;
+    if (gpu->failed || !walk_step(dev, w, beside_x)) return false;
+    if (w->data) return true;
+    if (!w->rows) return gpu_fail(gpu, "a row of a matrix is larger than a panel"), false;
+    const Linear *linear = w->products[w->i].linear;
+    w->panel = take_panel(dev, &linear->weight, w->first, w->rows, w->pitch);
+    w->data = panel_memory(dev, w->panel);
+    Walk next = *w;
+    if (!gpu->recording && walk_step(dev, &next, beside_x) && !next.data && next.rows)
+        make_panel(dev, &next.products[next.i].linear->weight, next.first, next.rows, next.pitch,
+                   w->panel, true);
+    if (beside_x && extra_columns(linear)) {
+        FOR_ACT(dev, panel_columns_launch, gpu, panel_memory(dev, w->panel), w->pitch, linear,
+                w->first, w->rows);
+        launched(gpu, "panel_columns");
+    }
+    return true;
+}
+
+static void linears_forward(Device *dev, Product *products, size_t n, const void *x,
+                            const Batch *batch) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !n || !batch->T) return;
+    if (n > MOST_PRODUCTS) return gpu_fail(gpu, "more than %d linears at once", MOST_PRODUCTS);
+    gpu->rows = batch->T;
+    if (batch->T <= FEW_ROWS && few_rows_forward(dev, products, n, x, batch)) return;
+    size_t T = batch->T, K = products[0].linear->weight.K, done = 0;
+    Carve count = {NULL, 0};
+    carve_forward(dev, &count, products, n, batch, false);
+    Carve scratch = {op_scratch(dev, count.used), 0};
+    if (!scratch.base) return;
+    Forward f = carve_forward(dev, &scratch, products, n, batch, false);
+    lora_down(dev, &f, products, n, x, batch);
+    if (f.wide) widen_rows(dev, &f, x, K, T);
+    Walk w = {products, n, 0, 0, 0, 0, NULL, NULL};
+    while (walk(dev, &w, true)) {
+        const Product *p = &products[w.i];
+        size_t extra = extra_columns(p->linear);
+        for (; done <= w.i; done++) finish_u(dev, &f, &products[done], done, T);
+        Matrix left = extra ? act_matrix(f.wide, f.pitch) : act_matrix(x, K);
+        Matrix y = from_column(dev, act_matrix(p->y, p->linear->weight.N), w.first);
+        matmul(dev, y, left, transposed(act_matrix(w.data, w.pitch)), T, w.rows, K + extra, 1, 0);
+    }
+}
+
+// Logits stay float32, so the parts may be added one after the other.
+static void head_logits(Device *dev, real *logits, const Product *slice, const void *x,
+                        const Batch *rows) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    const Linear *linear = slice->linear;
+    size_t T = rows->T, K = linear->weight.K, C = linear->weight.N, r = linear->lora.r;
+    if (gpu->failed || !T || !C) return;
+    if (T <= FEW_ROWS && few_rows_logits(dev, logits, slice, x, rows)) return;
+    Carve count = {NULL, 0};
+    carve_forward(dev, &count, slice, 1, rows, true);
+    Carve scratch = {op_scratch(dev, count.used), 0};
+    if (!scratch.base) return;
+    Forward f = carve_forward(dev, &scratch, slice, 1, rows, true);
+    Matrix y = full_matrix(logits, C);
+    Walk w = {slice, 1, 0, 0, 0, 0, NULL, NULL};
+    while (walk(dev, &w, false))
+        matmul(dev, from_column(dev, y, w.first), act_matrix(x, K),
+               transposed(act_matrix(w.data, w.pitch)), T, w.rows, K, 1, 0);
+    if (r) {
+        lora_down(dev, &f, slice, 1, x, rows);
+        finish_u(dev, &f, slice, 0, T);
+        matmul(dev, y, act_matrix(slice->u, r), transposed(act_matrix(f.masters.B[0], r)), T, C, r,
+               1, 1);
+    }
+    if (!linear->bias) return;
+    add_bias_kernel<<<blocks_for(T, 1), 128, 0, gpu->stream>>>(logits, linear->bias, C);
+    launched(gpu, "add_bias");
+}
+
+// --------------------------------------------------------------------------------------- backward
+//
+//     1   du = s dy B                                   (T, r)
+//     2   dB += dy^T u          dA += du^T x~           (N, r), (r, K)
+//     3   dx = dy W + dropout(du A)                     (T, K)
+// Several linears add to one dx. Its sum is float32 where it has several parts, and rounded once.
+
+// What a backward pass keeps in scratch.
+typedef struct {
+    Masters16 masters;
+    void *du;                       // (T, R) act
+    void *masked;                   // (T, K) x~, later du A, when there is dropout
+    float *sum;                     // (T, K) dx before it is rounded, where it is needed
+} Backward;
+
+static Backward carve_backward(Device *dev, Carve *scratch, const Product *products, size_t n,
+                               const Batch *batch, bool head) {
+    const Gpu *gpu = (const Gpu *)dev->gpu;
+    const Weight *weight = &products[0].linear->weight;
+    Backward b = {};
+    size_t K = weight->K, size = act_size(dev->act);
+    bool drops = false;
+    for (size_t i = 0; i < n; i++)
+        drops = drops || has_dropout(&products[i].linear->lora, batch);
+    bool pieces = n > 1 || (!in_place(dev, weight) &&
+                            panel_rows(dev, weight, panel_pitch(gpu, weight, 0)) < weight->N);
+    b.masters = round_masters(dev, scratch, products, n, true);
+    b.du = carve(scratch, batch->T * b.masters.R, size);
+    b.masked = drops ? carve(scratch, batch->T * K, size) : NULL;
+    b.sum = pieces && !head && dev->act == DT_BF16
+                ? (float *)carve(scratch, batch->T * K, sizeof(float)) : NULL;
+    return b;
+}
+
+// 1 and 2.
+static void lora_backward(Device *dev, const Backward *b, const Product *products, size_t n,
+                          const void *x, const Batch *batch) {
+    size_t T = batch->T, K = products[0].linear->weight.K, R = b->masters.R;
+    for (size_t i = 0; i < n; i++) {
+        const Lora *lora = &products[i].linear->lora;
+        size_t N = products[i].linear->weight.N, r = lora->r;
+        if (!r) continue;
+        Matrix dy = act_matrix(products[i].y, N), u = act_matrix(products[i].u, r);
+        Matrix du = from_column(dev, act_matrix(b->du, R), b->masters.at[i]);
+        bool drops = has_dropout(lora, batch);
+        matmul(dev, du, dy, act_matrix(b->masters.B[i], r), T, r, N, lora->scale, 0);
+        if (!lora->dA) continue;
+        if (drops) dropout(dev, b->masked, x, K, lora, batch);
+        matmul(dev, full_matrix(lora->dB, r), transposed(dy), u, N, r, T, 1, 1);
+        matmul(dev, full_matrix(lora->dA, K), transposed(du), act_matrix(drops ? b->masked : x, K),
+               r, K, T, 1, 1);
+    }
+}
+
+// 3, second half: dx = or += dropout(du A) of all products. Returns whether dx has a value now.
+static bool lora_dx(Device *dev, Matrix dx, const Backward *b, const Product *products, size_t n,
+                    const Batch *batch, bool begun) {
+    size_t T = batch->T, K = products[0].linear->weight.K, R = b->masters.R;
+    Matrix A = act_matrix(b->masters.A, K), du = act_matrix(b->du, R);
+    if (R && !b->masked) matmul(dev, dx, du, A, T, K, R, 1, begun);
+    for (size_t i = 0; i < n && b->masked; i++) {
+        const Lora *lora = &products[i].linear->lora;
+        Matrix du_i = from_column(dev, du, b->masters.at[i]);
+        Matrix A_i = from_column(dev, A, b->masters.at[i] * K);
+        if (!lora->r) continue;
+        if (has_dropout(lora, batch)) {
+            matmul(dev, act_matrix(b->masked, K), du_i, A_i, T, K, lora->r, 1, 0);
+            dropout_back(dev, dx, b->masked, K, lora, batch, begun);
+        } else matmul(dev, dx, du_i, A_i, T, K, lora->r, 1, begun);
+        begun = true;
+    }
+    return begun || R;
+}
+
+template <typename Act> __global__ void round_rows_kernel(Act *y, const float *x, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (i + 8 <= n) {
+        float v[8];
+        load8(v, x + i);
+        store8(y + i, v);
+    } else
+        for (; i < n; i++) from_float(y + i, x[i]);
+}
+
+static void round_rows(Device *dev, void *y, const real *x, size_t n) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !n) return;
+    unsigned grid = blocks_for(n, 128 * 8);
+    if (dev->act == DT_BF16)
+        round_rows_kernel<bf16><<<grid, 128, 0, gpu->stream>>>((bf16 *)y, x, n);
+    else round_rows_kernel<float><<<grid, 128, 0, gpu->stream>>>((float *)y, x, n);
+    launched(gpu, "round_rows");
+}
+
+// dx: (T, K) act and written, or with `head` float32 and added to; NULL: nothing below learns.
+static void backward(Device *dev, void *dx, bool head, const Product *products, size_t n,
+                     const void *x, const Batch *batch) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !n || !batch->T) return;
+    if (n > MOST_PRODUCTS) return gpu_fail(gpu, "more than %d linears at once", MOST_PRODUCTS);
+    size_t T = batch->T, K = products[0].linear->weight.K;
+    Carve count = {NULL, 0};
+    carve_backward(dev, &count, products, n, batch, head);
+    Carve scratch = {op_scratch(dev, count.used), 0};
+    if (!scratch.base) return;
+    gpu->rows = max_size(T, FEW_ROWS + 1);          // backward always goes through panels
+    Backward b = carve_backward(dev, &scratch, products, n, batch, head);
+    lora_backward(dev, &b, products, n, x, batch);
+    if (!dx) return;
+    Matrix sum = b.sum ? full_matrix(b.sum, K) : act_matrix(dx, K);
+    sum.full = b.sum || head;
+    bool begun = lora_dx(dev, sum, &b, products, n, batch, head);
+    Walk w = {products, n, 0, 0, 0, 0, NULL, NULL};
+    while (walk(dev, &w, false)) {
+        size_t N = products[w.i].linear->weight.N;
+        Matrix dy = from_column(dev, act_matrix(products[w.i].y, N), w.first);
+        matmul(dev, sum, dy, act_matrix(w.data, w.pitch), T, K, w.rows, 1, begun);
+        begun = true;
+    }
+    if (b.sum) round_rows(dev, dx, b.sum, T * K);
+}
+
+static void linears_backward(Device *dev, void *dx, const Product *products, size_t n,
+                             const void *x, const Batch *batch) {
+    backward(dev, dx, false, products, n, x, batch);
+}
+
+static void head_backward(Device *dev, real *dx, const Product *slice, const void *x,
+                          const Batch *rows) {
+    backward(dev, dx, true, slice, 1, x, rows);
+}
+
+// The most that an op of this chapter carves. What several linears or pieces add to is D wide,
+// unless the largest matrix is larger than a panel.
+static size_t linear_scratch(const Device *dev, const OpSizes *s) {
+    size_t size = act_size(dev->act), rows = max_size(s->T, s->S), r = s->max_r;
+    size_t K = max_size(s->D, s->F), N = max_size(K, s->V_chunk), pieces = 256 * 8;
+    size_t sum = (s->D + 128) * (s->F + 128) * size > panel_most / 2 ? K : s->D;
+    size_t masters = MOST_PRODUCTS * r * (K + N) * size, masked = s->training ? rows * K * size : 0;
+    size_t forward = rows * MOST_PRODUCTS * r * sizeof(float) + masked + rows * (K + r + 16) * size;
+    size_t backward = rows * MOST_PRODUCTS * r * size + masked + rows * sum * sizeof(float);
+    return masters + max_size(forward, s->training ? backward : 0) + pieces;
+}
+
+// =================================================================================================
+//  5. Embedding, norms, rotation, activations, gather and scatter
+//
+//  Every value passes once, so each of these takes the time its bytes take. A block owns a row
+//  unless said otherwise; threads take 8 values at a time where rows begin at multiples of 16 bytes.
+// =================================================================================================
+
+// h (T, D) = rows of the embedding, rounded.
+template <typename Act, int width>
+__global__ void embed_kernel(Act *h, Weight table, const int32_t *ids) {
+    __shared__ float code[16];
+    __shared__ float code8[256];
+    load_tables(code, code8, table);
+    size_t t = blockIdx.x, D = table.K, row = (size_t)ids[t] * D;
+    for (size_t k = width * threadIdx.x; k < D; k += width * blockDim.x) {
+        float x[width];
+        read_weight<width>(x, table, row + k, code, code8);
+        store<width>(h + t * D + k, x);
+    }
+}
+
+template <typename Act, int width>
+static void embed_launch(Gpu *gpu, void *h, const Weight *table, const int32_t *ids, size_t T) {
+    embed_kernel<Act, width><<<blocks_for(T, 1), 128, 0, gpu->stream>>>((Act *)h, *table, ids);
+}
+
+static void embed(Device *dev, void *h, const Weight *table, const int32_t *ids, size_t T) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !T || !table->K) return;
+    FOR_ACT_AND_ROWS(dev, table->K, embed_launch, gpu, h, table, ids, T);
+    launched(gpu, "embed");
+}
+
+// ----------------------------------------------------------------------- residual add and RMS norm
+//
+// With n = 1 / sqrt(mean(x^2) + eps):   y_i = w_i x_i n
+
+// Threads for a row of D values, two pieces of 8 each: enough rows are under way at once.
+static unsigned row_threads(size_t D) {
+    return (unsigned)min_size(max_size(round_up(ceil_div(D, 16), WARP), 64), 512);
+}
+
+// sum = h + a rounded, y = norm of the rounded sum. Reads h and a, writes sum and y, and reads sum
+// once more from the cache.
+template <typename Act, int width>
+__global__ void residual_norm_forward_kernel(Act *y, Act *sum, const Act *h, const Act *a,
+                                             const float *w, size_t D, float eps) {
+    __shared__ float partial[WARP];
+    size_t row = (size_t)blockIdx.x * D;
+    float squares = 0;
+    for (size_t k = width * threadIdx.x; k < D; k += width * blockDim.x) {
+        float x[width], add[width] = {0};
+        load<width>(x, h + row + k);
+        if (a) load<width>(add, a + row + k);
+#pragma unroll
+        for (int i = 0; i < width; i++) {
+            x[i] = rounded<Act>(x[i] + add[i]);
+            squares += x[i] * x[i];
+        }
+        if (a || sum != h) store<width>(sum + row + k, x);
+    }
+    float n = 1 / sqrtf(block_sum(squares, partial) / (float)D + eps);
+    for (size_t k = width * threadIdx.x; k < D; k += width * blockDim.x) {
+        float x[width], weight[width];
+        load<width>(x, sum + row + k);              // what this thread itself has written
+        load<width>(weight, w + k);
+#pragma unroll
+        for (int i = 0; i < width; i++) x[i] *= n * weight[i];
+        store<width>(y + row + k, x);
+    }
+}
+
+template <typename Act, int width>
+static void residual_norm_forward_launch(Gpu *gpu, void *y, void *sum, const void *h, const void *a,
+                                         const float *w, size_t T, size_t D, float eps) {
+    residual_norm_forward_kernel<Act, width><<<blocks_for(T, 1), row_threads(D), 0, gpu->stream>>>(
+        (Act *)y, (Act *)sum, (const Act *)h, (const Act *)a, w, D, eps);
+}
+
+static void residual_norm_forward(Device *dev, void *y, void *sum, const void *h, const void *a,
+                                  const float *w, size_t T, size_t D, float eps) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !T || !D) return;
+    FOR_ACT_AND_ROWS(dev, D, residual_norm_forward_launch, gpu, y, sum, h, a, w, T, D, eps);
+    launched(gpu, "residual_norm_forward");
+}
+
+// dx_j = n (w_j dy_j  -  x_j n^2 / D * sum_i w_i x_i dy_i),   dh += dx,   da = dh rounded.
+// Reads sum, dy and dh, writes dh and da; sum and dy come a second time from the cache.
+template <typename Act, int width>
+__global__ void residual_norm_backward_kernel(float *dh, Act *da, const Act *dy, const Act *sum,
+                                              const float *w, size_t D, float eps) {
+    __shared__ float partial[WARP];
+    size_t row = (size_t)blockIdx.x * D;
+    float squares = 0, dot = 0;
+    for (size_t k = width * threadIdx.x; k < D; k += width * blockDim.x) {
+        float x[width], d[width], weight[width];
+        load<width>(x, sum + row + k);
+        load<width>(d, dy + row + k);
+        load<width>(weight, w + k);
+#pragma unroll
+        for (int i = 0; i < width; i++) {
+            squares += x[i] * x[i];
+            dot += weight[i] * x[i] * d[i];
+        }
+    }
+    float n = 1 / sqrtf(block_sum(squares, partial) / (float)D + eps);
+    float pull = n * n * block_sum(dot, partial) / (float)D;
+    for (size_t k = width * threadIdx.x; k < D; k += width * blockDim.x) {
+        float x[width], d[width], weight[width], dx[width];
+        load<width>(x, sum + row + k);
+        load<width>(d, dy + row + k);
+        load<width>(weight, w + k);
+        load<width>(dx, dh + row + k);
+#pragma unroll
+        for (int i = 0; i < width; i++) dx[i] += n * (weight[i] * d[i] - x[i] * pull);
+        store<width>(dh + row + k, dx);
+        if (da) store<width>(da + row + k, dx);
+    }
+}
+
+template <typename Act, int width>
+static void residual_norm_backward_launch(Gpu *gpu, float *dh, void *da, const void *dy,
+                                          const void *sum, const float *w, size_t T, size_t D,
+                                          float eps) {
+    residual_norm_backward_kernel<Act, width><<<blocks_for(T, 1), row_threads(D), 0, gpu->stream>>>(
+        dh, (Act *)da, (const Act *)dy, (const Act *)sum, w, D, eps);
+}
+
+static void residual_norm_backward(Device *dev, real *dh, void *da, const void *dy, const void *sum,
+                                   const float *w, size_t T, size_t D, float eps) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !T || !D) return;
+    FOR_ACT_AND_ROWS(dev, D, residual_norm_backward_launch, gpu, dh, da, dy, sum, w, T, D, eps);
+    launched(gpu, "residual_norm_backward");
+}
+
+// ------------------------------------------------------------------------------------------ RoPE
+
+// Features i and i + hd/2 of each head of row t turn by position * frequency[i]. The block makes
+// the row's sines and cosines once, in shared memory (hd floats), and turns all heads with them.
+template <typename Act, int width>
+__global__ void rope_kernel(Act *x, size_t heads, size_t hd, const float *frequency, float sign,
+                            const int32_t *position) {
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    float *cosine = (float *)shared_memory, *sine = cosine + hd / 2;
+    size_t t = blockIdx.x, half = hd / 2, pieces = half / width;
+    for (size_t i = threadIdx.x; i < half; i += blockDim.x) {
+        float angle = __fmul_rn((float)position[t], frequency[i]), s, c;
+        sincosf(angle, &s, &c);
+        cosine[i] = c;
+        sine[i] = s * sign;
+    }
+    __syncthreads();
+    for (size_t p = threadIdx.x; p < heads * pieces; p += blockDim.x) {
+        size_t i = p % pieces * width;
+        Act *head = x + (t * heads + p / pieces) * hd + i;
+        float a[width], b[width];
+        load<width>(a, head);
+        load<width>(b, head + half);
+#pragma unroll
+        for (int j = 0; j < width; j++) {
+            float c = cosine[i + j], s = sine[i + j], before = a[j];
+            a[j] = before * c - b[j] * s;
+            b[j] = b[j] * c + before * s;
+        }
+        store<width>(head, a);
+        store<width>(head + half, b);
+    }
+}
+
+template <typename Act, int width>
+static void rope_launch(Gpu *gpu, void *x, size_t heads, size_t hd, const float *frequency,
+                        int sign, const Batch *batch) {
+    size_t shared = hd * sizeof(float);
+    rope_kernel<Act, width><<<blocks_for(batch->T, 1), 128, shared, gpu->stream>>>(
+        (Act *)x, heads, hd, frequency, (float)sign, batch->position);
+}
+
+static void rope(Device *dev, void *x, size_t heads, size_t hd, const float *frequency, int sign,
+                 const Batch *batch) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !batch->T || !heads || hd < 2) return;
+    FOR_ACT_AND_ROWS(dev, hd % 2 ? 1 : hd / 2, rope_launch, gpu, x, heads, hd, frequency, sign,
+                     batch);
+    launched(gpu, "rope");
+}
+
+// ------------------------------------------------------------------------------------------- rows
+
+// Copies a row of `pieces` pieces of 16, 4 or 2 bytes; the whole block.
+template <int bytes>
+__device__ __forceinline__ void copy_row(void *to, const void *from, size_t pieces) {
+    for (size_t i = threadIdx.x; i < pieces; i += blockDim.x) {
+        if constexpr (bytes == 16) store16((char *)to + 16 * i, load16((const char *)from + 16 * i));
+        else if constexpr (bytes == 4) store4((char *)to + 4 * i, load4((const char *)from + 4 * i));
+        else ((uint16_t *)to)[i] = ((const uint16_t *)from)[i];
+    }
+}
+
+// The largest piece that rows of n values divide into.
+static int piece_bytes(size_t n, size_t size) {
+    return n * size % 16 == 0 ? 16 : n * size % 4 == 0 ? 4 : 2;
+}
+
+// Row t of a span's new keys and values goes to where attention reads the last nq of its nk keys.
+template <int bytes>
+__global__ void append_keys_kernel(char *keys, char *values, const char *k, const char *v,
+                                   size_t width, const Span *spans, size_t n_spans) {
+    size_t t = blockIdx.x;
+    const Span &span = span_of(spans, n_spans, t);
+    size_t to = (span.k0 + span.nk - span.nq + t - span.q0) * width;
+    copy_row<bytes>(keys + to, k + t * width, width / bytes);
+    copy_row<bytes>(values + to, v + t * width, width / bytes);
+}
+
+template <int bytes>
+static void append_keys_launch(Gpu *gpu, void *keys, void *values, const void *k, const void *v,
+                               size_t width, const Batch *b) {
+    append_keys_kernel<bytes><<<blocks_for(b->T, 1), 128, 0, gpu->stream>>>(
+        (char *)keys, (char *)values, (const char *)k, (const char *)v, width, b->spans, b->n_spans);
+}
+
+static void append_keys(Device *dev, void *keys, void *values, const void *k, const void *v,
+                        size_t width, const Batch *batch) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    size_t size = act_size(dev->act);
+    if (gpu->failed || !batch->T || !width) return;
+    int bytes = piece_bytes(width, size);
+    width *= size;
+    if (bytes == 16) append_keys_launch<16>(gpu, keys, values, k, v, width, batch);
+    else if (bytes == 4) append_keys_launch<4>(gpu, keys, values, k, v, width, batch);
+    else append_keys_launch<2>(gpu, keys, values, k, v, width, batch);
+    launched(gpu, "append_keys");
+}
+
+// Row i of `to` = row index[i] of `from`, or with `back` row index[i] of `to` = row i of `from`.
+template <int bytes>
+__global__ void move_rows_kernel(char *to, const char *from, const int32_t *index, size_t width,
+                                 bool back) {
+    size_t i = blockIdx.x, other = (size_t)index[i];
+    copy_row<bytes>(to + (back ? other : i) * width, from + (back ? i : other) * width,
+                    width / bytes);
+}
+
+static void move_rows(Gpu *gpu, void *to, const void *from, const int32_t *index, size_t n,
+                      size_t width, int bytes, bool back) {
+    char *a = (char *)to;
+    const char *b = (const char *)from;
+    unsigned grid = blocks_for(n, 1);
+    if (gpu->failed || !n || !width) return;
+    if (bytes == 16)
+        move_rows_kernel<16><<<grid, 128, 0, gpu->stream>>>(a, b, index, width, back);
+    else if (bytes == 4)
+        move_rows_kernel<4><<<grid, 128, 0, gpu->stream>>>(a, b, index, width, back);
+    else move_rows_kernel<2><<<grid, 128, 0, gpu->stream>>>(a, b, index, width, back);
+    launched(gpu, back ? "scatter" : "gather");
+}
+
+static void gather(Device *dev, void *out, const void *x, const int32_t *index, size_t n,
+                   size_t D) {
+    size_t size = act_size(dev->act);
+    move_rows((Gpu *)dev->gpu, out, x, index, n, D * size, piece_bytes(D, size), false);
+}
+
+static void scatter(Device *dev, real *dh, const real *dout, const int32_t *index, size_t n,
+                    size_t T, size_t D) {
+    gpu_zero(dev, dh, T * D * sizeof *dh);
+    move_rows((Gpu *)dev->gpu, dh, dout, index, n, D * sizeof *dh, piece_bytes(D, sizeof *dh),
+              true);
+}
+
+// ---------------------------------------------------------------------------------------- SwiGLU
+//
+//     y = silu(g) u,   silu(g) = g sigma(g),   sigma(g) = 1 / (1 + exp(-g))
+
+// A thread owns 8 values; the last one has fewer.
+template <typename Act>
+__global__ void swiglu_forward_kernel(Act *y, const Act *gate, const Act *up, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (i + 8 <= n) {
+        float g[8], u[8];
+        load8(g, gate + i);
+        load8(u, up + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) u[j] *= g[j] / (1 + expf(-g[j]));
+        store8(y + i, u);
+    } else
+        for (; i < n; i++) {
+            float g = to_float(gate[i]);
+            from_float(y + i, to_float(up[i]) * (g / (1 + expf(-g))));
+        }
+}
+
+template <typename Act>
+static void swiglu_forward_launch(Gpu *gpu, void *y, const void *gate, const void *up, size_t n) {
+    swiglu_forward_kernel<Act><<<blocks_for(n, 128 * 8), 128, 0, gpu->stream>>>(
+        (Act *)y, (const Act *)gate, (const Act *)up, n);
+}
+
+static void swiglu_forward(Device *dev, void *y, const void *gate, const void *up, size_t T,
+                           size_t F) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !T || !F) return;
+    FOR_ACT(dev, swiglu_forward_launch, gpu, y, gate, up, T * F);
+    launched(gpu, "swiglu_forward");
+}
+
+// dup = dy silu(g),   dg = dy u (sigma + g sigma (1 - sigma)), of one value.
+__device__ __forceinline__ void swiglu_gradient(float *g, float *u, float dy) {
+    float sigma = 1 / (1 + expf(-*g)), dsilu = sigma * (1 + *g * (1 - sigma)), up = *u;
+    *u = dy * *g * sigma;
+    *g = dy * up * dsilu;
+}
+
+// dgate and dup may be gate and up.
+template <typename Act>
+__global__ void swiglu_backward_kernel(Act *dgate, Act *dup, const Act *dy, const Act *gate,
+                                       const Act *up, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (i + 8 <= n) {
+        float g[8], u[8], d[8];
+        load8(g, gate + i);
+        load8(u, up + i);
+        load8(d, dy + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) swiglu_gradient(&g[j], &u[j], d[j]);
+        store8(dgate + i, g);
+        store8(dup + i, u);
+    } else
+        for (; i < n; i++) {
+            float g = to_float(gate[i]), u = to_float(up[i]);
+            swiglu_gradient(&g, &u, to_float(dy[i]));
+            from_float(dgate + i, g);
+            from_float(dup + i, u);
+        }
+}
+
+template <typename Act>
+static void swiglu_backward_launch(Gpu *gpu, void *dgate, void *dup, const void *dy,
+                                   const void *gate, const void *up, size_t n) {
+    swiglu_backward_kernel<Act><<<blocks_for(n, 128 * 8), 128, 0, gpu->stream>>>(
+        (Act *)dgate, (Act *)dup, (const Act *)dy, (const Act *)gate, (const Act *)up, n);
+}
+
+static void swiglu_backward(Device *dev, void *dgate, void *dup, const void *dy, const void *gate,
+                            const void *up, size_t T, size_t F) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !T || !F) return;
+    FOR_ACT(dev, swiglu_backward_launch, gpu, dgate, dup, dy, gate, up, T * F);
+    launched(gpu, "swiglu_backward");
+}
+
+// =================================================================================================
+//  6. Attention
+//
+//  Causal, grouped-query, over sequences laid end to end; notation of chapter 3:
+//      1   s_j = scale q . k_j            2   p = softmax(s), lse = log sum exp s
+//      3   out = sum_j p_j v_j
+//
+//  Three ways to the same result:
+//      tiles    bf16 on matrix units, after Dao 2022 and 2023 (FlashAttention): scores exist in
+//               registers only, the softmax is a running maximum and sum. Training and prompts.
+//      decode   one query in each sequence: the keys are split among blocks, so that the whole GPU
+//               reads the cache, and the parts are joined by a second kernel.
+//      rows     a warp for each row, plain arithmetic: float mode, GPUs before Ampere, odd sizes.
+//  Sums are formed in an order that depends on shapes only, so every run gives the same bits.
+//
+//  What is not a number stays visible: maxima pass over NaN, sums do not. In `tiles` a NaN or
+//  infinity also spoils rows of its own tile and sequence that do not see it, for there what is
+//  unseen is multiplied with p = 0.
+//
+//  FLOPs: 4 hd per visible pair of query and key forward. Backward 10 hd, of which 2 hd recompute
+//  the scores; two kernels without atomics instead of one with them recompute 4 hd more.
+// =================================================================================================
+
+static constexpr float LOG2_E = 1.44269504f;
+enum { LANE_COLUMNS = 8, ROW_COLUMNS = WARP * LANE_COLUMNS };  // of a row, in `rows` and `decode`
+enum { DECODE_BLOCKS = 512, DECODE_THREADS = 128 };
+
+// What the backward pass knows of a query in one head.
+struct RowTerms {
+    float lse2;                         // log2(e) lse
+    float expected;                     // dout . out = sum_j p_j dp_j
+};
+
+// What all kernels here are given. Tensors as in the op table; those not needed are NULL.
+template <typename Act> struct Attention {
+    Act *out, *dq, *dk, *dv;
+    const Act *q, *k, *v, *dout, *attended;     // attended: out, in the backward pass
+    float *lse;                         // (T, H)
+    RowTerms *terms;                    // (H, T)
+    float *parts;                       // (n_spans, H, splits, 2 + hd) of decode: max, sum, out
+    const Span *spans;
+    size_t T;
+    unsigned n_spans, H, G, hd;
+    int window;                         // at least 1; all keys: at least as many as there are
+    float scale;                        // > 0
+    bool pieces;                        // every head's row begins at a multiple of 16 bytes
+};
+
+// One sequence: rows q0 .. and k0 .. of the tensors. `before` keys precede the first query's own.
+struct Stretch {
+    size_t q0, k0;
+    int nq, nk, before;
+};
+
+// Query i sees the keys from first_key to end_key-1, as in chapter 3, `own` being before + i.
+__device__ __forceinline__ int first_key(int own, int window) { return max(own + 1 - window, 0); }
+__device__ __forceinline__ int end_key(int own) { return own + 1; }
+
+// Does any of n queries, the first of which is `own`, see any of the keys j .. j+keys-1; does each
+// see all?
+__device__ __forceinline__ bool any_seen(int own, int n, int j, int keys, int window) {
+    return j < end_key(own + n - 1) && first_key(own, window) < j + keys;
+}
+__device__ __forceinline__ bool all_seen(int own, int n, int j, int keys, int window) {
+    return first_key(own + n - 1, window) <= j && j + keys <= end_key(own);
+}
+
+// What unit number `index` of a grid is about: `tile` of `tiles`, then head of `heads`, then span,
+// so that units which run together share a head's keys in the cache.
+struct Unit {
+    Stretch s;
+    unsigned span, head, tile;
+    bool exists;
+};
+
+template <typename Act>
+__device__ __forceinline__ Unit unit_number(const Attention<Act> &a, size_t index, unsigned tiles,
+                                            unsigned heads) {
+    Unit u;
+    u.tile = (unsigned)(index % tiles);
+    u.head = (unsigned)(index / tiles % heads);
+    u.span = (unsigned)(index / tiles / heads);
+    u.exists = u.span < a.n_spans;
+    Span span = a.spans[u.exists ? u.span : 0];
+    u.s.q0 = span.q0;
+    u.s.k0 = span.k0;
+    u.s.nq = (int)span.nq;
+    u.s.nk = (int)span.nk;
+    u.s.before = u.s.nk - u.s.nq;
+    return u;
+}
+
+// Signed, as everything here, but known to the compiler not to be negative.
+__device__ __forceinline__ int lane_number() { return (int)(threadIdx.x % WARP); }
+__device__ __forceinline__ int warp_number() { return (int)(threadIdx.x / WARP); }
+
+// Over each `lanes` neighbours of a warp, a power of two; all of them get the same bits.
+__device__ __forceinline__ float sum_lanes(float x, int lanes) {
+    for (int lane = lanes / 2; lane; lane /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lane);
+    return x;
+}
+__device__ __forceinline__ float max_lanes(float x, int lanes) {    // of those that are numbers
+    for (int lane = lanes / 2; lane; lane /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, lane));
+    return x;
+}
+// What is subtracted from scores before exp: 0 while there are none, for -inf - -inf is NaN.
+__device__ __forceinline__ float exp_base(float max) { return max == -INFINITY ? 0 : max; }
+
+// ------------------------------------------------------------------------------------------ tiles
+//
+// A tile is (rows, HD) bf16 in shared memory, HD the head size rounded up to 32, 64, 96, 128, 192
+// or 256. A warp owns whole rows of a product and keeps them in registers as mma leaves them: of
+// block (m, n), 16 x 8, lane l holds x[m][n][0..3] = row l/4, columns 2 (l%4) and + 1, then row l/4 + 8.
+// That is also how mma takes its left operand, so p goes from one product to the next in registers.
+
+enum { TILE_WARPS = 4 };
+
+// What fits in 255 registers, and in the 99 KB of shared memory that every GPU since Ampere has:
+// blocks of 16 rows that a warp owns where it has one accumulator for each; keys of a tile in the
+// forward pass; rows of a tile that passes by in the backward pass, where there are two such tiles.
+template <int HD> __host__ __device__ constexpr int blocks_of_warp() { return HD <= 128 ? 2 : 1; }
+template <int HD> __host__ __device__ constexpr int keys_of_tile() { return HD == 128 ? 48 : 64; }
+template <int HD> __host__ __device__ constexpr int rows_of_step() { return HD <= 128 ? 32 : 16; }
+
+// Where element (row, column) of a tile lies, column a multiple of 8. The 16-byte pieces of each
+// 128 bytes, or 64 where rows are no multiple of 128, change places by the number of the row, so
+// that the eight rows which load_matrices reads in one column lie in different banks.
+template <int HD>
+__device__ __forceinline__ unsigned place(unsigned row, unsigned column) {
+    constexpr unsigned n = HD % 64 ? 4 : 8;
+    unsigned turn = HD % 64 ? row / 2 % n : row % n;
+    return row * HD + column / (8 * n) * (8 * n) + ((column / 8 % n) ^ turn) * 8;
+}
+
+// Begins to copy the first `real` rows of a head, `stride` elements apart, to a tile; what is
+// beyond them and beyond hd becomes zero.
+template <int HD>
+__device__ __forceinline__ void copy_tile(bf16 *tile, const bf16 *from, unsigned stride,
+                                          unsigned rows, int real, unsigned hd) {
+    constexpr unsigned pieces = HD / 8;
+    unsigned row = threadIdx.x / pieces, column = threadIdx.x % pieces * 8;
+    unsigned step = blockDim.x / pieces;        // a tile's products fit 32 bits
+    if (row == step) row = rows;                // threads left over
+#pragma unroll 1
+    for (; row < rows; row += step) {
+        bool there = (int)row < real && column < hd;
+        copy_async(tile + place<HD>(row, column), from + (there ? row * stride + column : 0),
+                   there ? 16 : 0);
+    }
+}
+
+// s (16 M x N) = a b^T with rows row .. row + 16 M - 1 of tile a and N rows of tile b.
+template <int HD, int M, int N>
+__device__ __forceinline__ void multiply_rows(float s[M][N / 8][4], const bf16 *a, int row,
+                                              const bf16 *b) {
+    int lane = lane_number();
+#pragma unroll
+    for (int i = 0; i < M * N / 2; i++) s[i / (N / 2)][i / 4 % (N / 8)][i % 4] = 0;
+#pragma unroll
+    for (int d = 0; d < HD; d += 16) {
+        uint32_t x[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+            load_matrices(x[m], a + (row + 16 * m) * HD + place<HD>(lane % 16, d + lane / 16 * 8));
+#pragma unroll
+        for (int n = 0; n < N; n += 16) {
+            uint32_t y[4];
+            load_matrices(y, b + n * HD + place<HD>(lane / 16 * 8 + lane % 8,
+                                                    d + lane / 8 % 2 * 8));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(s[m][n / 8], x[m], y, s[m][n / 8]);
+                mma(s[m][n / 8 + 1], x[m], y + 2, s[m][n / 8 + 1]);
+            }
+        }
+    }
+}
+
+// p (16 x N) rounded to bf16, as the left operand of mma.
+template <int N>
+__device__ __forceinline__ void pack_operand(uint32_t x[N / 16][4], const float p[N / 8][4]) {
+#pragma unroll
+    for (int i = 0; i < N / 4; i++)
+        x[i / 4][i % 4] = pack_bf16(p[i / 2][i % 2 * 2], p[i / 2][i % 2 * 2 + 1]);
+}
+
+// o (16 M x HD) += p (16 M x N) times tile b (N x HD).
+template <int HD, int M, int N>
+__device__ __forceinline__ void add_product(float o[M][HD / 8][4], const uint32_t p[M][N / 16][4],
+                                            const bf16 *b) {
+    int lane = lane_number();
+#pragma unroll
+    for (int n = 0; n < N; n += 16) {
+#pragma unroll
+        for (int d = 0; d < HD; d += 16) {
+            uint32_t y[4];
+            load_matrices_transposed(y, b + n * HD + place<HD>(lane % 16, d + lane / 16 * 8));
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                mma(o[m][d / 8], p[m][n / 16], y, o[m][d / 8]);
+                mma(o[m][d / 8 + 1], p[m][n / 16], y + 2, o[m][d / 8 + 1]);
+            }
+        }
+    }
+}
+
+// Scores that are not seen become -inf, whose exponential is 0. In row 0 of s the columns low ..
+// low + window - 1 are seen, in each further row those one to the right.
+template <int M, int N>
+__device__ __forceinline__ void hide_unseen(float s[M][N / 8][4], int low, int window) {
+    int lane = lane_number();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int row = 16 * m + lane / 4 + e / 2 * 8, column = 8 * n + lane % 4 * 2 + e % 2;
+                if (column < low + row || column >= low + row + window) s[m][n][e] = -INFINITY;
+            }
+}
+
+// The scores s of some more keys become p = 2^(scale2 (s - max)); when the maximum of a row grows,
+// its sum and out so far shrink. A lane's sum is of its own columns only.
+template <int HD, int N>
+__device__ __forceinline__ void softmax_step(float s[N / 8][4], float o[HD / 8][4],
+                                             float largest[2], float sum[2], float scale2) {
+    float shrink[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {                      // rows l/4 and l/4 + 8
+        float now = largest[half], total = 0;
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) now = fmaxf(now, s[i / 2][2 * half + i % 2]);
+        now = max_lanes(now, 4);
+        float base = exp_base(now) * scale2;
+        shrink[half] = exp2_approx(fmaf(largest[half], scale2, -base));
+#pragma unroll
+        for (int i = 0; i < N / 4; i++) {
+            float &p = s[i / 2][2 * half + i % 2];
+            p = exp2_approx(fmaf(p, scale2, -base));
+            total += p;
+        }
+        largest[half] = now;
+        sum[half] = fmaf(sum[half], shrink[half], total);
+    }
+#pragma unroll
+    for (int i = 0; i < HD / 2; i++) o[i / 4][i % 4] *= shrink[i / 2 % 2];
+}
+
+// Writes a warp's rows of x, each times a factor, to those rows of a head that exist: by way of the
+// warp's own rows of a tile that is not needed any more, so that it can be 16 bytes at a time.
+template <int HD, int M>
+__device__ __forceinline__ void store_rows(bf16 *to, unsigned stride, bf16 *tile, int row, int real,
+                                           unsigned hd, const float x[M][HD / 8][4],
+                                           const float factor[M][2]) {
+    int lane = lane_number();
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int d = 0; d < HD; d += 8)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float *pair = x[m][d / 8] + 2 * half;
+                int at = place<HD>(row + 16 * m + lane / 4 + 8 * half, d) + lane % 4 * 2;
+                store4(tile + at, pack_bf16(pair[0] * factor[m][half], pair[1] * factor[m][half]));
+            }
+    __syncwarp();
+    for (int i = lane; i < 2 * M * HD; i += WARP) {
+        int at = row + i / (HD / 8), column = i % (HD / 8) * 8;
+        if (at < real && column < (int)hd)
+            store16(to + (size_t)at * stride + column, load16(tile + place<HD>(at, column)));
+    }
+}
+
+// attention_forward of a block of queries of one head. A warp owns 16 M of them, with out in
+// registers; q and a tile of k and of v are in shared memory: while the scores are formed v
+// arrives, while out grows the next k does. The last queries, which see most keys, come first.
+// At HD 128: 56 KB of shared memory and 254 registers, two blocks in a multiprocessor; 171 bytes
+// of shared memory per mma, 1.3 cycles, and 16 bytes of L2 a cycle and multiprocessor.
+template <int HD>
+__global__ void __launch_bounds__(TILE_WARPS * WARP) attention_forward_tiles(Attention<bf16> a,
+                                                                             int tiles) {
+    constexpr int M = blocks_of_warp<HD>(), N = keys_of_tile<HD>();
+    extern __shared__ unsigned char shared_memory[];
+    int lane = lane_number(), row = warp_number() * 16 * M;
+    int rows = (int)blockDim.x / WARP * 16 * M;
+    unsigned hd = a.hd;
+    Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.H);
+    const Stretch &t = u.s;
+    int i = (tiles - 1 - (int)u.tile) * rows, left = t.nq - i;  // first query of the block
+    if (left <= 0) return;
+
+    bf16 *k = (bf16 *)shared_memory, *v = k + N * HD, *q = v + N * HD;
+    unsigned q_stride = a.H * a.hd, k_stride = a.G * a.hd;
+    size_t at = (t.q0 + i) * a.H + u.head;                      // of the first row, in (T, H)
+    size_t k_at = (t.k0 * a.G + u.head / (a.H / a.G)) * a.hd;
+    int own = t.before + i, end = min(end_key(own + rows - 1), t.nk);
+    int j = first_key(own, a.window) / N * N;
+    own = row < left ? own + row : -end;                        // of the warp's first query, if any
+
+    float o[M][HD / 8][4] = {}, s[M][N / 8][4], largest[M][2], sum[M][2] = {};
+    for (int m = 0; m < M; m++) largest[m][0] = largest[m][1] = -INFINITY;
+    float scale2 = a.scale * LOG2_E;
+    copy_tile<HD>(q, a.q + at * a.hd, q_stride, rows, left, hd);
+    k_at += (size_t)j * k_stride;
+    copy_tile<HD>(k, a.k + k_at, k_stride, N, end - j, hd);
+    copy_commit();
+    for (; j < end; j += N) {
+        bool busy = any_seen(own, 16 * M, j, N, a.window);      // the same in a whole warp
+        copy_wait<0>();
+        __syncthreads();                        // k is there, and v is no longer needed
+        copy_tile<HD>(v, a.v + k_at, k_stride, N, end - j, hd);
+        copy_commit();
+        if (busy) multiply_rows<HD, M, N>(s, q, row, k);        // 1
+        copy_wait<0>();
+        __syncthreads();                        // v is there, and k is no longer needed
+        k_at += (size_t)N * k_stride;
+        if (j + N < end) copy_tile<HD>(k, a.k + k_at, k_stride, N, end - j - N, hd);
+        copy_commit();
+        if (busy) {
+            if (!all_seen(own, 16 * M, j, N, a.window))
+                hide_unseen<M, N>(s, end_key(own) - a.window - j, a.window);
+            uint32_t p[M][N / 16][4];
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                softmax_step<HD, N>(s[m], o[m], largest[m], sum[m], scale2);    // 2
+                pack_operand<N>(p[m], s[m]);
+            }
+            __syncwarp();           // else loads of v begin before p is packed, and registers end
+            add_product<HD, M, N>(o, p, v);                     // 3
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M; m++)
+        for (int half = 0; half < 2; half++) {
+            int r = row + 16 * m + lane / 4 + 8 * half;
+            float total = sum_lanes(sum[m][half], 4);
+            sum[m][half] = 1 / total;
+            if (lane % 4 == 0 && r < left)
+                a.lse[at + (size_t)r * a.H] = largest[m][half] * a.scale + logf(total);
+        }
+    store_rows<HD, M>(a.out + at * a.hd, q_stride, q, row, left, hd, o, sum);
+}
+
+// With p_j = exp(s_j - lse):
+//     3   dv_j += p_j dout              dp_j = dout . v_j
+//     2   ds_j = p_j (dp_j - sum_i p_i dp_i),    and that sum is dout . out
+//     1   dq = scale sum_j ds_j k_j     dk_j += scale ds_j q
+//
+// terms (H, T): of each query its log2(e) lse and dout . out. A warp owns a row of a head.
+// Reads out and dout once: 4 T H hd bytes.
+template <typename Act> __global__ void attention_row_terms(Attention<Act> a) {
+    int lane = lane_number();
+    size_t index = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / WARP, t = index / a.H;
+    if (t >= a.T) return;
+    float sum = 0;
+    for (size_t d = lane; d < a.hd; d += WARP)
+        sum = fmaf(to_float(a.dout[index * a.hd + d]), to_float(a.attended[index * a.hd + d]), sum);
+    sum = sum_lanes(sum, WARP);
+    if (lane == 0) {
+        RowTerms terms = {a.lse[index] * LOG2_E, sum};
+        a.terms[index % a.H * a.T + t] = terms;
+    }
+}
+
+// dk and dv of a block of keys of one group: 16 keys for each warp, in registers, while queries
+// pass by, of one head of the group after the other: a tile of q and one of dout at a time and the
+// next under way. Scores are formed turned, keys x queries, so that p and ds are left operands of
+// the sums over queries. Keys that nobody sees get 0. Beyond HD 128, where both sums do not fit in
+// registers, one launch makes dv and another dk.
+// At HD 128: 64.5 KB of shared memory, two blocks in a multiprocessor; 320 bytes of shared memory
+// per mma, 2.5 cycles, which is what limits this kernel.
+template <int HD, bool make_dk, bool make_dv>
+__global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_keys(Attention<bf16> a,
+                                                                             int tiles) {
+    constexpr int M = rows_of_step<HD>();                       // queries at a time
+    extern __shared__ unsigned char shared_memory[];
+    int lane = lane_number(), row = warp_number() * 16;
+    int keys = (int)blockDim.x / WARP * 16;
+    unsigned hd = a.hd;
+    Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.G);
+    const Stretch &t = u.s;
+    int j = (int)u.tile * keys;
+    if (j >= t.nk) return;
+
+    bf16 *q = (bf16 *)shared_memory, *dout = q + 2 * M * HD;    // (2, M, HD)
+    RowTerms *terms = (RowTerms *)(dout + 2 * M * HD), mine = {INFINITY, 0};    // (2, M)
+    bf16 *k = (bf16 *)(terms + 2 * M), *v = k + keys * HD;
+    unsigned k_stride = a.G * a.hd, q_stride = a.H * a.hd;
+    size_t k_at = (t.k0 + j) * k_stride + u.head * a.hd;
+    // The last query that sees a key is `before` + window - 1 places after it.
+    int first = max(j - t.before, 0) / M * M;
+    int end = min(t.nq, min(j + keys, t.nk) - 1 - t.before + a.window);
+    int tiles_of_head = end > first ? (end - first + M - 1) / M : 0;
+    int steps = tiles_of_head * (int)(a.H / a.G);
+
+    float dk[1][HD / 8][4] = {}, dv[1][HD / 8][4] = {}, scale2 = a.scale * LOG2_E;
+    if (steps) {
+        copy_tile<HD>(k, a.k + k_at, k_stride, keys, t.nk - j, hd);
+        copy_tile<HD>(v, a.v + k_at, k_stride, keys, t.nk - j, hd);
+    }
+    for (int step = -1; step < steps; step++) {
+        int buffer = step % 2 * M, i = first;
+        if (step >= 0) {
+            i += step % tiles_of_head * M;
+            if (threadIdx.x < M) terms[buffer + threadIdx.x] = mine;
+            copy_wait<0>();
+            __syncthreads();                    // this step's are there, the last step's not needed
+        }
+        if (step + 1 < steps) {                 // the next step's
+            unsigned head = u.head * (a.H / a.G) + (unsigned)((step + 1) / tiles_of_head);
+            int next = first + (step + 1) % tiles_of_head * M, to = (step + 1) % 2 * M * HD;
+            size_t at = (t.q0 + next) * q_stride + head * a.hd;
+            copy_tile<HD>(q + to, a.q + at, q_stride, M, t.nq - next, hd);
+            copy_tile<HD>(dout + to, a.dout + at, q_stride, M, t.nq - next, hd);
+            copy_commit();
+            next += (int)threadIdx.x;
+            mine.lse2 = INFINITY;               // those beyond the last query get p = 2^-inf
+            mine.expected = 0;
+            if (threadIdx.x < M && next < t.nq) mine = a.terms[head * a.T + t.q0 + next];
+        }
+        int own = t.before + i;
+        if (step < 0 || !any_seen(own, M, j + row, 16, a.window)) continue; // all lanes or none
+
+        float p[1][M / 8][4], ds[1][M / 8][4];
+        multiply_rows<HD, 1, M>(p, k, row, q + buffer * HD);
+        if (!all_seen(own, M, j + row, 16, a.window))
+            hide_unseen<1, M>(p, j + row - own, a.window);
+        if (make_dk) multiply_rows<HD, 1, M>(ds, v, row, dout + buffer * HD);   // dp
+#pragma unroll
+        for (int e = 0; e < M / 2; e++) {
+            RowTerms of = terms[buffer + 8 * (e / 4) + lane % 4 * 2 + e % 2];
+            float &of_p = p[0][e / 4][e % 4], &of_ds = ds[0][e / 4][e % 4];
+            of_p = exp2_approx(fmaf(of_p, scale2, -of.lse2));
+            if (make_dk) of_ds = of_p * (of_ds - of.expected);
+        }
+        uint32_t x[1][M / 16][4];
+        if (make_dv) {
+            pack_operand<M>(x[0], p[0]);
+            add_product<HD, 1, M>(dv, x, dout + buffer * HD);
+        }
+        if (make_dk) {
+            pack_operand<M>(x[0], ds[0]);
+            add_product<HD, 1, M>(dk, x, q + buffer * HD);
+        }
+    }
+    const float one[1][2] = {{1, 1}}, scale[1][2] = {{a.scale, a.scale}};
+    if (make_dv) store_rows<HD, 1>(a.dv + k_at, k_stride, v, row, t.nk - j, hd, dv, one);
+    if (make_dk) store_rows<HD, 1>(a.dk + k_at, k_stride, k, row, t.nk - j, hd, dk, scale);
+}
+
+// dq of a block of queries of one head, 16 M for each warp, in registers, while keys pass by: a
+// tile of k and one of v at a time and the next under way. The last queries come first.
+// At HD 128: 96 KB of shared memory, 213 bytes from it per mma.
+template <int HD>
+__global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_queries(Attention<bf16> a,
+                                                                                int tiles) {
+    constexpr int M = blocks_of_warp<HD>(), N = rows_of_step<HD>();
+    extern __shared__ unsigned char shared_memory[];
+    int lane = lane_number(), row = warp_number() * 16 * M;
+    int rows = (int)blockDim.x / WARP * 16 * M;
+    unsigned hd = a.hd;
+    Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.H);
+    const Stretch &t = u.s;
+    int i = (tiles - 1 - (int)u.tile) * rows, left = t.nq - i;
+    if (left <= 0) return;
+
+    bf16 *k = (bf16 *)shared_memory, *v = k + 2 * N * HD;       // (2, N, HD)
+    bf16 *q = v + 2 * N * HD, *dout = q + rows * HD;
+    unsigned q_stride = a.H * a.hd, k_stride = a.G * a.hd;
+    size_t q_at = ((t.q0 + i) * a.H + u.head) * a.hd;
+    size_t k_at = (t.k0 * a.G + u.head / (a.H / a.G)) * a.hd;
+    int own = t.before + i, end = min(end_key(own + rows - 1), t.nk);
+    int first = first_key(own, a.window) / N * N;
+    own = row < left ? own + row : -end;                        // of the warp's first query, if any
+
+    float dq[M][HD / 8][4] = {}, scale2 = a.scale * LOG2_E;
+    RowTerms terms[M][2];
+    for (int m = 0; m < M; m++)
+        for (int half = 0; half < 2; half++) {
+            int r = row + 16 * m + lane / 4 + 8 * half;
+            terms[m][half].lse2 = INFINITY;
+            terms[m][half].expected = 0;
+            if (r < left) terms[m][half] = a.terms[u.head * a.T + t.q0 + i + r];
+        }
+    copy_tile<HD>(q, a.q + q_at, q_stride, rows, left, hd);
+    copy_tile<HD>(dout, a.dout + q_at, q_stride, rows, left, hd);
+    for (int j = first - N, buffer = 1; j < end; j += N, buffer ^= 1) {
+        if (j >= first) {
+            copy_wait<0>();
+            __syncthreads();                    // this step's are there, the last step's not needed
+        }
+        if (j + N < end) {                      // the next step's
+            size_t at = k_at + (size_t)(j + N) * k_stride;
+            int to = (buffer ^ 1) * N * HD;
+            copy_tile<HD>(k + to, a.k + at, k_stride, N, t.nk - j - N, hd);
+            copy_tile<HD>(v + to, a.v + at, k_stride, N, t.nk - j - N, hd);
+            copy_commit();
+        }
+        if (j < first || !any_seen(own, 16 * M, j, N, a.window)) continue;  // all lanes or none
+
+        float s[M][N / 8][4], ds[M][N / 8][4];
+        const bf16 *k_tile = k + buffer * N * HD, *v_tile = v + buffer * N * HD;
+        multiply_rows<HD, M, N>(s, q, row, k_tile);
+        if (!all_seen(own, 16 * M, j, N, a.window))
+            hide_unseen<M, N>(s, end_key(own) - a.window - j, a.window);
+        multiply_rows<HD, M, N>(ds, dout, row, v_tile);         // dp
+        uint32_t x[M][N / 16][4];
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int e = 0; e < N / 2; e++) {
+                RowTerms of = terms[m][e / 2 % 2];
+                float p = exp2_approx(fmaf(s[m][e / 4][e % 4], scale2, -of.lse2));
+                ds[m][e / 4][e % 4] = p * (ds[m][e / 4][e % 4] - of.expected);
+            }
+            pack_operand<N>(x[m], ds[m]);
+        }
+        add_product<HD, M, N>(dq, x, k_tile);
+    }
+    float scale[M][2];
+    for (int m = 0; m < M; m++) scale[m][0] = scale[m][1] = a.scale;
+    store_rows<HD, M>(a.dq + q_at, q_stride, q, row, left, hd, dq, scale);
+}
+
+// ------------------------------------------------------------------------------------------- rows
+//
+// A warp for each row of a head, or 256 columns of it where heads are larger. It takes the other
+// side 32 rows at a time: first a lane is a row there and forms its products, then a lane is every
+// 32nd column of the own row and adds up. Arithmetic as in chapter 3, 4 and 14 hd FLOPs for a pair.
+
+// Columns column .. column+7 of a row; those beyond hd are 0.
+template <typename Act>
+__device__ __forceinline__ void load_piece(float x[8], const Act *row, unsigned column, unsigned hd,
+                                           bool pieces) {
+    if (pieces && column < hd) load8(x, row + column);
+    else
+#pragma unroll
+        for (unsigned i = 0; i < 8; i++) x[i] = column + i < hd ? to_float(row[column + i]) : 0;
+}
+
+template <typename Act>
+__device__ __forceinline__ float dot_rows(const Act *a, const Act *b, const Attention<Act> &of) {
+    float sum = 0;
+    for (unsigned d = 0; d < of.hd; d += 8) {
+        float x[8], y[8];
+        load_piece(x, a, d, of.hd, of.pieces);
+        load_piece(y, b, d, of.hd, of.pieces);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum = fmaf(x[i], y[i], sum);
+    }
+    return sum;
+}
+
+// sum (this lane's columns) += weight row
+template <typename Act>
+__device__ __forceinline__ void add_row(float sum[LANE_COLUMNS], float weight, const Act *row,
+                                        unsigned column, unsigned hd) {
+#pragma unroll
+    for (int c = 0; c < LANE_COLUMNS; c++, column += WARP)
+        if (column < hd) sum[c] = fmaf(weight, to_float(row[column]), sum[c]);
+}
+
+template <typename Act>
+__device__ __forceinline__ void store_row(Act *row, const float x[LANE_COLUMNS], float factor,
+                                          unsigned column, unsigned hd) {
+#pragma unroll
+    for (int c = 0; c < LANE_COLUMNS; c++, column += WARP)
+        if (column < hd) from_float(row + column, x[c] * factor);
+}
+
+// The number of this warp in the grid.
+__device__ __forceinline__ size_t grid_warp() {
+    return ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+}
+
+// attention_forward of a query in one head.
+template <typename Act>
+__global__ void attention_forward_rows(Attention<Act> a, unsigned most_queries) {
+    unsigned parts = (a.hd + ROW_COLUMNS - 1) / ROW_COLUMNS, hd = a.hd;
+    Unit u = unit_number(a, grid_warp(), most_queries, a.H * parts);
+    const Stretch &t = u.s;
+    int lane = lane_number(), i = (int)u.tile;
+    if (!u.exists || i >= t.nq) return;
+    unsigned head = u.head / parts, column = u.head % parts * ROW_COLUMNS + (unsigned)lane;
+    size_t at = (t.q0 + i) * a.H + head, k_stride = (size_t)a.G * hd;
+    size_t k_at = (t.k0 * a.G + head / (a.H / a.G)) * hd;
+    float out[LANE_COLUMNS] = {}, largest = -INFINITY, sum = 0;
+    int end = end_key(t.before + i);
+    for (int j = first_key(t.before + i, a.window); j < end; j += WARP) {
+        int n = min((int)WARP, end - j);
+        float s = -INFINITY;                                                    // 1
+        if (lane < n) s = a.scale * dot_rows(a.q + at * hd, a.k + k_at + (j + lane) * k_stride, a);
+        float now = max_lanes(fmaxf(largest, s), WARP), base = exp_base(now);
+        float shrink = expf(largest - base), p = expf(s - base);                // 2
+        largest = now;
+        sum = fmaf(sum, shrink, sum_lanes(p, WARP));
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; c++) out[c] *= shrink;
+        for (int k = 0; k < n; k++)                                             // 3
+            add_row(out, __shfl_sync(0xFFFFFFFFu, p, k), a.v + k_at + (j + k) * k_stride, column,
+                    hd);
+    }
+    store_row(a.out + at * hd, out, 1 / sum, column, hd);
+    if (u.head % parts == 0 && lane == 0) a.lse[at] = largest + logf(sum);
+}
+
+// dq of a query in one head.
+template <typename Act>
+__global__ void attention_backward_query_rows(Attention<Act> a, unsigned most_queries) {
+    unsigned parts = (a.hd + ROW_COLUMNS - 1) / ROW_COLUMNS, hd = a.hd;
+    Unit u = unit_number(a, grid_warp(), most_queries, a.H * parts);
+    const Stretch &t = u.s;
+    int lane = lane_number(), i = (int)u.tile;
+    if (!u.exists || i >= t.nq) return;
+    unsigned head = u.head / parts, column = u.head % parts * ROW_COLUMNS + (unsigned)lane;
+    size_t at = (t.q0 + i) * a.H + head, k_stride = (size_t)a.G * hd;
+    size_t k_at = (t.k0 * a.G + head / (a.H / a.G)) * hd;
+    float dq[LANE_COLUMNS] = {}, expected = a.terms[head * a.T + t.q0 + i].expected;
+    int end = end_key(t.before + i);
+    for (int j = first_key(t.before + i, a.window); j < end; j += WARP) {
+        int n = min((int)WARP, end - j);
+        float ds = 0;
+        if (lane < n) {
+            size_t key = k_at + (j + lane) * k_stride;
+            float p = expf(a.scale * dot_rows(a.q + at * hd, a.k + key, a) - a.lse[at]);
+            ds = a.scale * p * (dot_rows(a.dout + at * hd, a.v + key, a) - expected);
+        }
+        for (int k = 0; k < n; k++)
+            add_row(dq, __shfl_sync(0xFFFFFFFFu, ds, k), a.k + k_at + (j + k) * k_stride, column,
+                    hd);
+    }
+    store_row(a.dq + at * hd, dq, 1, column, hd);
+}
+
+// dk and dv of a key in one group.
+template <typename Act>
+__global__ void attention_backward_key_rows(Attention<Act> a, unsigned most_keys) {
+    unsigned parts = (a.hd + ROW_COLUMNS - 1) / ROW_COLUMNS, hd = a.hd, shared = a.H / a.G;
+    Unit u = unit_number(a, grid_warp(), most_keys, a.G * parts);
+    const Stretch &t = u.s;
+    int lane = lane_number(), j = (int)u.tile;
+    if (!u.exists || j >= t.nk) return;
+    unsigned group = u.head / parts, column = u.head % parts * ROW_COLUMNS + (unsigned)lane;
+    size_t key = ((t.k0 + j) * a.G + group) * hd;
+    float dk[LANE_COLUMNS] = {}, dv[LANE_COLUMNS] = {};
+    int first = max(j - t.before, 0), end = min(t.nq, j - t.before + a.window);
+    for (unsigned head = group * shared; head < (group + 1) * shared; head++)
+        for (int i = first; i < end; i += WARP) {
+            int n = min((int)WARP, end - i);
+            float p = 0, ds = 0;
+            if (lane < n) {
+                size_t query = (t.q0 + i + lane) * a.H + head;
+                float expected = a.terms[head * a.T + t.q0 + i + lane].expected;
+                p = expf(a.scale * dot_rows(a.q + query * hd, a.k + key, a) - a.lse[query]);
+                ds = a.scale * p * (dot_rows(a.dout + query * hd, a.v + key, a) - expected);
+            }
+            for (int k = 0; k < n; k++) {
+                size_t query = ((t.q0 + i + k) * a.H + head) * hd;
+                add_row(dv, __shfl_sync(0xFFFFFFFFu, p, k), a.dout + query, column, hd);
+                add_row(dk, __shfl_sync(0xFFFFFFFFu, ds, k), a.q + query, column, hd);
+            }
+        }
+    store_row(a.dk + key, dk, 1, column, hd);
+    store_row(a.dv + key, dv, 1, column, hd);
+}
+
+// ----------------------------------------------------------------------------------------- decode
+//
+// One query in each sequence. Every grid is as the batch's most_keys would have it, whatever the
+// spans hold when it runs, so that a recorded step stays right while the cache grows.
+
+// The keys of a sequence's only query are begin .. end-1; a split takes `each` of them, at least
+// `least`.
+struct Share { int begin, end, each; };
+
+__device__ __forceinline__ Share share_keys(const Stretch &t, int window, int splits, int least) {
+    Share s;
+    s.begin = first_key(t.before, window);
+    s.end = end_key(t.before);
+    s.each = max((s.end - s.begin + splits - 1) / splits, least);
+    return s;
+}
+
+// A row's lanes, eight columns each, are the next power of two. hd <= 256.
+__host__ __device__ inline int row_lanes(unsigned hd) {
+    int lanes = 1;
+    while (8 * lanes < (int)hd) lanes *= 2;
+    return lanes;
+}
+
+// Keys of a team of row_lanes that are under way at once: as many as registers allow.
+template <typename Act, int R> __host__ __device__ constexpr int keys_of_team() {
+    return R * sizeof(Act) > 8 ? 2 : 4;
+}
+
+// out, maximum and sum of R query heads of one group, or fewer, over one share of the keys. A
+// block's threads form teams of row_lanes; a team takes keys of its own, each read once for all
+// heads, and keeps a softmax of its own; teams are joined at the end by way of shared memory.
+// Reads 4 G hd bytes of each key once, which is all the time it should take.
+template <typename Act, int R>
+__global__ void __launch_bounds__(DECODE_THREADS) attention_decode_share(Attention<Act> a,
+                                                                         int splits, int least) {
+    constexpr int B = keys_of_team<Act, R>();
+    extern __shared__ unsigned char shared_memory[];
+    unsigned shared = a.H / a.G, chunks = (shared + R - 1) / R;
+    Unit u = unit_number(a, blockIdx.x, (unsigned)splits, a.G * chunks);
+    unsigned group = u.head / chunks, head = group * shared + u.head % chunks * R;
+    int heads = (int)min((unsigned)R, (group + 1) * shared - head), split = (int)u.tile;
+    int lanes = row_lanes(a.hd), teams = (int)blockDim.x / lanes, team = (int)threadIdx.x / lanes;
+    unsigned column = threadIdx.x % (unsigned)lanes * 8;
+    Share share = share_keys(u.s, a.window, splits, least);
+    int j = share.begin + split * share.each, end = min(j + share.each, share.end);
+    if (u.s.nq == 0 || j >= end) return;
+
+    float q[R][8], out[R][8] = {}, largest[R], sum[R] = {};
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        largest[r] = -INFINITY;
+        load_piece(q[r], a.q + (u.s.q0 * a.H + head + (r < heads ? r : 0)) * a.hd, column, a.hd,
+                   a.pieces);
+    }
+    size_t stride = (size_t)a.G * a.hd, at = u.s.k0 * stride + group * a.hd;
+    for (; j < end; j += B * teams) {
+        float k[B][8], v[B][8], s[B][R];
+#pragma unroll
+        for (int b = 0; b < B; b++) {
+            int key = j + b * teams + team;
+            unsigned hd = key < end ? a.hd : 0;                 // 0: a row of zeros
+            load_piece(k[b], a.k + at + key * stride, column, hd, a.pieces);
+            load_piece(v[b], a.v + at + key * stride, column, hd, a.pieces);
+        }
+#pragma unroll
+        for (int b = 0; b < B; b++)
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                s[b][r] = 0;
+#pragma unroll
+                for (int d = 0; d < 8; d++) s[b][r] = fmaf(q[r][d], k[b][d], s[b][r]);
+            }
+        for (int lane = lanes / 2; lane; lane /= 2)
+#pragma unroll
+            for (int i = 0; i < B * R; i++)
+                s[i / R][i % R] += __shfl_xor_sync(0xFFFFFFFFu, s[i / R][i % R], lane);
+#pragma unroll
+        for (int r = 0; r < R; r++) {
+            float before = largest[r];
+#pragma unroll
+            for (int b = 0; b < B; b++) {
+                s[b][r] = j + b * teams + team < end ? a.scale * s[b][r] : -INFINITY;
+                largest[r] = fmaxf(largest[r], s[b][r]);
+            }
+            float base = exp_base(largest[r]), shrink = expf(before - base);
+            sum[r] *= shrink;
+#pragma unroll
+            for (int d = 0; d < 8; d++) out[r][d] *= shrink;
+#pragma unroll
+            for (int b = 0; b < B; b++) {
+                float p = expf(s[b][r] - base);
+                sum[r] += p;
+#pragma unroll
+                for (int d = 0; d < 8; d++) out[r][d] = fmaf(p, v[b][d], out[r][d]);
+            }
+        }
+    }
+
+    // all (teams, R, 2 + 8 lanes): maximum, sum, out
+    float *all = (float *)shared_memory;
+    int width = 2 + 8 * lanes;
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+        float *mine = all + (team * R + r) * width;
+        if (column == 0) mine[0] = largest[r], mine[1] = sum[r];
+#pragma unroll
+        for (int d = 0; d < 8; d++) mine[2 + column + d] = out[r][d];
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < heads * (1 + (int)a.hd); i += (int)blockDim.x) {
+        int r = i / (1 + (int)a.hd), c = 1 + i % (1 + (int)a.hd);     // 1: the sum
+        float *part = a.parts + ((u.span * a.H + head + r) * (size_t)splits + split) * (2 + a.hd);
+        float top = -INFINITY, total = 0;
+        for (int k = 0; k < teams; k++) top = fmaxf(top, all[(k * R + r) * width]);
+        for (int k = 0; k < teams; k++) {
+            const float *of = all + (k * R + r) * width;
+            total = fmaf(expf(of[0] - exp_base(top)), of[c], total);
+        }
+        part[c] = total;
+        if (c == 1) part[0] = top;
+    }
+}
+
+// Joins the shares of a query in one head: a block for each.
+template <typename Act>
+__global__ void attention_decode_join(Attention<Act> a, int splits, int least) {
+    Unit u = unit_number(a, blockIdx.x, 1, a.H);
+    if (u.s.nq == 0) return;
+    Share share = share_keys(u.s, a.window, splits, least);
+    int used = (share.end - share.begin + share.each - 1) / share.each, width = 2 + (int)a.hd;
+    const float *parts = a.parts + (u.span * a.H + u.head) * (size_t)splits * width;
+    size_t at = u.s.q0 * a.H + u.head;
+    float top = -INFINITY;
+    for (int k = 0; k < used; k++) top = fmaxf(top, parts[k * width]);
+    for (int c = 2 + (int)threadIdx.x; c < width; c += (int)blockDim.x) {
+        float sum = 0, out = 0;
+        for (int k = 0; k < used; k++) {
+            float weight = expf(parts[k * width] - exp_base(top));
+            sum = fmaf(weight, parts[k * width + 1], sum);
+            out = fmaf(weight, parts[k * width + c], out);
+        }
+        from_float(a.out + at * a.hd + (c - 2), out / sum);
+        if (c == 2) a.lse[at] = top + logf(sum);
+    }
+}
+
+// -------------------------------------------------------------------------------------- launchers
+
+// Bytes of Device.scratch that this chapter needs: what the backward pass knows of each query, or
+// the parts of a decode step.
+static size_t attention_scratch(const OpSizes *s) {
+    size_t shared = s->G ? s->H / s->G : 1, decode = DECODE_BLOCKS * shared * (2 + s->hd) * 4;
+    size_t terms = s->training ? s->T * s->H * sizeof(RowTerms) : 0;
+    return max_size(terms, decode);
+}
+
+template <typename Act>
+static Attention<Act> attention_of(Device *dev, AttentionShape shape, const Batch *batch,
+                                   const void *q, const void *k, const void *v) {
+    Attention<Act> a = {};
+    a.q = (const Act *)q;
+    a.k = (const Act *)k;
+    a.v = (const Act *)v;
+    a.terms = (RowTerms *)dev->scratch;
+    a.parts = (float *)dev->scratch;
+    a.spans = batch->spans;
+    a.T = batch->T;
+    a.n_spans = (unsigned)batch->n_spans;
+    a.H = (unsigned)shape.H;
+    a.G = (unsigned)shape.G;
+    a.hd = (unsigned)shape.hd;
+    bool all = !shape.window || shape.window > batch->most_keys;
+    a.window = (int)(all ? batch->most_keys : shape.window);
+    a.scale = shape.scale;
+    a.pieces = shape.hd % 8 == 0 && ((uintptr_t)q | (uintptr_t)k | (uintptr_t)v) % 16 == 0;
+    return a;
+}
+
+// A grid has its blocks in x, where 2^31 - 1 fit; more than that are refused as none are.
+static unsigned grid_of(size_t blocks) { return blocks > 0x7FFFFFFF ? 0 : (unsigned)blocks; }
+
+// Rows of a block in which a warp has `each`: no more warps than n rows keep busy.
+static size_t tile_rows(size_t n, size_t each) {
+    return each * min_size(ceil_div(n, each), TILE_WARPS);
+}
+
+// Lets a kernel have more shared memory than 48 KB.
+static void allow_shared(Gpu *gpu, const void *kernel, size_t bytes) {
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         (int)bytes);
+    (void)cuda_failed(gpu, e, "shared memory of attention");
+}
+
+// Whether the matrix units can do it; x, y and z are written.
+template <typename Act>
+static bool tiles_fit(const Gpu *gpu, const Attention<Act> &a, void *x, void *y, void *z) {
+    bool aligned = ((uintptr_t)x | (uintptr_t)y | (uintptr_t)z) % 16 == 0;
+    return sizeof(Act) == sizeof(bf16) && gpu->matrix_units && a.pieces && a.hd <= 256 && aligned;
+}
+
+template <int HD>
+static void forward_tiles(Gpu *gpu, const Attention<bf16> &a, const Batch *batch) {
+    size_t rows = tile_rows(batch->most_queries, 16 * blocks_of_warp<HD>());
+    size_t tiles = ceil_div(batch->most_queries, rows);
+    size_t bytes = (rows + 2 * keys_of_tile<HD>()) * HD * sizeof(bf16);
+    unsigned block = (unsigned)(rows / (16 * blocks_of_warp<HD>()) * WARP);
+    allow_shared(gpu, (const void *)attention_forward_tiles<HD>, bytes);
+    attention_forward_tiles<HD><<<grid_of(tiles * a.H * a.n_spans), block, bytes, gpu->stream>>>(
+        a, (int)tiles);
+    launched(gpu, "attention_forward_tiles");
+}
+
+template <int HD, bool make_dk, bool make_dv>
+static void backward_keys(Gpu *gpu, const Attention<bf16> &a, const Batch *batch) {
+    size_t keys = tile_rows(batch->most_keys, 16), tiles = ceil_div(batch->most_keys, keys);
+    size_t bytes = (2 * keys + 4 * rows_of_step<HD>()) * HD * sizeof(bf16) +
+                   2 * rows_of_step<HD>() * sizeof(RowTerms);
+    unsigned grid = grid_of(tiles * a.G * a.n_spans), block = (unsigned)(keys / 16 * WARP);
+    allow_shared(gpu, (const void *)attention_backward_keys<HD, make_dk, make_dv>, bytes);
+    attention_backward_keys<HD, make_dk, make_dv><<<grid, block, bytes, gpu->stream>>>(
+        a, (int)tiles);
+    launched(gpu, "attention_backward_keys");
+}
+
+template <int HD>
+static void backward_tiles(Gpu *gpu, const Attention<bf16> &a, const Batch *batch) {
+    backward_keys<HD, true, HD <= 128>(gpu, a, batch);
+    if constexpr (HD > 128) backward_keys<HD, false, true>(gpu, a, batch);
+    size_t rows = tile_rows(batch->most_queries, 16 * blocks_of_warp<HD>());
+    size_t tiles = ceil_div(batch->most_queries, rows);
+    size_t bytes = (2 * rows + 4 * rows_of_step<HD>()) * HD * sizeof(bf16);
+    unsigned block = (unsigned)(rows / (16 * blocks_of_warp<HD>()) * WARP);
+    allow_shared(gpu, (const void *)attention_backward_queries<HD>, bytes);
+    attention_backward_queries<HD><<<grid_of(tiles * a.H * a.n_spans), block, bytes, gpu->stream>>>(
+        a, (int)tiles);
+    launched(gpu, "attention_backward_queries");
+}
+
+// Calls f<HD> with the smallest tile that a head fits in.
+#define FOR_HEAD_SIZE(f, gpu, a, batch) \
+    (a.hd <= 32    ? f<32>(gpu, a, batch) \
+     : a.hd <= 64  ? f<64>(gpu, a, batch) \
+     : a.hd <= 96  ? f<96>(gpu, a, batch) \
+     : a.hd <= 128 ? f<128>(gpu, a, batch) \
+     : a.hd <= 192 ? f<192>(gpu, a, batch) \
+                   : f<256>(gpu, a, batch))
+
+template <typename Act>
+static void forward_rows(Gpu *gpu, const Attention<Act> &a, const Batch *batch) {
+    size_t warps = batch->most_queries * a.H * ceil_div(a.hd, ROW_COLUMNS) * a.n_spans;
+    unsigned grid = grid_of(ceil_div(warps, 4));
+    attention_forward_rows<Act><<<grid, 4 * WARP, 0, gpu->stream>>>(
+        a, (unsigned)batch->most_queries);
+    launched(gpu, "attention_forward_rows");
+}
+
+template <typename Act>
+static void backward_rows(Gpu *gpu, const Attention<Act> &a, const Batch *batch) {
+    size_t columns = ceil_div(a.hd, ROW_COLUMNS) * a.n_spans, queries = batch->most_queries;
+    unsigned grid = grid_of(ceil_div(batch->most_keys * a.G * columns, 4));
+    attention_backward_key_rows<Act><<<grid, 4 * WARP, 0, gpu->stream>>>(
+        a, (unsigned)batch->most_keys);
+    launched(gpu, "attention_backward_key_rows");
+    grid = grid_of(ceil_div(queries * a.H * columns, 4));
+    attention_backward_query_rows<Act><<<grid, 4 * WARP, 0, gpu->stream>>>(a, (unsigned)queries);
+    launched(gpu, "attention_backward_query_rows");
+}
+
+template <typename Act, int R>
+static void decode(Gpu *gpu, const Attention<Act> &a, const Batch *batch) {
+    size_t pairs = (size_t)a.G * a.n_spans, blocks = min_size(2 * gpu->processors, DECODE_BLOCKS);
+    size_t splits = max_size(min_size(blocks / pairs, ceil_div(batch->most_keys, 16)), 1);
+    size_t lanes = (size_t)row_lanes(a.hd), teams = DECODE_THREADS / lanes;
+    size_t bytes = teams * R * (2 + 8 * lanes) * sizeof(float);
+    int least = (int)teams * keys_of_team<Act, R>();
+    unsigned grid = (unsigned)(splits * pairs * ceil_div(a.H / a.G, R));
+    attention_decode_share<Act, R><<<grid, DECODE_THREADS, bytes, gpu->stream>>>(
+        a, (int)splits, least);
+    launched(gpu, "attention_decode_share");
+    grid = (unsigned)(a.H * a.n_spans);
+    attention_decode_join<Act><<<grid, DECODE_THREADS, 0, gpu->stream>>>(a, (int)splits, least);
+    launched(gpu, "attention_decode_join");
+}
+
+template <typename Act>
+static void forward_as(Device *dev, void *out, real *lse, const void *q, const void *k,
+                       const void *v, AttentionShape shape, const Batch *batch) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    Attention<Act> a = attention_of<Act>(dev, shape, batch, q, k, v);
+    bool few = (size_t)a.G * a.n_spans <= DECODE_BLOCKS;
+    a.out = (Act *)out;
+    a.lse = lse;
+    if (batch->most_queries == 1 && a.hd <= ROW_COLUMNS && few) {
+        if (a.H / a.G == 1) decode<Act, 1>(gpu, a, batch);
+        else if (a.H / a.G == 2) decode<Act, 2>(gpu, a, batch);
+        else if (a.H / a.G <= 4) decode<Act, 4>(gpu, a, batch);
+        else decode<Act, 8>(gpu, a, batch);
+    } else if (!tiles_fit(gpu, a, out, out, out)) forward_rows(gpu, a, batch);
+    else if constexpr (sizeof(Act) == sizeof(bf16)) FOR_HEAD_SIZE(forward_tiles, gpu, a, batch);
+}
+
+static void attention_forward(Device *dev, void *out, real *lse, const void *q, const void *k,
+                              const void *v, AttentionShape shape, const Batch *batch) {
+    if (((Gpu *)dev->gpu)->failed || !batch->T || !batch->n_spans) return;
+    if (dev->act == DT_BF16) forward_as<bf16>(dev, out, lse, q, k, v, shape, batch);
+    else forward_as<float>(dev, out, lse, q, k, v, shape, batch);
+}
+
+template <typename Act>
+static void backward_as(Device *dev, void *dq, void *dk, void *dv, const void *dout, const void *q,
+                        const void *k, const void *v, const void *out, const real *lse,
+                        AttentionShape shape, const Batch *batch) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    Attention<Act> a = attention_of<Act>(dev, shape, batch, q, k, v);
+    a.dq = (Act *)dq;
+    a.dk = (Act *)dk;
+    a.dv = (Act *)dv;
+    a.dout = (const Act *)dout;
+    a.attended = (const Act *)out;
+    a.lse = (float *)lse;                                       // only read
+    a.pieces = a.pieces && (uintptr_t)dout % 16 == 0;
+    unsigned grid = grid_of(ceil_div(a.T * a.H, 4));
+    attention_row_terms<Act><<<grid, 4 * WARP, 0, gpu->stream>>>(a);
+    launched(gpu, "attention_row_terms");
+    if (!tiles_fit(gpu, a, dq, dk, dv)) backward_rows(gpu, a, batch);
+    else if constexpr (sizeof(Act) == sizeof(bf16)) FOR_HEAD_SIZE(backward_tiles, gpu, a, batch);
+}
+
+static void attention_backward(Device *dev, void *dq, void *dk, void *dv, const void *dout,
+                               const void *q, const void *k, const void *v, const void *out,
+                               const real *lse, AttentionShape shape, const Batch *batch) {
+    if (((Gpu *)dev->gpu)->failed || !batch->T || !batch->n_spans) return;
+    if (dev->act == DT_BF16)
+        backward_as<bf16>(dev, dq, dk, dv, dout, q, k, v, out, lse, shape, batch);
+    else backward_as<float>(dev, dq, dk, dv, dout, q, k, v, out, lse, shape, batch);
+}
+
+// =================================================================================================
+//  7. Output head, cross-entropy, optimiser
+//
+//  The loss and the decision whether a gradient may be applied stay on the card: a step is asked
+//  for as a whole and read back when somebody wants to see it.
+// =================================================================================================
+
+// exp(a - b) for a <= b; 1 where both are the same infinity.
+__device__ __forceinline__ float shrink(float a, float b) { return a == b ? 1 : expf(a - b); }
+
+// The softmax's running max and sum over the columns of a slice, S rows of C logits. A block owns a
+// row; each thread keeps a maximum and a sum of its own, so that logits are read once: 4 bytes each.
+template <int width>
+__global__ void cross_entropy_forward_kernel(float *max, float *sum, float *chosen,
+                                             const float *logits, const int32_t *target,
+                                             size_t first, size_t C) {
+    __shared__ float partial[WARP];
+    size_t s = blockIdx.x;
+    const float *z = logits + s * C;
+    float largest = -INFINITY, total = 0;
+    for (size_t v = width * threadIdx.x; v < C; v += width * blockDim.x) {
+        float x[width], before = largest;
+        load<width>(x, z + v);
+#pragma unroll
+        for (int i = 0; i < width; i++) largest = larger(largest, x[i]);
+        total *= shrink(before, largest);
+#pragma unroll
+        for (int i = 0; i < width; i++) total += shrink(x[i], largest);
+    }
+    float mine = largest;
+    largest = block_max(largest, partial);
+    total = block_sum(total * shrink(mine, largest), partial);
+    if (threadIdx.x != 0) return;
+    if (first) {
+        float before = max[s], now = larger(before, largest);
+        total = sum[s] * shrink(before, now) + total * shrink(largest, now);
+        largest = now;
+    }
+    max[s] = largest;
+    sum[s] = total;
+    size_t wanted = (size_t)target[s];
+    if (wanted >= first && wanted < first + C) chosen[s] = z[wanted - first];
+}
+
+static void cross_entropy_forward(Device *dev, real *max, real *sum, real *chosen,
+                                  const real *logits, const int32_t *target, size_t first, size_t C,
+                                  size_t S) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !S || !C) return;
+    unsigned grid = blocks_for(S, 1), block = C <= 1024 ? 128 : 256;
+    if (C % 8 == 0)
+        cross_entropy_forward_kernel<8><<<grid, block, 0, gpu->stream>>>(max, sum, chosen, logits,
+                                                                         target, first, C);
+    else
+        cross_entropy_forward_kernel<1><<<grid, block, 0, gpu->stream>>>(max, sum, chosen, logits,
+                                                                         target, first, C);
+    launched(gpu, "cross_entropy_forward");
+}
+
+// nll = max - chosen + log sum, and its sum over the S rows in double. One block.
+__global__ void cross_entropy_end_kernel(float *nll, uint8_t *hit, double *total, const float *max,
+                                         const float *sum, const float *chosen, size_t S) {
+    __shared__ double partial[WARP];
+    double mine = 0;
+    for (size_t s = threadIdx.x; s < S; s += blockDim.x) {
+        nll[s] = max[s] - chosen[s] + logf(sum[s]);
+        hit[s] = chosen[s] >= max[s];
+        mine += (double)nll[s];
+    }
+    mine = block_sum(mine, partial);
+    if (total && threadIdx.x == 0) *total += mine;
+}
+
+static void cross_entropy_end(Device *dev, real *nll, uint8_t *hit, double *total, const real *max,
+                              const real *sum, const real *chosen, size_t S) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !S) return;
+    cross_entropy_end_kernel<<<1, 128, 0, gpu->stream>>>(nll, hit, total, max, sum, chosen, S);
+    launched(gpu, "cross_entropy_end");
+}
+
+// dz = scale (softmax - onehot) rounded. A block owns a row; 4 bytes read and 2 written a value.
+template <typename Act, int width>
+__global__ void cross_entropy_backward_kernel(Act *dlogits, const float *logits, const float *max,
+                                              const float *sum, const int32_t *target, float scale,
+                                              size_t first, size_t C) {
+    size_t s = blockIdx.x, wanted = (size_t)target[s] - first;      // wraps around when it is before
+    float largest = max[s], factor = scale * (1 / sum[s]);
+    for (size_t v = width * threadIdx.x; v < C; v += width * blockDim.x) {
+        float z[width];
+        load<width>(z, logits + s * C + v);
+#pragma unroll
+        for (int i = 0; i < width; i++)
+            z[i] = factor * expf(z[i] - largest) - (v + i == wanted ? scale : 0);
+        store<width>(dlogits + s * C + v, z);
+    }
+}
+
+template <typename Act, int width>
+static void cross_entropy_backward_launch(Gpu *gpu, void *dlogits, const float *logits,
+                                          const float *max, const float *sum,
+                                          const int32_t *target, float scale, size_t first,
+                                          size_t C, size_t S) {
+    unsigned grid = blocks_for(S, 1), block = C <= 1024 ? 128 : 256;
+    cross_entropy_backward_kernel<Act, width><<<grid, block, 0, gpu->stream>>>(
+        (Act *)dlogits, logits, max, sum, target, scale, first, C);
+}
+
+static void cross_entropy_backward(Device *dev, void *dlogits, const real *logits, const real *max,
+                                   const real *sum, const int32_t *target, real scale, size_t first,
+                                   size_t C, size_t S) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !S || !C) return;
+    FOR_ACT_AND_ROWS(dev, C, cross_entropy_backward_launch, gpu, dlogits, logits, max, sum, target,
+                     scale, first, C, S);
+    launched(gpu, "cross_entropy_backward");
+}
+
+// -------------------------------------------------------------------------------------- optimiser
+
+// sums[block] = the block's share of the sum of squares of g, in double. Which elements are whose
+// depends on n alone. Reads 4 bytes a value.
+__global__ void squares_kernel(double *sums, const float *g, size_t n) {
+    __shared__ double partial[WARP];
+    size_t threads = (size_t)gridDim.x * blockDim.x;
+    double sum = 0;
+    for (size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8; i < n; i += threads * 8) {
+        float x[8] = {0};
+        if (i + 8 <= n) load8(x, g + i);
+        else for (int j = 0; i + j < n; j++) x[j] = g[i + j];
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += (double)x[j] * (double)x[j];
+    }
+    sum = block_sum(sum, partial);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+__device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
+
+// The end of clip_gradient. One block.
+__global__ void clip_kernel(StepRecord *record, const StepRecord *before, const double *sums,
+                            unsigned n, float most) {
+    __shared__ double partial[WARP];
+    double sum = 0;
+    for (unsigned i = threadIdx.x; i < n; i += blockDim.x) sum += sums[i];
+    sum = block_sum(sum, partial);
+    if (threadIdx.x != 0) return;
+    double clip = (double)most / (sqrt(sum) + 1e-6);
+    record->squares = sum;
+    record->clip = (float)(clip < 1 ? clip : 1);
+    record->refused = (before && before->refused) || !is_finite(record->loss) || !is_finite(sum);
+}
+
+static void clip_gradient(Device *dev, StepRecord *record, const StepRecord *before, const real *g,
+                          size_t n, real most) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed) return;
+    unsigned blocks = (unsigned)min_size(ceil_div(n, 128 * 8), SUMS);
+    if (n) squares_kernel<<<blocks, 128, 0, gpu->stream>>>(gpu->sums, g, n);
+    launched(gpu, "squares");
+    clip_kernel<<<1, 128, 0, gpu->stream>>>(record, before, gpu->sums, blocks, most);
+    launched(gpu, "clip");
+}
+
+// What an AdamW step multiplies with; a kernel's argument.
+typedef struct { float decay, beta1, beta2, rate, root, eps; } AdamwStep;
+
+// m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      p -= rate m / (sqrt(v) root + eps)
+__device__ __forceinline__ void adamw_one(float *p, float *m, float *v, float g,
+                                          const AdamwStep &a) {
+    *m = a.beta1 * *m + (1 - a.beta1) * g;
+    *v = a.beta2 * *v + (1 - a.beta2) * g * g;
+    *p = *p * a.decay - a.rate * *m / (sqrtf(*v) * a.root + a.eps);
+}
+
+// A thread owns 8 parameters; the last one has fewer. Moves 28 bytes a parameter.
+__global__ void adamw_kernel(float *p, const float *g, float *m, float *v, size_t n, AdamwStep a,
+                             const StepRecord *record) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    float clip = record->clip;
+    if (record->refused) return;
+    if (i + 8 <= n) {
+        float x[8], d[8], first[8], second[8];
+        load8(x, p + i);
+        load8(d, g + i);
+        load8(first, m + i);
+        load8(second, v + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) adamw_one(&x[j], &first[j], &second[j], d[j] * clip, a);
+        store8(p + i, x);
+        store8(m + i, first);
+        store8(v + i, second);
+    } else
+        for (; i < n; i++) adamw_one(p + i, m + i, v + i, g[i] * clip, a);
+}
+
+static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr,
+                  real beta1, real beta2, real eps, real decay, const StepRecord *record,
+                  size_t step) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (gpu->failed || !n) return;
+    double correct1 = 1 - pow((double)beta1, (double)step);
+    double correct2 = 1 - pow((double)beta2, (double)step);
+    AdamwStep a = {1 - lr * decay, beta1, beta2, (float)((double)lr / correct1),
+                   (float)(1 / sqrt(correct2)), eps};
+    unsigned grid = blocks_for(n, 128 * 8);
+    adamw_kernel<<<grid, 128, 0, gpu->stream>>>(p, g, m, v, n, a, record);
+    launched(gpu, "adamw");
+}
+
+// =================================================================================================
+//  8. Decoding one token: matrix-vector products, sampling, recorded steps
+//
+//  A token that is generated passes each weight once, so what counts is how fast weights come from
+//  memory. Little's law: 4.3 TB/s at 700 ns are 3 MB on their way, 23 KB for each of an H200's 132
+//  processors, so 64 KB are kept under way. And they arrive at 32 weights of 4 bits per cycle and
+//  processor, as many levels as its shared memory can look up: nothing else may cost much.
+// =================================================================================================
+
+// ------------------------------------------------------------------------------ at most eight rows
+//
+// linears_forward and head_logits for T <= 8: weights are read once for all rows, straight from
+// their 4-bit codes, and no panel is made. Three kernels:
+//     low    u = s x A^T of all products: needed by the other two, for products with an adapter
+//     tiles  y on matrix units, which take the weights 16 rows at a time and x as 8 columns: T = 1
+//            wastes seven of them, and they are idle otherwise
+//     plain  y in plain arithmetic: float mode, GPUs before Ampere, sizes that do not divide
+// A weight is rounded to the activation type as everywhere, so a prompt and the tokens after it see
+// the same matrix. Several products of one x are one launch: their rows are numbered through.
+
+enum { TILE = 16, DECODE_WARPS = 8 };
+
+// One linear of a launch.
+struct FewPart {
+    Weight weight;
+    const float *bias, *A, *B;      // (N) or NULL, (r, K), (N, r)
+    void *u, *y;                    // (T, r) act, (T, N) act; y of the head: float
+    float scale;
+    size_t r;
+    unsigned first;                 // number of its first tile (tiles) or row (plain)
+};
+
+struct FewRows {
+    FewPart part[MOST_PRODUCTS];
+    const void *x;                  // (T, K) act
+    unsigned K, T;
+    unsigned units, parts;          // units: tiles or rows of all parts
+    unsigned rounds;                // tiles: steps of one warp in a tile, rounded up to even
+    unsigned split;                 // ... and warps that share one tile's columns
+    bool wide;                      // y is float
+};
+
+// Which part unit number `unit` belongs to.
+__device__ __forceinline__ unsigned part_of(const FewRows &a, unsigned unit) {
+    unsigned p = 0;
+    while (p + 1 < a.parts && unit >= a.part[p + 1].first) p++;
+    return p;
+}
+
+// u (T, r) = s x A^T. A block for each row of each A: r K floats read, a few microseconds.
+template <typename Act> __global__ void few_rows_low(const __grid_constant__ FewRows a) {
+    __shared__ float sums[WARP][FEW_ROWS];
+    unsigned p = 0, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    size_t j = blockIdx.x;
+    while (j >= a.part[p].r) j -= a.part[p++].r;
+    const float *A = a.part[p].A + j * (size_t)a.K;
+    const Act *x = (const Act *)a.x;
+    float sum[FEW_ROWS] = {0};
+#pragma unroll 4
+    for (unsigned k = threadIdx.x; k < a.K; k += blockDim.x) {
+        float w = rounded<Act>(A[k]);
+#pragma unroll
+        for (unsigned t = 0; t < FEW_ROWS; t++)
+            if (t < a.T) sum[t] += w * to_float(x[(size_t)t * a.K + k]);
+    }
+    for (unsigned t = 0; t < FEW_ROWS; t++) {
+        sum[t] = warp_sum(sum[t]);
+        if (lane == 0) sums[warp][t] = sum[t];
+    }
+    __syncthreads();
+    if (threadIdx.x < a.T) {
+        float total = 0;
+        for (unsigned w = 0; w < blockDim.x / WARP; w++) total += sums[w][threadIdx.x];
+        from_float((Act *)a.part[p].u + threadIdx.x * a.part[p].r + j, a.part[p].scale * total);
+    }
+}
+
+// ------------------------------------------------------------------------------------------- plain
+
+// y = x W^T + b + u B^T. A warp owns a row of W, its lanes the columns in turn. Any sizes.
+template <typename Act> __global__ void few_rows_plain(const __grid_constant__ FewRows a) {
+    unsigned unit = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    unsigned lane = threadIdx.x % WARP, p = part_of(a, unit);
+    const FewPart &part = a.part[p];
+    size_t n = unit - part.first, N = part.weight.N;
+    if (unit >= a.units) return;                // a whole warp; there is no barrier
+    const Act *x = (const Act *)a.x, *u = (const Act *)part.u;
+    float sum[FEW_ROWS] = {0};
+    for (unsigned k = lane; k < a.K; k += WARP) {
+        float w;
+        read_weight<1>(&w, part.weight, n * a.K + k, part.weight.code, part.weight.code8);
+        w = rounded<Act>(w);
+#pragma unroll
+        for (unsigned t = 0; t < FEW_ROWS; t++)
+            if (t < a.T) sum[t] += w * to_float(x[(size_t)t * a.K + k]);
+    }
+    for (size_t j = lane; j < part.r; j += WARP) {
+        float w = rounded<Act>(part.B[n * part.r + j]);
+#pragma unroll
+        for (unsigned t = 0; t < FEW_ROWS; t++)
+            if (t < a.T) sum[t] += w * to_float(u[t * part.r + j]);
+    }
+    for (unsigned t = 0; t < FEW_ROWS; t++) {
+        float y = warp_sum(sum[t]) + (part.bias ? part.bias[n] : 0);
+        if (lane != 0 || t >= a.T) continue;
+        if (a.wide) ((float *)part.y)[t * N + n] = y;
+        else from_float((Act *)part.y + t * N + n, y);
+    }
+}
+
+// ------------------------------------------------------------------------------------------- tiles
+//
+// A tile is 16 rows of W. The `split` warps that share it take its columns in turn, a step at a
+// time: of each row 128 bytes, that is 256, 64 or 32 columns for 4, 16 or 32 bits. In a step lane l
+// holds 32 bytes of row l/4 and 32 of row l/4 + 8, as the left operand of mma wants its rows. Its
+// columns differ from what mma calls them, but a sum does not mind as long as x, the right operand,
+// is numbered alike: a lane always multiplies eight neighbours of its rows ("octet") with the same
+// eight of x. Two steps are on their way while a third is worked on, across the ends of tiles too.
+
+// What a lane loaded of one step.
+struct Step {
+    uint4 raw[2][2];                // 32 bytes of rows l/4, l/4 + 8
+    float absmax[2];                // 4-bit: of the one block that they are of each row,
+    uint32_t code[2];               // ... and the code of the scale, when scales are quantised
+};
+
+// What a lane loads next.
+struct Stream {
+    unsigned tile, round, part;     // the how manieth of this warp's steps in the tile
+    const char *row[2];             // where its rows begin
+    unsigned block[2];              // 4-bit: the first block of each
+};
+
+// The two levels of each byte, one copy for each of 16 lanes: 32 lanes read 8 bytes in two halves,
+// and lane l finds its copy in banks 2 (l%16) and + 1, whatever the byte. 32 KB.
+struct alignas(8) LevelPair { float first, second; };
+
+template <DType type> struct Packing {
+    static constexpr bool is_4bit = type == DT_NF4;
+    static constexpr unsigned bits = is_4bit ? 4 : type == DT_F32 ? 32 : 16;
+    static constexpr unsigned columns = is_4bit ? 256 : type == DT_F32 ? 32 : 64;   // of a step
+    static constexpr unsigned octets = columns / 32;                                // of a lane
+    static constexpr unsigned skip = is_4bit ? 8 : 32;      // from one octet of a lane to its next
+    static __device__ __forceinline__ unsigned first(unsigned lane) {   // column of octet 0
+        return lane % 4 * (is_4bit ? 64 : 8);
+    }
+};
+
+// Row `half` (0: l/4, 1: l/4 + 8) of a lane in a tile; past the last one: the last one.
+__device__ __forceinline__ size_t tile_row(const FewPart &part, unsigned tile, unsigned lane,
+                                           int half) {
+    size_t row = (size_t)(tile - part.first) * TILE + lane / 4 + 8 * half;
+    return row < part.weight.N ? row : part.weight.N - 1;
+}
+
+template <DType type>
+__device__ __forceinline__ void open_tile(Stream &s, const FewRows &a, unsigned tile,
+                                          unsigned lane) {
+    s.tile = tile, s.round = 0, s.part = part_of(a, tile);
+    if (tile >= a.units) return;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        size_t first = tile_row(a.part[s.part], tile, lane, half) * a.K;
+        s.row[half] = (const char *)a.part[s.part].weight.data + first * Packing<type>::bits / 8;
+        s.block[half] = (unsigned)(first / QUANT_BLOCK);
+    }
+}
+
+// Starts loading one step and moves on to the warp's next. Past K a lane loads something else that
+// is there, to be multiplied with a scale of 0, or nothing.
+template <DType type>
+__device__ __forceinline__ void load_step(Step &s, Stream &from, const FewRows &a, unsigned mine,
+                                          unsigned lane, unsigned tiles_ahead) {
+    typedef Packing<type> P;
+    if (from.tile >= a.units) return;
+    const Weight &w = a.part[from.part].weight;
+    const uint4 zero = {0, 0, 0, 0};
+    unsigned k = (from.round * a.split + mine) * P::columns + P::first(lane);
+    if (P::is_4bit && k >= a.K) k = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const char *bytes = from.row[half] + k * P::bits / 8;
+        if (P::is_4bit) {
+            unsigned block = from.block[half] + k / QUANT_BLOCK;
+            s.raw[half][0] = load16(bytes);
+            s.raw[half][1] = load16(bytes + 16);
+            if (w.absmax) s.absmax[half] = w.absmax[block];
+            else s.code[half] = w.absmax8[block], s.absmax[half] = w.absmax2[block / SCALE_BLOCK];
+        } else {
+            constexpr unsigned skip = type == DT_F32 ? 4 : P::skip;
+            s.raw[half][0] = k < a.K ? load16(bytes) : zero;
+            s.raw[half][1] = k + skip < a.K ? load16(bytes + skip * P::bits / 8) : zero;
+        }
+    }
+    if (++from.round == a.rounds) open_tile<type>(from, a, from.tile + tiles_ahead, lane);
+}
+
+__device__ __forceinline__ uint32_t word_of(const uint4 &v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+// Octet o of one row as four pairs of bf16.
+template <DType type>
+__device__ __forceinline__ void octet(uint32_t pair[4], const uint4 raw[2], int o, float scale,
+                                      const char *levels) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (type == DT_NF4) {
+            uint32_t byte = __byte_perm(word_of(raw[o / 4], o % 4), 0, 0x4440 + i);
+            LevelPair l = *(const LevelPair *)(levels + byte * 128);
+            pair[i] = pack_bf16(l.first * scale, l.second * scale);
+        } else if (type == DT_F32) {
+            pair[i] = pack_bf16(__uint_as_float(word_of(raw[i / 2], 2 * i % 4)),
+                                __uint_as_float(word_of(raw[i / 2], 2 * i % 4 + 1)));
+        } else {
+            uint32_t both = word_of(raw[o], i);
+            pair[i] = type == DT_BF16 ? both
+                                      : pack_bf16(__half2float(__ushort_as_half(both & 0xFFFF)),
+                                                  __half2float(__ushort_as_half(both >> 16)));
+        }
+    }
+}
+
+// sum (16, 8) += an octet of each row times the same columns of x, in each lane.
+__device__ __forceinline__ void multiply_octet(float sum[4], const uint32_t top[4],
+                                               const uint32_t bottom[4], const uint4 &x) {
+    const uint32_t a[4] = {top[0], bottom[0], top[1], bottom[1]}, b[2] = {x.x, x.y};
+    const uint32_t c[4] = {top[2], bottom[2], top[3], bottom[3]}, d[2] = {x.z, x.w};
+    mma(sum, a, b, sum);
+    mma(sum, c, d, sum);
+}
+
+// sum += x W^T over the columns of one step, for a lane those from k on; x is the lane's row. Past
+// K its weights are 0, so any x will do; and past T any row, for its sums are not asked for.
+template <DType type>
+__device__ __forceinline__ void multiply_step(float sum[4], const Step &s, const bf16 *x,
+                                              unsigned k, unsigned K, const Weight &w,
+                                              const char *levels, const float *code8) {
+    typedef Packing<type> P;
+    float scale[2] = {s.absmax[0], s.absmax[1]};
+    if (P::is_4bit && !w.absmax)
+        for (int half = 0; half < 2; half++)
+            scale[half] = __fadd_rn(__fmul_rn(code8[s.code[half]], s.absmax[half]), w.offset);
+    const bf16 *from = k < K ? x + k : x;
+    if (P::is_4bit && k >= K) scale[0] = scale[1] = 0;
+#pragma unroll
+    for (unsigned o = 0; o < P::octets; o++) {
+        uint4 right = load16(P::is_4bit || k + o * P::skip < K ? from + o * P::skip : x);
+        uint32_t top[4], bottom[4];
+        octet<type>(top, s.raw[0], o, scale[0], levels);
+        octet<type>(bottom, s.raw[1], o, scale[1], levels);
+        multiply_octet(sum, top, bottom, right);
+    }
+}
+
+// sum += u B^T: 32 columns of B a time, rounded. Any r, so value by value; once in a tile.
+__device__ __forceinline__ void multiply_low_rank(float sum[4], const FewRows &a,
+                                                  const FewPart &part, unsigned tile,
+                                                  unsigned mine, unsigned lane) {
+    const bf16 *u = (const bf16 *)part.u + lane / 4 * part.r;
+    const float *B[2] = {part.B + tile_row(part, tile, lane, 0) * part.r,
+                         part.B + tile_row(part, tile, lane, 1) * part.r};
+    for (size_t j0 = 32 * mine; j0 < part.r; j0 += 32 * a.split) {
+        uint32_t top[4], bottom[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            size_t j = j0 + lane % 4 * 8 + 2 * i;
+            bool first = j < part.r, second = j + 1 < part.r, row = lane / 4 < a.T;
+            top[i] = pack_bf16(first ? B[0][j] : 0, second ? B[0][j + 1] : 0);
+            bottom[i] = pack_bf16(first ? B[1][j] : 0, second ? B[1][j + 1] : 0);
+            low[i] = pack_bf16(row && first ? to_float(u[j]) : 0,
+                               row && second ? to_float(u[j + 1]) : 0);
+        }
+        multiply_octet(sum, top, bottom, uint4{low[0], low[1], low[2], low[3]});
+    }
+}
+
+// y = x W^T + b + u B^T for bf16 x. K is a multiple of 64 (4-bit) or 8, rows of W and x begin at
+// multiples of 16 bytes, 4-bit weights have less than 2^32 blocks. A block of threads stays and
+// takes tile after tile. Two weights of 4 bits cost a lane 6 instructions: byte, address, lookup,
+// two products, one rounding; and every 8th time an mma. 4 KB of each warp are under way.
+template <DType type>
+__global__ void __launch_bounds__(WARP * DECODE_WARPS, 2)
+few_rows_tiles(const __grid_constant__ FewRows a) {
+    typedef Packing<type> P;
+    __shared__ LevelPair levels[P::is_4bit ? 256 * 16 : 1];
+    __shared__ float code8[P::is_4bit ? 256 : 1];
+    __shared__ float sums[2][DECODE_WARPS][TILE * FEW_ROWS];
+    // from a shuffle, so that the compiler knows it is one number for the whole warp
+    const unsigned warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / WARP, 0);
+    const unsigned lane = threadIdx.x % WARP;
+    const unsigned mine = warp % a.split, together = blockDim.x / WARP / a.split;
+    const unsigned tiles_ahead = gridDim.x * together;
+    Stream stream = {};
+    Step ring[2] = {};
+    open_tile<type>(stream, a, blockIdx.x * together + warp / a.split, lane);
+    load_step<type>(ring[0], stream, a, mine, lane, tiles_ahead);
+    load_step<type>(ring[1], stream, a, mine, lane, tiles_ahead);
+
+    unsigned before = MOST_PRODUCTS, turn = 0;
+    for (unsigned base = blockIdx.x * together; base < a.units; base += tiles_ahead, turn ^= 1) {
+        unsigned p = part_of(a, base), tile = base + warp / a.split;
+        const FewPart &part = a.part[p];
+        if (P::is_4bit && p != before) {        // each part may have levels of its own
+            __syncthreads();
+            for (unsigned i = threadIdx.x; i < 256 * 16; i += blockDim.x)
+                levels[i] = {part.weight.code[i / 256], part.weight.code[i / 16 % 16]};
+            for (unsigned i = threadIdx.x; i < 256 && !part.weight.absmax; i += blockDim.x)
+                code8[i] = part.weight.code8[i];
+            __syncthreads();
+            before = p;
+        }
+
+        float sum[4] = {0, 0, 0, 0};
+        if (mine == 0 && part.bias) {
+            sum[0] = sum[1] = part.bias[tile_row(part, tile, lane, 0)];
+            sum[2] = sum[3] = part.bias[tile_row(part, tile, lane, 1)];
+        }
+        multiply_low_rank(sum, a, part, tile, mine, lane);
+        const bf16 *x = (const bf16 *)a.x + min(lane / 4, a.T - 1) * (size_t)a.K;
+        unsigned k = mine * P::columns;
+        for (unsigned round = 0; round < a.rounds; round += 2) {
+#pragma unroll
+            for (int i = 0; i < 2; i++, k += a.split * P::columns) {
+                if (k < a.K)
+                    multiply_step<type>(sum, ring[i], x, k + P::first(lane), a.K, part.weight,
+                                        (const char *)levels + lane % 16 * 8, code8);
+                load_step<type>(ring[i], stream, a, mine, lane, tiles_ahead);
+            }
+        }
+
+        for (int i = 0; i < 4; i++)
+            sums[turn][warp][(lane / 4 + i / 2 * 8) * FEW_ROWS + lane % 4 * 2 + i % 2] = sum[i];
+        __syncthreads();                        // one is enough, for the next tile has other sums
+        for (unsigned i = threadIdx.x; i < together * TILE * FEW_ROWS; i += blockDim.x) {
+            unsigned t = i % FEW_ROWS, which = i / (TILE * FEW_ROWS);
+            size_t n = (size_t)(base + which - part.first) * TILE + i / FEW_ROWS % TILE;
+            float total = 0;
+            for (unsigned w = 0; w < a.split; w++)
+                total += sums[turn][which * a.split + w][i % (TILE * FEW_ROWS)];
+            if (t >= a.T || n >= part.weight.N) continue;
+            if (a.wide) ((float *)part.y)[t * part.weight.N + n] = total;
+            else from_float((bf16 *)part.y + t * part.weight.N + n, total);
+        }
+    }
+}
+
+// How the tiles of a launch are spread: few columns for each warp where that gives every processor
+// a block, and else at least two steps.
+static unsigned few_rows_grid(Gpu *gpu, FewRows *a, int columns, unsigned warps) {
+    size_t steps = ceil_div(a->K, columns), blocks;
+    a->split = 1;
+    for (;; a->split *= 2) {
+        unsigned together = warps / a->split;
+        blocks = a->units = 0;
+        for (size_t p = 0; p < a->parts; p++) {         // no block has tiles of two parts at a time
+            size_t tiles = ceil_div(a->part[p].weight.N, TILE);
+            a->part[p].first = a->units;
+            a->units += round_up(tiles, together);
+        }
+        blocks = a->units / together;
+        if (2 * a->split > warps || 2 * a->split > steps) break;
+        if (4 * a->split > steps && blocks >= (size_t)gpu->processors) break;
+    }
+    a->rounds = round_up(ceil_div(steps, a->split), 2);
+    return (unsigned)(blocks < 2 * (size_t)gpu->processors ? blocks : 2 * gpu->processors);
+}
+
+// Can this linear be worked on in tiles?
+static bool in_tiles(Device *dev, const Weight *w, const void *x) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    size_t unit = w->dtype == DT_NF4 || w->dtype == DT_FP4 ? QUANT_BLOCK : 8;
+    return dev->act == DT_BF16 && gpu->matrix_units && w->K && w->K % unit == 0 &&
+           (uintptr_t)x % 16 == 0 && (uintptr_t)w->data % 16 == 0;
+}
+
+static void few_rows_launch(Device *dev, FewRows *a, unsigned warps) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    bool tiles = in_tiles(dev, &a->part[0].weight, a->x);
+    unsigned threads = WARP * warps, low = 0;
+    for (size_t p = 0; p < a->parts; p++) low += (unsigned)a->part[p].r;
+    if (low > 0) {
+        if (dev->act == DT_BF16) few_rows_low<bf16><<<low, threads, 0, gpu->stream>>>(*a);
+        else few_rows_low<float><<<low, threads, 0, gpu->stream>>>(*a);
+        launched(gpu, "few_rows_low");
+    }
+    if (!tiles) {
+        a->units = 0;
+        for (size_t p = 0; p < a->parts; p++) {
+            a->part[p].first = a->units;
+            a->units += a->part[p].weight.N;
+        }
+        unsigned blocks = blocks_for(a->units, warps);
+        if (blocks == 0) return;
+        if (dev->act == DT_BF16) few_rows_plain<bf16><<<blocks, threads, 0, gpu->stream>>>(*a);
+        else few_rows_plain<float><<<blocks, threads, 0, gpu->stream>>>(*a);
+        return launched(gpu, "few_rows_plain");
+    }
+    DType type = a->part[0].weight.dtype;
+    int columns = type == DT_F32 ? 32 : type == DT_BF16 || type == DT_F16 ? 64 : 256;
+    unsigned blocks = few_rows_grid(gpu, a, columns, warps);
+    if (blocks == 0) return;
+    if (columns == 256) few_rows_tiles<DT_NF4><<<blocks, threads, 0, gpu->stream>>>(*a);
+    else if (type == DT_BF16) few_rows_tiles<DT_BF16><<<blocks, threads, 0, gpu->stream>>>(*a);
+    else if (type == DT_F16) few_rows_tiles<DT_F16><<<blocks, threads, 0, gpu->stream>>>(*a);
+    else few_rows_tiles<DT_F32><<<blocks, threads, 0, gpu->stream>>>(*a);
+    launched(gpu, "few_rows_tiles");
+}
+
+// The products in launches of up to four whose weights have one type.
+static bool few_rows(Device *dev, float *logits, const Product *products, size_t n, const void *x,
+                     const Batch *batch, unsigned warps) {
+    if (batch->T > FEW_ROWS) return false;
+    for (size_t i = 0; i < n; i++)
+        if (has_dropout(&products[i].linear->lora, batch)) return false;
+    if (batch->T == 0) return true;
+    for (size_t i = 0; i < n;) {
+        FewRows a = {};
+        DType type = products[i].linear->weight.dtype;
+        a.x = x, a.T = batch->T, a.K = products[i].linear->weight.K, a.wide = logits != NULL;
+        for (; i < n && a.parts < MOST_PRODUCTS && products[i].linear->weight.dtype == type; i++) {
+            const Linear *l = products[i].linear;
+            bool tiles = in_tiles(dev, &l->weight, x);
+            if (a.parts && tiles != in_tiles(dev, &a.part[0].weight, x)) break;
+            void *y = logits ? logits : products[i].y;
+            a.part[a.parts++] = {l->weight, l->bias,       l->lora.A, l->lora.B, products[i].u,
+                                 y,         l->lora.scale, l->lora.r, 0};
+        }
+        few_rows_launch(dev, &a, warps);
+    }
+    return true;
+}
+
+// The two ways in, from linears_forward and head_logits: false when they do not apply.
+static bool few_rows_forward(Device *dev, Product *products, size_t n, const void *x,
+                             const Batch *batch) {
+    return few_rows(dev, NULL, products, n, x, batch, DECODE_WARPS);
+}
+static bool few_rows_logits(Device *dev, float *logits, const Product *slice, const void *x,
+                            const Batch *rows) {
+    return few_rows(dev, logits, slice, 1, x, rows, DECODE_WARPS);
+}
+
+// ---------------------------------------------------------------------------------------- sampling
+//
+// Draws from the softmax as `sample` of qlora.c does: all tokens in one order, best first, equal
+// scores by id; top-k, top-p and min-p each cut the order's end off; the drawn token is the one at
+// which the running sum passes u times the whole. No sort is needed for that. Three questions of
+// one kind are asked, "at which token does the running count, or sum, pass this?", and each is
+// answered by going down digits, as one finds a word in a dictionary: a histogram of the first
+// digit tells in which bin the border lies and what comes before it; then the second digit of the
+// tokens in that bin; and so on, until one token is left.
+//
+// A sum of floats depends on its order and threads add in any order. So what is summed are
+// integers: exp(score - best) in units of 2^-40. They add up alike in every order, and 152 k tokens
+// are wrong by 1e-7 of the best at most.
+//
+// The first digit is not one of the score's bits, for most tokens agree in sign and exponent, and
+// thousands of threads would queue at a few bins. It is the distance to the best score in 1/64: no
+// bin has more than some hundred tokens of a usual vocabulary. The rest of a key are the 32 bits of
+// the score, ordered, and those of the id: 8 digits of 8 bits, of which two or three are needed.
+//
+// One block reads V scores 4 to 7 times from the cache, 600 KB each at V = 152 k: some 40 us, while
+// an 8B model needs 1100 us for the token. Equal scores everywhere cost most: 32 lanes queue.
+
+enum { COARSE = 2048, FINE = 256, SAMPLE_THREADS = 1024 };
+
+// Tokens counted and weighed. Shared memory adds 32 bits in one instruction, not 64.
+struct Bin { uint32_t count, low, high; };
+
+// What the threads of the block know together.
+struct Search {
+    Bin coarse[COARSE], fine[FINE];
+    uint64_t counts[WARP], masses[WARP];        // of each warp's bins
+    uint64_t target;                            // what is left of it in the bin found
+    uint64_t passed;                            // mass before the bin found
+    uint64_t key;
+    uint32_t bin, count, listed;                // found: its number, tokens in it
+};
+
+// Smaller is better: the score's bits, brought into order and turned round, then the id. What is
+// not a number comes last.
+__device__ __forceinline__ uint64_t token_key(float score, size_t id) {
+    uint32_t bits = __float_as_uint(score);
+    bits = score != score ? 0 : bits >> 31 ? ~bits : bits | 0x80000000;
+    return (uint64_t)~bits << 32 | id;
+}
+__device__ __forceinline__ float key_score(uint64_t key) {
+    uint32_t bits = ~(uint32_t)(key >> 32);
+    return __uint_as_float(bits >> 31 ? bits & 0x7FFFFFFF : ~bits);
+}
+
+// Distance to the best; below 32, for exp(-32) is nothing in units of 2^-40.
+__device__ __forceinline__ float distance(float score, float best) {
+    float d = score == best ? 0 : best - score;
+    return d < 32 ? d : 32;
+}
+__device__ __forceinline__ uint64_t token_mass(float d) {
+    return d < 32 ? (uint64_t)(expf(-d) * 0x1p40f + 0.5f) : 0;
+}
+__device__ __forceinline__ uint32_t coarse_bin(float d) {
+    return d < 32 ? (uint32_t)(d * 64) : COARSE - 1;
+}
+
+__device__ __forceinline__ void clear_bins(Bin *bins, unsigned n) {
+    for (unsigned i = threadIdx.x; i < n; i += blockDim.x) bins[i] = {0, 0, 0};
+}
+__device__ __forceinline__ void add_to_bin(Bin *bin, uint64_t mass) {
+    uint32_t low = (uint32_t)mass, before = atomicAdd(&bin->low, low);
+    uint32_t high = (uint32_t)(mass >> 32) + (before + low < before);
+    atomicAdd(&bin->count, 1u);
+    if (high) atomicAdd(&bin->high, high);
+}
+
+// Which of n bins the running total passes s.target in. A thread adds up its bins, then the warps.
+__device__ void find_bin(Search &s, const Bin *bins, unsigned n, bool by_count) {
+    unsigned each = n / blockDim.x + (n < blockDim.x), first = threadIdx.x * each;
+    unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    uint64_t count = 0, mass = 0, target = s.target;
+    for (unsigned i = first; i < first + each && i < n; i++)
+        count += bins[i].count, mass += (uint64_t)bins[i].high << 32 | bins[i].low;
+    uint64_t counts = count, masses = mass;
+    for (unsigned delta = 1; delta < WARP; delta *= 2) {
+        uint64_t c = __shfl_up_sync(0xFFFFFFFFu, counts, delta);
+        uint64_t m = __shfl_up_sync(0xFFFFFFFFu, masses, delta);
+        if (lane >= delta) counts += c, masses += m;
+    }
+    if (lane == WARP - 1) s.counts[warp] = counts, s.masses[warp] = masses;
+    __syncthreads();
+    counts -= count, masses -= mass;                    // before this thread's bins
+    for (unsigned w = 0; w < warp; w++) counts += s.counts[w], masses += s.masses[w];
+    for (unsigned i = first; i < first + each && i < n; i++) {
+        mass = (uint64_t)bins[i].high << 32 | bins[i].low;
+        uint64_t before = by_count ? counts : masses, value = by_count ? bins[i].count : mass;
+        if (before <= target && target < before + value) {
+            s.bin = i, s.count = bins[i].count;
+            s.target = target - before, s.passed += masses;
+        }
+        counts += bins[i].count, masses += mass;
+    }
+    __syncthreads();
+}
+
+// Key of the token at which the running total of the order passes `target`. *total becomes the mass
+// of the tokens up to it, itself included. The coarse bins are those of all tokens.
+__device__ uint64_t find_token(Search &s, uint64_t *total, uint64_t *list, const float *scores,
+                               size_t V, float best, uint64_t target, bool by_count) {
+    __syncthreads();
+    if (threadIdx.x == 0) s.target = target, s.passed = 0, s.listed = 0;
+    __syncthreads();
+    find_bin(s, s.coarse, COARSE, by_count);
+    for (size_t v = threadIdx.x; v < V; v += blockDim.x)
+        if (coarse_bin(distance(scores[v], best)) == s.bin)
+            list[atomicAdd(&s.listed, 1u)] = token_key(scores[v], v);
+    uint64_t prefix = 0, mask = 0;
+    for (int shift = 56; s.count > 1; shift -= 8) {
+        clear_bins(s.fine, FINE);
+        __syncthreads();
+        for (uint32_t i = threadIdx.x; i < s.listed; i += blockDim.x)
+            if (((list[i] ^ prefix) & mask) == 0)
+                add_to_bin(&s.fine[list[i] >> shift & 255],
+                           token_mass(distance(key_score(list[i]), best)));
+        __syncthreads();
+        find_bin(s, s.fine, FINE, by_count);
+        prefix |= (uint64_t)s.bin << shift, mask |= (uint64_t)255 << shift;
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < s.listed; i += blockDim.x)
+        if (((list[i] ^ prefix) & mask) == 0) s.key = list[i];
+    __syncthreads();
+    *total = s.passed + token_mass(distance(key_score(s.key), best));
+    return s.key;
+}
+
+// The token drawn with the upper 24 bits of `random`. scores (V), first: the best token's key.
+__device__ uint64_t draw_token(Search &s, uint64_t *list, const float *scores, size_t V,
+                               uint64_t first, const qlora_sampling &how, uint32_t random) {
+    float best = key_score(first);
+    uint64_t kept = 0, last = ~(uint64_t)0;
+    clear_bins(s.coarse, COARSE);
+    __syncthreads();
+    for (size_t v = threadIdx.x; v < V; v += blockDim.x) {
+        float d = distance(scores[v], best);
+        uint64_t mass = token_mass(d);
+        add_to_bin(&s.coarse[coarse_bin(d)], mass);
+        kept += mass;
+    }
+    kept = block_sum(kept, s.masses);
+    if (how.top_k > 0 && (size_t)how.top_k < V)
+        last = find_token(s, &kept, list, scores, V, best, (uint64_t)how.top_k - 1, true);
+    if (how.top_p < 1) {                        // the fewest that reach the share, one at least
+        double share = ceil((double)how.top_p * (double)kept);
+        uint64_t target = share > 1 ? (uint64_t)share - 1 : 0;
+        last = find_token(s, &kept, list, scores, V, best, target, false);
+    }
+    if (how.min_p > 0) {
+        kept = 0;
+        for (size_t v = threadIdx.x; v < V; v += blockDim.x) {
+            uint64_t key = token_key(scores[v], v);
+            float d = distance(scores[v], best);
+            if (key == first || (key <= last && expf(-d) >= how.min_p)) kept += token_mass(d);
+        }
+        kept = block_sum(kept, s.masses);
+    }
+    uint64_t u = random >> 8, target = (kept >> 24) * u + ((kept & 0xFFFFFF) * u >> 24);
+    return find_token(s, &kept, list, scores, V, best, target, false);
+}
+
+// One block. marked (V) is zero before and after.
+__global__ void __launch_bounds__(SAMPLE_THREADS)
+next_token_block(float *z, size_t V, Sequence q, qlora_sampling how) {
+    __shared__ Search s;
+    __shared__ uint64_t bests[WARP];
+    uint64_t *list = (uint64_t *)q.work;
+    uint32_t *marked = (uint32_t *)(list + V), n = *q.n;
+    if (how.repetition_penalty != 1) {                  // each token seen so far counts once
+        for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
+            float *seen = &z[q.ids[i]];
+            if (atomicExch(&marked[q.ids[i]], 1u) == 0)
+                *seen = *seen > 0 ? *seen / how.repetition_penalty : *seen * how.repetition_penalty;
+        }
+        __syncthreads();
+        for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) atomicExch(&marked[q.ids[i]], 0u);
+    }
+    uint64_t best = ~(uint64_t)0;
+    for (size_t v = threadIdx.x; v < V; v += blockDim.x) {
+        // + 0: of -0 and 0, which are equal, only 0 is left
+        float score = (how.temperature > 0 ? z[v] / how.temperature : z[v]) + 0.0f;
+        uint64_t key = token_key(score, v);
+        z[v] = score;
+        best = key < best ? key : best;
+    }
+    for (int lane = WARP / 2; lane; lane /= 2) {
+        uint64_t other = __shfl_xor_sync(0xFFFFFFFFu, best, lane);
+        best = other < best ? other : best;
+    }
+    if (threadIdx.x % WARP == 0) bests[threadIdx.x / WARP] = best;
+    __syncthreads();
+    for (unsigned w = 0; w < blockDim.x / WARP; w++) best = bests[w] < best ? bests[w] : best;
+    if (how.temperature > 0)
+        best = draw_token(s, list, z, V, best, how,
+                          random_u32(how.seed, RANDOM_SAMPLE, 0, n - q.prompt));
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        q.ids[n] = *q.id = (int32_t)(uint32_t)best;
+        *q.n = n + 1;
+        *q.position += 1;
+        q.span->nk += 1;
+    }
+}
+
+static void sample(Gpu *gpu, real *logits, const Sequence *s, size_t V, unsigned threads) {
+    Sequence there = *s;
+    there.how = NULL;                                   // the host's
+    next_token_block<<<1, threads, 0, gpu->stream>>>(logits, V, there, *s->how);
+    launched(gpu, "next_token_block");
+}
+
+static void next_token(Device *dev, real *logits, const Sequence *s, size_t V) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (!gpu->failed) sample(gpu, logits, s, V, SAMPLE_THREADS);
+}
+
+// ---------------------------------------------------------------------------------- recorded steps
+//
+// A step of decoding is some 300 small kernels, the same every time. Recorded as a graph they are
+// asked for by one call, and the GPU starts one after the other without the host.
+
+static void replay(Device *dev, void **record, void (*step)(void *user), void *user) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    cudaGraph_t graph = NULL;
+    cudaGraphExec_t exec = (cudaGraphExec_t)*record;
+    if (gpu->failed || cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice")) return;
+    if (!exec) {
+        // Relaxed: the first launch of a kernel may have to load it.
+        if (cuda_failed(gpu, cudaStreamBeginCapture(gpu->stream, cudaStreamCaptureModeRelaxed),
+                        "recording a step"))
+            return;
+        gpu->recording = true;
+        step(user);
+        gpu->recording = false;
+        (void)cuda_failed(gpu, cudaStreamEndCapture(gpu->stream, &graph), "recording a step");
+        if (!gpu->failed &&
+            !cuda_failed(gpu, cudaGraphInstantiate(&exec, graph, 0), "recording a step"))
+            *record = exec;
+        if (graph) (void)cuda_failed(gpu, cudaGraphDestroy(graph), "recording a step");
+        if (gpu->failed) return;
+    }
+    (void)cuda_failed(gpu, cudaGraphLaunch(exec, gpu->stream), "replaying a step");
+}
+
+// Also when something has failed: a record is never left behind.
+static void forget(Device *dev, void *record) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (!record) return;
+    (void)cuda_failed(gpu, cudaStreamSynchronize(gpu->stream), "waiting for the GPU");
+    (void)cuda_failed(gpu, cudaGraphExecDestroy((cudaGraphExec_t)record), "forgetting a step");
+}
+
+// =================================================================================================
+//  9. The op table
+// =================================================================================================
+
+static void gpu_scratch(Device *dev, const OpSizes *sizes) {
+    size_t bytes = max_size(linear_scratch(dev, sizes), attention_scratch(sizes));
+    dev->scratch_size = round_up(bytes, 256) + panels_scratch(dev, sizes);
+    dev->thread_size = 0;
+}
+
+static const Ops gpu_ops = {
+    /* host */ false, gpu_allocate, gpu_release, gpu_available, gpu_upload, gpu_download, gpu_zero,
+    gpu_check, gpu_scratch, quantize, quantize_scales, low_rank, prefetch, embed,
+    residual_norm_forward, residual_norm_backward, linears_forward, linears_backward, rope,
+    append_keys, attention_forward, attention_backward, swiglu_forward, swiglu_backward, gather,
+    scatter, head_logits, head_backward, cross_entropy_forward, cross_entropy_end,
+    cross_entropy_backward, round_rows, clip_gradient, adamw, next_token, replay, forget};
+
+// ---------------------------------------------------------------------------------------- opening
+
+// Where libcublas may lie: where the system looks, then where the CUDA Toolkit puts it.
+static void *find_blas() {
+    static const char *const names[] = {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11",
+                                        "libcublas.so"};
+    const char *home = getenv("CUDA_HOME");
+    const char *folders[] = {"", home ? home : "", "/usr/local/cuda"};
+    char path[4096];
+    for (int folder = 0; folder < 3; folder++)
+        for (int name = 0; name < 4; name++) {
+            if (folder > 0 && !*folders[folder]) continue;
+            snprintf(path, sizeof path, "%s%s%s", folders[folder], folder ? "/lib64/" : "",
+                     names[name]);
+            void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+            if (library) return library;
+        }
+    return NULL;
+}
+
+// dlsym's object pointer as the function it is.
+template <typename F> static bool find_function(F *function, void *library, const char *name) {
+    void *symbol = dlsym(library, name);
+    memcpy(function, &symbol, sizeof symbol);
+    return symbol != NULL;
+}
+
+static int open_blas(Gpu *gpu, qlora_error *err) {
+    Blas *b = &gpu->blas;
+    b->library = find_blas();
+    if (!b->library)
+        return open_fail(err, "GPU: cuBLAS (libcublas.so.13, .12 or .11) was not found; install the "
+                              "CUDA Toolkit or its package libcublas, or set CUDA_HOME or "
+                              "LD_LIBRARY_PATH to where it lies");
+    if (!find_function(&b->create, b->library, "cublasCreate_v2") ||
+        !find_function(&b->destroy, b->library, "cublasDestroy_v2") ||
+        !find_function(&b->set_stream, b->library, "cublasSetStream_v2") ||
+        !find_function(&b->set_workspace, b->library, "cublasSetWorkspace_v2") ||
+        !find_function(&b->set_math, b->library, "cublasSetMathMode") ||
+        !find_function(&b->gemm, b->library, "cublasGemmEx"))
+        return open_fail(err, "GPU: libcublas lacks a function that CUDA 11 has; install a newer one");
+    if (b->create(&gpu->handle) != CUBLAS_STATUS_SUCCESS) {
+        gpu->handle = NULL;
+        return open_fail(err, "GPU: cuBLAS did not start; is its version too new for the driver?");
+    }
+    // Sums of a product that is split are joined in float32 too; the workspace comes after the stream.
+    if (b->set_stream(gpu->handle, gpu->stream) != CUBLAS_STATUS_SUCCESS ||
+        b->set_workspace(gpu->handle, gpu->workspace, BLAS_BYTES) != CUBLAS_STATUS_SUCCESS ||
+        b->set_math(gpu->handle, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION) !=
+            CUBLAS_STATUS_SUCCESS)
+        return open_fail(err, "GPU: cuBLAS refused its stream or its memory");
+    return 0;
+}
+
+// The first kernel: fails when this program holds no code for the card.
+__global__ void probe_kernel(double *sum) { *sum = 0; }
+
+// Everything a Gpu owns. gpu->failed tells what went wrong.
+static void open_resources(Gpu *gpu) {
+    const char *what = "opening the GPU";
+    bool bad = cuda_failed(gpu, cudaStreamCreateWithFlags(&gpu->stream, cudaStreamNonBlocking),
+                           what) ||
+               cuda_failed(gpu, cudaStreamCreateWithFlags(&gpu->side, cudaStreamNonBlocking), what);
+    cudaEvent_t *events[STAGING_PIECES + 4];
+    int n = 0;
+    for (int i = 0; i < STAGING_PIECES; i++) events[n++] = &gpu->copied[i];
+    for (int i = 0; i < 2; i++) {
+        events[n++] = &gpu->panels[i].ready;
+        events[n++] = &gpu->panels[i].unused;
+    }
+    for (int i = 0; i < n && !bad; i++)
+        bad = cuda_failed(gpu, cudaEventCreateWithFlags(events[i], cudaEventDisableTiming), what);
+    if (bad) return;
+    if (cuda_failed(gpu, cudaHostAlloc((void **)&gpu->staging,
+                                       (size_t)STAGING_PIECES * STAGING_BYTES,
+                                       cudaHostAllocDefault), "pinned memory") ||
+        cuda_failed(gpu, device_memory(&gpu->workspace, BLAS_BYTES), "memory for cuBLAS") ||
+        cuda_failed(gpu, device_memory((void **)&gpu->sums, (SUMS + 1) * sizeof(double)), what))
+        return;
+    size_t widened = gpu->matrix_units ? 0 : 3 * (size_t)WIDENED * sizeof(float);
+    if (widened && cuda_failed(gpu, device_memory((void **)&gpu->widened, widened), what)) return;
+    probe_kernel<<<1, 1, 0, gpu->stream>>>(gpu->sums);
+    cudaError_t error = cudaGetLastError();
+    if (error == cudaErrorNoKernelImageForDevice)
+        gpu_fail(gpu, "this program was built for other cards than this one, of compute capability "
+                 "%d.%d; build it again with GPU_ARCH=%d%d", gpu->major, gpu->minor, gpu->major,
+                 gpu->minor);
+    if (!cuda_failed(gpu, error, what))
+        (void)cuda_failed(gpu, cudaStreamSynchronize(gpu->stream), what);
+}
+
+// Also of one that was opened halfway, or has failed since; then nothing can be said about errors.
+static void close_resources(Gpu *gpu) {
+    (void)cudaSetDevice(gpu->number);
+    if (gpu->side) (void)cudaStreamSynchronize(gpu->side);
+    if (gpu->stream) (void)cudaStreamSynchronize(gpu->stream);
+    if (gpu->handle) (void)gpu->blas.destroy(gpu->handle);
+    if (gpu->blas.library) dlclose(gpu->blas.library);
+    void *memory[] = {gpu->workspace, gpu->sums, gpu->widened};
+    for (void *m : memory)
+        if (m) (void)cudaFree(m);
+    if (gpu->staging) (void)cudaFreeHost(gpu->staging);
+    for (cudaEvent_t event : gpu->copied)
+        if (event) (void)cudaEventDestroy(event);
+    for (const Panel &p : gpu->panels) {
+        if (p.ready) (void)cudaEventDestroy(p.ready);
+        if (p.unused) (void)cudaEventDestroy(p.unused);
+    }
+    if (gpu->side) (void)cudaStreamDestroy(gpu->side);
+    if (gpu->stream) (void)cudaStreamDestroy(gpu->stream);
+    (void)cudaGetLastError();
+}
+
+// Whether there is a card of that number; fast when there is no driver.
+static int find_card(int number, cudaDeviceProp *card, qlora_error *err) {
+    int cards = 0, driver = 0, runtime = 0;
+    cudaError_t error = cudaGetDeviceCount(&cards);
+    if (error != cudaSuccess) {
+        (void)cudaGetLastError();
+        (void)cudaDriverGetVersion(&driver);
+        (void)cudaRuntimeGetVersion(&runtime);
+        if (error == cudaErrorNoDevice) return open_fail(err, "no NVIDIA GPU was found");
+        if (error == cudaErrorInsufficientDriver && driver)
+            return open_fail(err, "the NVIDIA driver is too old: it knows CUDA %d.%d, this program "
+                             "needs %d.%d", driver / 1000, driver % 1000 / 10, runtime / 1000,
+                             runtime % 1000 / 10);
+        if (error == cudaErrorInsufficientDriver)
+            return open_fail(err, "no NVIDIA driver is installed");
+        return open_fail(err, "no GPU: %s", cudaGetErrorString(error));
+    }
+    if (number < 0 || number >= cards)
+        return open_fail(err, "GPU %d: not there; this machine has %d, counted from 0", number,
+                         cards);
+    error = cudaSetDevice(number);
+    if (error == cudaSuccess) error = cudaGetDeviceProperties(card, number);
+    if (error == cudaSuccess) return 0;
+    (void)cudaGetLastError();
+    return open_fail(err, "GPU %d: %s", number, cudaGetErrorString(error));
+}
+
+int qlora_cuda_open(Device *dev, int number, qlora_compute compute, char *name, size_t size,
+                    qlora_error *err) {
+    cudaDeviceProp card = {};
+    if (find_card(number, &card, err)) return -1;
+    if (card.major < 7 || (card.major == 7 && card.minor < 5))
+        return open_fail(err, "GPU %d: %s has compute capability %d.%d; 7.5 or newer is needed",
+                         number, card.name, card.major, card.minor);
+    Gpu *gpu = (Gpu *)dev->allocator->allocate(dev->allocator->user, sizeof *gpu);
+    if (!gpu) return open_fail(err, "out of memory: %zu bytes were refused", sizeof *gpu);
+    memset(gpu, 0, sizeof *gpu);
+    gpu->allocator = dev->allocator;
+    gpu->number = number;
+    gpu->major = card.major;
+    gpu->minor = card.minor;
+    gpu->processors = card.multiProcessorCount;
+    gpu->shared_limit = card.sharedMemPerBlockOptin;
+    gpu->matrix_units = card.major >= 8;
+    open_resources(gpu);
+    int bad = gpu->failed ? open_fail(err, "GPU %d: %s", number, gpu->message) : open_blas(gpu, err);
+    if (bad) {
+        close_resources(gpu);
+        dev->allocator->release(dev->allocator->user, gpu, sizeof *gpu);
+        return -1;
+    }
+    snprintf(name, size, "%s", card.name);
+    dev->ops = &gpu_ops;
+    dev->act = compute == QLORA_COMPUTE_F32 ? DT_REAL : DT_BF16;
+    dev->gpu = gpu;
+    return 0;
+}
+
+void qlora_cuda_close(Device *dev) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    if (!gpu) return;
+    const qlora_allocator *allocator = gpu->allocator;
+    close_resources(gpu);
+    allocator->release(allocator->user, gpu, sizeof *gpu);
+    dev->gpu = NULL;
+}
