@@ -9373,10 +9373,11 @@ static int check_train_options(const qlora_train_options *o, qlora_error *err) {
     return 0;
 }
 
-static int find_name(const char *const *names, size_t n, const char *name, const char *option,
-                     qlora_error *err) {
-    for (size_t i = 0; i < n; i++)
-        if (strcmp(names[i], name) == 0) return (int)i;
+// Which of the names an option has.
+static int choose(const char *const *names, size_t n, const char *name, const char *option,
+                  int *out, qlora_error *err) {
+    for (*out = 0; (size_t)*out < n; ++*out)
+        if (strcmp(names[*out], name) == 0) return 0;
     char list[256] = "";
     for (size_t i = 0; i < n; i++)
         snprintf(list + strlen(list), sizeof list - strlen(list), "%s%s", i ? ", " : "", names[i]);
@@ -9582,7 +9583,7 @@ static double standard_error(const Score *s) {
     return n > 1 ? sqrt(fmax(0, s->squares / n - mean * mean) / (n - 1)) : 0;
 }
 
-static int collect_answer(void *user, const char *utf8, size_t n) {
+static int collect_text(void *user, const char *utf8, size_t n) {
     return buffer_append(user, utf8, n, NULL) ? 1 : 0;
 }
 
@@ -9616,7 +9617,7 @@ static int show_sample(Trainer *t, const SampleList *list, size_t i, const char 
               buffer_append(&question, "", 1, t->err) ||
               tokenizer_decode(tokenizer, ids + start, end - start, true, &expected, t->err) ||
               buffer_append(&expected, "", 1, t->err) ||
-              qlora_generate(t->q, ids, start, &how, collect_answer, &answer, NULL, NULL, t->err) ||
+              qlora_generate(t->q, ids, start, &how, collect_text, &answer, NULL, NULL, t->err) ||
               buffer_append(&answer, "", 1, t->err);
     if (!bad) {
         last_question(&t->q->chat, &question);
@@ -9647,6 +9648,15 @@ static int write_log(Trainer *t, bool now) {
     const char *path = path_join(&t->region, t->options->output_dir, "log.jsonl", t->err);
     t->log_written = now_seconds();
     return path ? write_file(path, t->log.data ? t->log.data : "", t->log.size, t->err) : -1;
+}
+
+// The next line of a text, which *at moves behind; NULL at the end.
+static const char *next_line(const Buffer *text, size_t *at, size_t *n) {
+    if (*at >= text->size) return NULL;
+    const char *line = text->data + *at, *end = memchr(line, '\n', text->size - *at);
+    *n = end ? (size_t)(end - line) : text->size - *at;
+    *at += *n + 1;
+    return line;
 }
 
 // The next line of the log as JSON, in the region; NULL at the end. *at is where it begins.
@@ -10264,10 +10274,11 @@ static int read_data_options(Trainer *t) {
     const qlora_train_options *o = t->options;
     const char *masks[N_MASK_ROWS];
     for (size_t i = 0; i < N_MASK_ROWS; i++) masks[i] = mask_rows[i].name;
-    int mask = find_name(masks, N_MASK_ROWS, o->mask, "mask", t->err);
-    int truncate = mask < 0 ? -1 : find_name(truncate_names, 3, o->truncate, "truncate", t->err);
-    int packing = truncate < 0 ? -1 : find_name(packings, 2, o->packing, "packing", t->err);
-    if (packing < 0) return -1;
+    int mask, truncate, packing;
+    if (choose(masks, N_MASK_ROWS, o->mask, "mask", &mask, t->err) ||
+        choose(truncate_names, 3, o->truncate, "truncate", &truncate, t->err) ||
+        choose(packings, 2, o->packing, "packing", &packing, t->err))
+        return -1;
     if (!o->field_user != !o->field_assistant)
         return fail(t->err, "field-user and field-assistant: expected both or none");
     t->packing = packing == 1;
@@ -10370,8 +10381,9 @@ int qlora_train(qlora_model *q, const char *data, const qlora_train_options *opt
                 qlora_error *err) {
     qlora_train_options o = options ? *options : qlora_default_train_options();
     Trainer t = new_trainer(q, &o, err);
-    int schedule = find_name(schedule_names, 4, o.lr_scheduler_type, "lr_scheduler_type", err);
-    if (schedule < 0 || check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err))
+    int schedule;
+    if (choose(schedule_names, 4, o.lr_scheduler_type, "lr_scheduler_type", &schedule, err) ||
+        check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err))
         return -1;
     t.schedule = (Schedule)schedule;
     q->lora_dropout = o.lora_dropout;
@@ -10776,24 +10788,48 @@ int qlora_chat(qlora_model *q, const qlora_message *messages, size_t n, const ql
 }
 // =================================================================================================
 //  16. What a person sees
+//
+//  Everything the program prints, as text or as JSON. Texts from files and models may hold control
+//  characters, which must not drive a terminal, and bytes that JSON does not allow; two functions
+//  stand between them and the output.
 // =================================================================================================
 #ifdef QLORA_MAIN
 
-// Text from files and models may hold control characters, which must not drive the terminal: all
-// but newline and tab are shown escaped.
-static void print_safely(FILE *out, const char *text, size_t n) {
+// All but newline and tab of what is no harmless character is shown as \xHH.
+static void print_safely(const char *text, size_t n) {
     for (size_t i = 0; i < n;) {
         size_t bytes = text[i] == '\n' || text[i] == '\t' ? 1 : harmless_bytes(text + i, n - i);
-        if (bytes) fwrite(text + i, 1, bytes, out);
-        else fprintf(out, "\\x%02X", (unsigned char)text[i]);
+        if (bytes) fwrite(text + i, 1, bytes, stdout);
+        else printf("\\x%02X", (unsigned char)text[i]);
         i += bytes ? bytes : 1;
     }
 }
 
-static void print_duration(double seconds) {
-    unsigned long s = (unsigned long)(seconds + 0.5);
-    if (s >= 3600) printf("%lu:%02lu:%02lu", s / 3600, s / 60 % 60, s % 60);
-    else printf("%lu:%02lu", s / 60, s % 60);
+// A JSON string, valid whatever bytes the text has: what is no UTF-8 becomes U+FFFD.
+static void print_json(const char *text, size_t n) {
+    putchar('"');
+    for (size_t i = 0; i < n;) {
+        uint32_t code;
+        size_t bytes = utf8_decode(text + i, n - i, &code);
+        if (!bytes) printf("\xEF\xBF\xBD");
+        else if (code == '"' || code == '\\') printf("\\%c", (int)code);
+        else if (code == '\n') printf("\\n");
+        else if (code < 0x20) printf("\\u%04x", (unsigned)code);
+        else fwrite(text + i, 1, bytes, stdout);
+        i += bytes ? bytes : 1;
+    }
+    putchar('"');
+}
+
+static void print_either(bool json, const char *text) {
+    if (json) print_json(text, strlen(text));
+    else print_safely(text, strlen(text));
+}
+
+static const char *comma(size_t i) { return i ? ", " : ""; }
+
+static double percent(size_t part, size_t all) {
+    return all ? 100 * (double)part / (double)all : 0;
 }
 
 // Most memory this process has had, in MB.
@@ -10820,33 +10856,31 @@ static void close_bar(ProgressView *view) {
 }
 
 static void print_progress(void *user, const qlora_progress *p) {
-    enum { WIDTH = 24 };
+    static const char bar[] = "========================>                        ";
+    enum { WIDTH = sizeof bar / 2 - 1 };
     ProgressView *view = user;
     if (!view->first) {
         view->first = p->step;
         view->start = now_seconds() - p->seconds;
     }
     double elapsed = now_seconds() - view->start;
-    double left = elapsed / (double)(p->step - view->first + 1) * (double)(p->steps - p->step);
-    if (view->terminal) {
-        size_t full = WIDTH * p->step / p->steps;
-        printf("\r\033[K[");
-        for (size_t i = 0; i < WIDTH; i++) putchar(i < full ? '=' : i == full ? '>' : ' ');
-        printf("] ");
-    } else printf("step ");
-    printf("%zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  %zu MB  ", p->step,
-           p->steps, p->epoch, p->loss, p->grad_norm, p->learning_rate,
-           (double)p->tokens / p->seconds, peak_memory());
-    print_duration(left);
-    printf(" left");
+    unsigned long left = (unsigned long)(elapsed / (double)(p->step - view->first + 1) *
+                                         (double)(p->steps - p->step) + 0.5);
+    if (view->terminal) printf("\r\033[K[%.*s] ", WIDTH, bar + WIDTH - WIDTH * p->step / p->steps);
+    else printf("step ");
+    printf("%zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  %zu MB  "
+           "%lu:%02lu:%02lu left", p->step, p->steps, p->epoch, p->loss, p->grad_norm,
+           p->learning_rate, (double)p->tokens / p->seconds, peak_memory(), left / 3600,
+           left / 60 % 60, left % 60);
     view->open = view->terminal && p->step < p->steps;
     if (!view->open) printf("\n");
     fflush(stdout);
 }
 
+// A line of the library's; `user` is a ProgressView or NULL.
 static void print_message(void *user, const char *line) {
     if (user) close_bar(user);
-    print_safely(stdout, line, strlen(line));
+    print_safely(line, strlen(line));
     printf("\n");
     fflush(stdout);
 }
@@ -10868,371 +10902,295 @@ static void print_banner(const qlora_model *q) {
 // ----------------------------------------------------------------------------------------- inspect
 //
 // What a training would see. The data is read, split and checked by the trainer's own code; only
-// the weights are never opened.
+// the weights are never opened. Each function prints its part of the report, as text or as JSON.
 
-enum { MAX_BINS = 14, MAX_LIMITS = 20 };
+// What the records were recognised by, as "messages" or "prompt" and "completion".
+static void print_format(const Trainer *t, size_t format, bool json) {
+    bool known = format < N_RECORD_FORMATS;
+    const RecordFormat *f = known ? &record_formats[format] : &t->how.fields;
+    const char *name = known ? f->name : f->user ? "--field-*" : "--prompt-template";
+    const char *first = f->list ? f->list : f->text ? f->text : f->user;
+    if (json) {
+        printf("\"%s\": %zu", name, t->data.formats[format]);
+        return;
+    }
+    printf("  %zu records are %s, recognised by ", t->data.formats[format], name);
+    if (first) print_json(first, strlen(first));
+    else printf("its fields");
+    if (first && f->assistant) {
+        printf(" and ");
+        print_json(f->assistant, strlen(f->assistant));
+    }
+    printf("\n");
+}
 
-// The lengths of all records in tokens, before truncation.
-typedef struct {
-    size_t *sorted, n;
-    size_t width, bins[MAX_BINS], n_bins;   // a histogram; the last bin has no upper end
-    size_t limits[MAX_LIMITS], over[MAX_LIMITS], n_limits;
-    size_t suggested, fit;                  // a --max-length, and how many samples it holds
-} Lengths;
+static void print_source(const Trainer *t, bool json) {
+    const qlora_model *q = t->q;
+    const Dataset *d = &t->data;
+    size_t n_formats = 0;
+    // The last format is raw text; n_lengths counts the records of all.
+    bool raw_text = d->n_lengths && d->formats[N_RECORD_FORMATS - 1] == d->n_lengths;
+    const char *origin = raw_text ? "not used, the data is raw text"
+                       : q->chat.own ? "recognised in the model's own chat template"
+                       : q->options.chat_template || q->options.prompt_template
+                           ? "as asked for" : "the model has no chat template of its own";
+    printf(json ? "{\"model\": " : "model: ");
+    print_either(json, q->directory);
+    if (!json) printf(": %s, context %zu\n", q->transformer.config.architecture->type,
+                      q->transformer.config.context);
+    printf(json ? ", \"template\": \"%s\", \"template_origin\": \"%s\", \"template_note\": "
+                : "template: %s, %s\n", q->chat.row->name, origin);
+    if (json || !raw_text) print_either(json, q->note);
+    if (json) printf(", \"files\": [");
+    for (size_t i = 0; i < t->paths.size / sizeof *d->paths; i++) {
+        printf("%s", json ? comma(i) : "data: ");
+        print_either(json, d->paths[i]);
+        if (!json) printf("\n");
+    }
+    if (json) printf("], \"formats\": {");
+    for (size_t i = 0; i <= N_RECORD_FORMATS; i++) {
+        if (!d->formats[i]) continue;
+        if (json) printf("%s", comma(n_formats++));
+        print_format(t, i, json);
+    }
+    if (json) printf("}, ");
+}
+
+static void print_counts(const Trainer *t, bool json) {
+    const Dataset *d = &t->data;
+    size_t tokens = 0;                      // to learn from
+    for (size_t i = 0; i < t->train.n; i++) tokens += d->samples[t->train.index[i]].length;
+    if (json)
+        printf("\"context\": %zu, \"max_length\": %zu, \"records\": %zu, \"samples\": %zu, "
+               "\"held_out\": %zu, \"packs\": %zu, \"tokens\": %zu, \"supervised_tokens\": %zu, "
+               "\"supervised_ends\": %zu, ", t->q->transformer.config.context, t->how.max_length,
+               d->records, d->n, t->val.n, t->train.n_packs, d->tokens, d->supervised, d->ends);
+    else
+        printf("samples: %zu of %zu records; %zu to learn from, %zu held out\n"
+               "tokens: %zu, of which %zu are supervised (%.1f %%), %zu of these end tokens, in "
+               "%zu of %zu samples\n", d->n, d->records, t->train.n, t->val.n, d->tokens,
+               d->supervised, percent(d->supervised, d->tokens), d->ends,
+               d->n - d->tally[TALLY_NO_END].n, d->n);
+    if (!json && t->packing)
+        printf("packing: %zu packs, %.1f %% full\n", t->train.n_packs,
+               percent(tokens, t->train.n_packs * t->how.max_length));
+}
+
+// The lengths of all records in tokens, before truncation, ascending.
+typedef struct { const size_t *sorted; size_t n; } Lengths;
 
 static size_t quantile(const Lengths *l, double share) {
     return l->n ? l->sorted[min_size(l->n - 1, (size_t)(share * (double)l->n))] : 0;
 }
 
-// The suggestion holds everything, unless a rare few would double it.
-static int measure_lengths(Lengths *l, Trainer *t) {
-    const Dataset *d = &t->data;
-    size_t context = t->q->transformer.config.context, most, p99;
-    *l = (Lengths){.sorted = region_alloc(&t->region, d->n_lengths, sizeof *l->sorted, t->err),
-                   .n = d->n_lengths, .width = 1};
-    if (!l->sorted) return -1;
-    if (l->n) memcpy(l->sorted, d->lengths, l->n * sizeof *l->sorted);
-    qsort(l->sorted, l->n, sizeof *l->sorted, by_number);
-    p99 = quantile(l, 0.99);
-    for (size_t i = 0; l->width * (MAX_BINS - 2) < p99; i++)          // 1, 2, 5, 10, 20, ...
-        l->width = i % 3 == 1 ? l->width / 2 * 5 : l->width * 2;
-    l->n_bins = min_size(MAX_BINS, d->longest / l->width + 1);
-    for (size_t i = 0; i < l->n; i++) l->bins[min_size(l->sorted[i] / l->width, l->n_bins - 1)]++;
-    for (size_t limit = 128; l->n_limits < MAX_LIMITS; limit *= 2) {
-        size_t over = 0;
-        while (over < l->n && l->sorted[l->n - 1 - over] > limit) over++;
-        l->limits[l->n_limits] = limit;
-        l->over[l->n_limits++] = over;
-        if (!over || limit >= context) break;
+// How many are under a limit.
+static size_t shorter_than(const Lengths *l, size_t limit) {
+    size_t n = 0;
+    while (n < l->n && l->sorted[n] < limit) n++;
+    return n;
+}
+
+// The last bin has no upper end.
+static void print_histogram(const Lengths *l, bool json) {
+    enum { MAX_BINS = 14, WIDTH = 40 };
+    size_t width = 1, most = 1, n_bins, bins[MAX_BINS];
+    for (size_t i = 0; width * (MAX_BINS - 2) < quantile(l, 0.99); i++)       // 1, 2, 5, 10, 20, ...
+        width = i % 3 == 1 ? width / 2 * 5 : width * 2;
+    n_bins = min_size(MAX_BINS, quantile(l, 1) / width + 1);
+    for (size_t i = 0; i < n_bins; i++) {
+        size_t end = i + 1 < n_bins ? shorter_than(l, (i + 1) * width) : l->n;
+        bins[i] = end - shorter_than(l, i * width);
+        most = max_size(most, bins[i]);
     }
-    most = round_up(max_size(d->longest, 1), 64);
-    l->suggested = most <= 2 * round_up(p99, 64) ? most : round_up(p99, 64);
-    l->suggested = min_size(l->suggested, context);
-    while (l->fit < l->n && l->sorted[l->fit] <= l->suggested) l->fit++;
-    return 0;
-}
-
-static double percent(size_t part, size_t all) {
-    return all ? 100 * (double)part / (double)all : 0;
-}
-
-static void print_lengths(const Lengths *l) {
-    enum { WIDTH = 40 };
-    size_t most = 1, first = 0;
-    printf("length: shortest %zu tokens, median %zu, 90 %% up to %zu, 99 %% up to %zu, longest "
-           "%zu\n", quantile(l, 0), quantile(l, 0.5), quantile(l, 0.9), quantile(l, 0.99),
-           quantile(l, 1));
-    for (size_t i = 0; i < l->n_bins; i++) most = max_size(most, l->bins[i]);
-    while (!l->bins[first]) first++;
-    for (size_t i = first; i < l->n_bins; i++) {
-        if (i + 1 < l->n_bins) printf("  %6zu - %-6zu ", i * l->width, (i + 1) * l->width - 1);
-        else printf("  %6zu and up  ", i * l->width);
-        size_t bar = l->bins[i] * WIDTH / most;
-        for (size_t k = 0; k < bar + (l->bins[i] && !bar); k++) putchar('#');
-        printf(" %zu\n", l->bins[i]);
+    for (size_t i = 0; i < n_bins; i++) {
+        if (json) {
+            printf("%s{\"from\": %zu, \"samples\": %zu}", comma(i), i * width, bins[i]);
+            continue;
+        }
+        if (quantile(l, 0) >= (i + 1) * width && i + 1 < n_bins) continue;    // below the shortest
+        if (i + 1 < n_bins) printf("  %6zu - %-6zu ", i * width, (i + 1) * width - 1);
+        else printf("  %6zu and up  ", i * width);
+        for (size_t k = 0; k < ceil_div(bins[i] * WIDTH, most); k++) putchar('#');
+        printf(" %zu\n", bins[i]);
     }
-    for (size_t i = 0; i < l->n_limits; i++)
-        printf("  %zu (%.1f %%) do not fit into %zu\n", l->over[i], percent(l->over[i], l->n),
-               l->limits[i]);
-    printf("  suggested: --max-length %zu holds %zu of %zu (%.1f %%)\n", l->suggested, l->fit,
-           l->n, percent(l->fit, l->n));
 }
 
-// What the records were recognised by, as "messages" or "prompt" and "completion".
-static void format_keys(const Trainer *t, size_t format, char out[300]) {
-    const RecordFormat *f = format < N_RECORD_FORMATS ? &record_formats[format] : &t->how.fields;
-    const char *one = f->list ? f->list : f->text;
-    if (one) snprintf(out, 300, "\"%s\"", one);
-    else if (f->user) snprintf(out, 300, "\"%.100s\" and \"%.100s\"", f->user, f->assistant);
-    else snprintf(out, 300, "its fields");
-}
-
-static const char *format_name(const Trainer *t, size_t format) {
-    return format < N_RECORD_FORMATS ? record_formats[format].name
-         : t->how.fields.user        ? "--field-*" : "--prompt-template";
-}
-
-static bool only_raw_text(const Dataset *d) {
-    size_t text = 0, all = 0;
-    for (size_t i = 0; i <= N_RECORD_FORMATS; i++) {
-        all += d->formats[i];
-        if (i < N_RECORD_FORMATS && record_formats[i].text) text += d->formats[i];
+static void print_lengths(Trainer *t, bool json) {
+    Lengths l = {t->data.lengths, t->data.n_lengths};
+    size_t context = t->q->transformer.config.context;
+    if (l.n) qsort(t->data.lengths, l.n, sizeof *l.sorted, by_number);
+    else if (!json) return;
+    printf(json ? "\"lengths\": {\"shortest\": %zu, \"median\": %zu, \"p90\": %zu, \"p99\": %zu, "
+                  "\"longest\": %zu, \"histogram\": ["
+                : "length: shortest %zu tokens, median %zu, 90 %% up to %zu, 99 %% up to %zu, "
+                  "longest %zu\n", quantile(&l, 0), quantile(&l, 0.5), quantile(&l, 0.9),
+           quantile(&l, 0.99), quantile(&l, 1));
+    print_histogram(&l, json);
+    if (json) printf("], \"over\": [");
+    for (size_t limit = 128, over = 1; over && limit < 2 * context; limit *= 2) {
+        over = l.n - shorter_than(&l, limit + 1);
+        if (json) printf("%s{\"limit\": %zu, \"samples\": %zu}", comma(limit > 128), limit, over);
+        else printf("  %zu (%.1f %%) do not fit into %zu\n", over, percent(over, l.n), limit);
     }
-    return all && text == all;
-}
-
-static const char *template_origin(const Trainer *t) {
-    return only_raw_text(&t->data) ? "not used, the data is raw text"
-         : t->q->chat.own ? "recognised in the model's own chat template"
-         : t->q->options.chat_template || t->q->options.prompt_template
-             ? "as asked for" : "the model has no chat template of its own";
-}
-
-static void print_line(const char *text) {
-    print_safely(stdout, text, strlen(text));
-    printf("\n");
-}
-
-static void print_counts(const Trainer *t) {
-    const Dataset *d = &t->data;
-    const char *const *paths = d->paths;
-    char line[900];
-    snprintf(line, sizeof line, "model: %.700s: %s, context %zu", t->q->directory,
-             t->q->transformer.config.architecture->type, t->q->transformer.config.context);
-    print_line(line);
-    printf("template: %s, %s\n", t->q->chat.row->name, template_origin(t));
-    if (!only_raw_text(d)) print_safely(stdout, t->q->note, strlen(t->q->note));
-    for (size_t i = 0; i < t->paths.size / sizeof *paths; i++) {
-        snprintf(line, sizeof line, "data: %.880s", paths[i]);
-        print_line(line);
-    }
-    for (size_t i = 0; i <= N_RECORD_FORMATS; i++) {
-        char keys[300];
-        if (!d->formats[i]) continue;
-        format_keys(t, i, keys);
-        snprintf(line, sizeof line, "  %zu records are %s, recognised by %s", d->formats[i],
-                 format_name(t, i), keys);
-        print_line(line);
-    }
-    printf("samples: %zu of %zu records; %zu to learn from, %zu held out\n", d->n, d->records,
-           t->train.n, t->val.n);
-    printf("tokens: %zu, of which %zu are supervised (%.1f %%), %zu of these end tokens, in %zu of "
-           "%zu samples\n", d->tokens, d->supervised, percent(d->supervised, d->tokens), d->ends,
-           d->n - d->tally[TALLY_NO_END].n, d->n);
-    if (t->packing && t->train.n) {
-        size_t tokens = 0;
-        for (size_t i = 0; i < t->train.n; i++) tokens += d->samples[t->train.index[i]].length;
-        printf("packing: %zu packs, %.1f %% full\n", t->train.n_packs,
-               percent(tokens, t->train.n_packs * t->how.max_length));
-    }
+    // The suggestion holds everything, unless a rare few would double it.
+    size_t most = round_up(max_size(quantile(&l, 1), 1), 64), p99 = round_up(quantile(&l, 0.99), 64);
+    size_t suggested = min_size(most <= 2 * p99 ? most : p99, context);
+    size_t fit = shorter_than(&l, suggested + 1);
+    printf(json ? "], \"suggested_max_length\": %zu}, "
+                : "  suggested: --max-length %zu holds %zu of %zu (%.1f %%)\n", suggested, fit, l.n,
+           percent(fit, l.n));
 }
 
 // A sample token by token, as it was before truncation.
-typedef struct { const Trainer *t; const Dataset *shown; const Sample *sample; Kept kept; } TokenView;
+typedef struct {
+    const Tokenizer *tokenizer;
+    const int32_t *ids;                     // (n)
+    const uint8_t *learn;                   // (n)
+    size_t n;
+    Kept kept;
+    TokenStream stream;
+    Buffer text;                            // of the newest token
+} TokenView;
 
 typedef enum { TOKEN_MASKED, TOKEN_LEARNT, TOKEN_CUT } TokenClass;
 
 static TokenClass token_class(const TokenView *v, size_t i) {
     bool kept = i < v->kept.head || (i >= v->kept.from && i < v->kept.to);
-    return !kept ? TOKEN_CUT : v->shown->learn[v->sample->first + i] == 1 ? TOKEN_LEARNT
-                                                                          : TOKEN_MASKED;
+    return !kept ? TOKEN_CUT : v->learn[i] == 1 ? TOKEN_LEARNT : TOKEN_MASKED;
 }
 
 static bool token_special(const TokenView *v, size_t i) {
-    int32_t id = v->shown->ids[v->sample->first + i];
-    const Token *token = vocabulary_token(&v->t->q->tokenizer->vocabulary, (size_t)id);
+    const Token *token = vocabulary_token(&v->tokenizer->vocabulary, (size_t)v->ids[i]);
     return token && (token->special || token->added);
 }
 
-static bool use_colour(void) {
-    const char *no_colour = getenv("NO_COLOR");
-    return isatty(STDOUT_FILENO) && !(no_colour && *no_colour);
+static int token_text(TokenView *v, size_t i, qlora_error *err) {
+    v->text.size = 0;
+    return token_stream_push(v->tokenizer, &v->stream, v->ids[i], false, &v->text, err);
 }
 
 // Newlines are shown as \n too: whether one is learnt can matter.
 static void print_token_text(const char *text, size_t n) {
-    for (size_t i = 0; i < n;) {
+    for (size_t i = 0; i < n; i++) {
         const char *newline = memchr(text + i, '\n', n - i);
         size_t length = newline ? (size_t)(newline - text) - i : n - i;
-        print_safely(stdout, text + i, length);
+        print_safely(text + i, length);
         if (newline) printf("\\n\n");
-        i += length + 1;
+        i += length;
     }
+}
+
+// Colours on a terminal, brackets elsewhere or if the user asks for them.
+typedef struct { const char *open[3], *close[3], *special, *end, *legend; } TokenMarks;
+
+static const TokenMarks *token_marks(void) {
+    static const TokenMarks brackets = {
+        {"", "[", "{"}, {"", "]", "}"}, "(", "",
+        "plain: context, [ ] learnt, { } cut off, ( ) a special token"};
+    static const TokenMarks colours = {
+        {"\033[0;2m", "\033[0;32m", "\033[0;31;9m"}, {"", "", ""}, "\033[1;4m", "\033[0m",
+        "\033[2mcontext\033[0m, \033[32mlearnt\033[0m, \033[31;9mcut off\033[0m, "
+        "\033[1;4mspecial token\033[0m"};
+    const char *no_colour = getenv("NO_COLOR");
+    return isatty(STDOUT_FILENO) && !(no_colour && *no_colour) ? &colours : &brackets;
 }
 
 // Prints the tokens; of a long run of one class the middle is left out.
-static int print_tokens(const TokenView *v, bool colour, qlora_error *err) {
+static int print_tokens(TokenView *v, const TokenMarks *marks, qlora_error *err) {
     enum { WHOLE_RUN = 160, ENDS = 60 };
-    static const char *const colours[] = {"\033[0;2m", "\033[0;32m", "\033[0;31;9m"};
-    static const char *const open[] = {"", "[", "{"}, *const close[] = {"", "]", "}"};
-    TokenStream stream = {.open = false};
-    Buffer text = {.allocator = &v->t->q->allocator};
-    size_t n = v->sample->length, end = 0, start = 0;
-    bool was_special = false;
-    int bad = 0;
-    for (size_t i = 0; i < n && !bad; i++) {
-        TokenClass class = token_class(v, i);
-        bool special = token_special(v, i), begins = i == end;
-        if (begins) {
-            start = i;
-            while (end < n && token_class(v, end) == class) end++;
+    for (size_t start = 0, end = 0; start < v->n; start = end) {
+        TokenClass class = token_class(v, start);
+        while (end < v->n && token_class(v, end) == class) end++;
+        printf("%s", marks->open[class]);
+        for (size_t i = start; i < end; i++) {
+            bool special = token_special(v, i);
+            if (token_text(v, i, err)) return -1;
+            if (end - start > WHOLE_RUN && i >= start + ENDS && i < end - ENDS) {
+                if (i == start + ENDS) printf(" ... %zu tokens ... ", end - start - 2 * ENDS);
+                continue;
+            }
+            if (special) printf("%s", marks->special);
+            print_token_text(v->text.data, v->text.size);
+            if (special) printf("%s", *marks->end ? marks->open[class] : ")");
         }
-        if (colour && (begins || special != was_special)) printf("%s", colours[class]);
-        if (colour && special && (begins || !was_special)) printf("\033[1;4m");
-        if (!colour && begins) printf("%s", open[class]);
-        was_special = special;
-        text.size = 0;
-        bad = token_stream_push(v->t->q->tokenizer, &stream, v->shown->ids[v->sample->first + i],
-                                false, &text, err);
-        if (end - start <= WHOLE_RUN || i < start + ENDS || i >= end - ENDS) {
-            if (!colour && special) printf("(");
-            print_token_text(text.data ? text.data : "", text.size);
-            if (!colour && special) printf(")");
-        } else if (i == start + ENDS) printf(" ... %zu tokens ... ", end - start - 2 * ENDS);
-        if (i + 1 == end && !colour) printf("%s", close[class]);
+        printf("%s", marks->close[class]);
     }
-    token_stream_free(&stream);
-    buffer_free(&text);
-    printf(colour ? "\033[0m\n" : "\n");
-    return bad ? -1 : 0;
-}
-
-static TokenView view_sample(const Trainer *t, const Dataset *shown, size_t i) {
-    const Sample *s = &shown->samples[i];
-    return (TokenView){t, shown, s, truncate_sample(shown->ids + s->first, s->length, &t->how,
-                                                    t->q->tokenizer)};
-}
-
-static int print_samples(const Trainer *t, const Dataset *shown, qlora_error *err) {
-    bool colour = use_colour();
-    for (size_t i = 0; i < shown->n; i++) {
-        TokenView v = view_sample(t, shown, i);
-        char line[900];
-        size_t kept = v.kept.head + v.kept.to - v.kept.from, learnt = 0;
-        for (size_t k = 0; k < v.sample->length; k++) learnt += token_class(&v, k) == TOKEN_LEARNT;
-        snprintf(line, sizeof line, "%.700s:%zu: %zu tokens, %zu learnt%s%s",
-                 shown->paths[v.sample->file], v.sample->line, v.sample->length, learnt,
-                 kept == v.sample->length ? "" : kept ? ", cut" : ", too long",
-                 learnt ? "" : ": left out");
-        printf("\n");
-        print_line(line);
-        if (print_tokens(&v, colour, err)) return -1;
-    }
-    if (shown->n)
-        printf("\n(%s)\n", colour
-                   ? "\033[2mcontext\033[0m, \033[32mlearnt\033[0m, \033[31;9mcut off\033[0m, "
-                     "\033[1;4mspecial token\033[0m"
-                   : "plain: context, [ ] learnt, { } cut off, ( ) a special token");
+    printf("%s\n", marks->end);
     return 0;
 }
 
-static void print_findings(const Trainer *t) {
-    const Finding *f = next_finding(t, NULL);
-    if (!f) printf("checks: nothing is wrong\n");
-    for (; f; f = next_finding(t, f)) {
-        printf("%s: ", severity_names[f->severity]);
-        print_line(f->text);
+static int print_tokens_json(TokenView *v, qlora_error *err) {
+    static const char *const names[] = {"context", "learnt", "cut"};
+    for (size_t i = 0; i < v->n; i++) {
+        if (token_text(v, i, err)) return -1;
+        printf("%s{\"id\": %d, \"text\": ", comma(i), v->ids[i]);
+        print_json(v->text.data, v->text.size);
+        printf(", \"class\": \"%s\", \"special\": %s}", names[token_class(v, i)],
+               token_special(v, i) ? "true" : "false");
     }
+    return 0;
 }
 
-// The same as JSON, which stays valid whatever bytes names and texts have.
-static int json_text(Buffer *b, const char *text, size_t n, qlora_error *err) {
-    Buffer valid = {.allocator = b->allocator};
-    int bad = utf8_append_lossy(&valid, text, n, NULL, err) ||
-              json_write_string(b, valid.data ? valid.data : "", valid.size, err);
-    buffer_free(&valid);
+// `shown` are the first records read once more, whole: what is left out of them or cut off is shown
+// as such.
+static int print_samples(const Trainer *t, const Dataset *shown, bool json, qlora_error *err) {
+    const TokenMarks *marks = token_marks();
+    int bad = 0;
+    if (json) printf("\"shown\": [");
+    for (size_t i = 0; i < shown->n && !bad; i++) {
+        const Sample *s = &shown->samples[i];
+        TokenView v = {.tokenizer = t->q->tokenizer, .ids = shown->ids + s->first, .n = s->length,
+                       .learn = shown->learn + s->first, .text.allocator = &t->q->allocator};
+        v.kept = truncate_sample(v.ids, v.n, &t->how, v.tokenizer);
+        size_t kept = v.kept.head + v.kept.to - v.kept.from, learnt = 0;
+        for (size_t k = 0; k < v.n; k++) learnt += token_class(&v, k) == TOKEN_LEARNT;
+        printf(json ? "%s{\"file\": " : "\n", comma(i));
+        print_either(json, shown->paths[s->file]);
+        if (json) printf(", \"line\": %zu, \"tokens\": [", s->line);
+        else printf(":%zu: %zu tokens, %zu learnt%s%s\n", s->line, v.n, learnt,
+                    kept == v.n ? "" : kept ? ", cut" : ", too long", learnt ? "" : ": left out");
+        bad = json ? print_tokens_json(&v, err) : print_tokens(&v, marks, err);
+        if (json) printf("]}");
+        token_stream_free(&v.stream);
+        buffer_free(&v.text);
+    }
+    if (json) printf("], ");
+    else if (shown->n) printf("\n(%s)\n", marks->legend);
     return bad;
 }
 
-static int json_member(Buffer *b, const char *key, const char *text, qlora_error *err) {
-    return buffer_printf(b, err, "\"%s\": ", key) || json_text(b, text, strlen(text), err) ||
-           buffer_printf(b, err, ", ");
+static void print_findings(const Trainer *t, bool json) {
+    const Finding *f = next_finding(t, NULL);
+    if (json) printf("\"findings\": [");
+    else if (!f) printf("checks: nothing is wrong\n");
+    for (size_t i = 0; f; f = next_finding(t, f), i++) {
+        if (json) printf("%s{\"severity\": \"%s\", \"code\": \"%s\", \"count\": %zu, \"text\": ",
+                         comma(i), severity_names[f->severity], f->code, f->n);
+        else printf("%s: ", severity_names[f->severity]);
+        print_either(json, f->text);
+        printf(json ? "}" : "\n");
+    }
+    if (json) printf("]}\n");
 }
 
-static int json_lengths(Buffer *b, const Lengths *l, qlora_error *err) {
-    int bad = buffer_printf(b, err, "\"lengths\": {\"shortest\": %zu, \"median\": %zu, \"p90\": "
-                            "%zu, \"p99\": %zu, \"longest\": %zu, \"histogram\": [", quantile(l, 0),
-                            quantile(l, 0.5), quantile(l, 0.9), quantile(l, 0.99), quantile(l, 1));
-    for (size_t i = 0; i < l->n_bins && !bad; i++)
-        bad = buffer_printf(b, err, "%s{\"from\": %zu, \"samples\": %zu}", i ? ", " : "",
-                            i * l->width, l->bins[i]);
-    bad = bad || buffer_printf(b, err, "], \"over\": [");
-    for (size_t i = 0; i < l->n_limits && !bad; i++)
-        bad = buffer_printf(b, err, "%s{\"limit\": %zu, \"samples\": %zu}", i ? ", " : "",
-                            l->limits[i], l->over[i]);
-    return bad || buffer_printf(b, err, "], \"suggested_max_length\": %zu}, ", l->suggested);
-}
-
-static int json_sample(Buffer *b, const TokenView *v, qlora_error *err) {
-    static const char *const names[] = {"context", "learnt", "cut"};
-    TokenStream stream = {.open = false};
-    Buffer text = {.allocator = b->allocator};
-    int bad = buffer_printf(b, err, "{") ||
-              json_member(b, "file", v->shown->paths[v->sample->file], err) ||
-              buffer_printf(b, err, "\"line\": %zu, \"tokens\": [", v->sample->line);
-    for (size_t i = 0; i < v->sample->length && !bad; i++) {
-        int32_t id = v->shown->ids[v->sample->first + i];
-        text.size = 0;
-        bad = token_stream_push(v->t->q->tokenizer, &stream, id, false, &text, err) ||
-              buffer_printf(b, err, "%s{\"id\": %d, \"text\": ", i ? ", " : "", id) ||
-              json_text(b, text.data ? text.data : "", text.size, err) ||
-              buffer_printf(b, err, ", \"class\": \"%s\", \"special\": %s}",
-                            names[token_class(v, i)], token_special(v, i) ? "true" : "false");
-    }
-    token_stream_free(&stream);
-    buffer_free(&text);
-    return bad || buffer_printf(b, err, "]}");
-}
-
-static int json_report(Buffer *b, const Trainer *t, const Lengths *l, const Dataset *shown,
-                       qlora_error *err) {
-    const Dataset *d = &t->data;
-    const char *separator = "";
-    int bad = buffer_printf(b, err, "{") || json_member(b, "model", t->q->directory, err) ||
-              json_member(b, "template", t->q->chat.row->name, err) ||
-              json_member(b, "template_origin", template_origin(t), err) ||
-              json_member(b, "template_note", t->q->note, err) ||
-              buffer_printf(b, err, "\"files\": [");
-    for (size_t i = 0; i < t->paths.size / sizeof *d->paths && !bad; i++)
-        bad = buffer_printf(b, err, i ? ", " : "") ||
-              json_text(b, d->paths[i], strlen(d->paths[i]), err);
-    bad = bad || buffer_printf(b, err, "], \"formats\": {");
-    for (size_t i = 0; i <= N_RECORD_FORMATS && !bad; i++) {
-        if (!d->formats[i]) continue;
-        bad = buffer_printf(b, err, "%s\"%s\": %zu", separator, format_name(t, i), d->formats[i]);
-        separator = ", ";
-    }
-    bad = bad || buffer_printf(b, err, "}, \"context\": %zu, \"max_length\": %zu, \"records\": %zu, "
-                               "\"samples\": %zu, \"held_out\": %zu, \"packs\": %zu, \"tokens\": "
-                               "%zu, \"supervised_tokens\": %zu, \"supervised_ends\": %zu, ",
-                               t->q->transformer.config.context, t->how.max_length, d->records,
-                               d->n, t->val.n, t->train.n_packs, d->tokens, d->supervised,
-                               d->ends) ||
-          json_lengths(b, l, err) || buffer_printf(b, err, "\"findings\": [");
-    separator = "";
-    for (const Finding *f = next_finding(t, NULL); f && !bad; f = next_finding(t, f)) {
-        bad = buffer_printf(b, err, "%s{\"severity\": \"%s\", \"code\": \"%s\", \"count\": %zu, "
-                            "\"text\": ", separator, severity_names[f->severity], f->code, f->n) ||
-              json_text(b, f->text, strlen(f->text), err) || buffer_printf(b, err, "}");
-        separator = ", ";
-    }
-    bad = bad || buffer_printf(b, err, "], \"shown\": [");
-    for (size_t i = 0; i < shown->n && !bad; i++) {
-        TokenView v = view_sample(t, shown, i);
-        bad = buffer_printf(b, err, i ? ", " : "") || json_sample(b, &v, err);
-    }
-    return bad || buffer_printf(b, err, "]}\n") ? -1 : 0;
-}
-
-// The report on what open_data and check_data found. `show` of the first records are read once
-// more, whole: what is left out of them or cut off is shown as such.
+// The report on what open_data and check_data found, with the first `show` records.
 static int report_data(Trainer *t, size_t show, bool json, qlora_error *err) {
     DatasetOptions how = t->how;
-    Lengths lengths;
     Dataset shown;
-    Buffer text = {.allocator = &t->q->allocator};
     how.max_length = SIZE_MAX;
     how.max_samples = show;
     how.keep_all = true;
-    if (measure_lengths(&lengths, t) ||
-        dataset_open(&shown, t->data.paths, t->paths.size / sizeof(char *), &t->q->chat,
+    if (dataset_open(&shown, t->data.paths, t->paths.size / sizeof(char *), &t->q->chat,
                      t->q->tokenizer, &how, err))
         return -1;
-    int bad = 0;
-    if (json) {
-        bad = json_report(&text, t, &lengths, &shown, err);
-        if (!bad) fwrite(text.data, 1, text.size, stdout);
-    } else {
-        print_counts(t);
-        if (lengths.n) print_lengths(&lengths);
-        bad = print_samples(t, &shown, err);
-        print_findings(t);
-    }
-    buffer_free(&text);
+    print_source(t, json);
+    print_counts(t, json);
+    print_lengths(t, json);
+    int bad = print_samples(t, &shown, json, err);
+    print_findings(t, json);
     dataset_close(&shown);
     return bad;
 }
-
 // =================================================================================================
 //  17. Command line and chat
 //
@@ -11241,138 +11199,133 @@ static int report_data(Trainer *t, size_t show, bool json, qlora_error *err) {
 // =================================================================================================
 
 typedef struct {
-    const char *path, *data, *out, *third;  // the positional arguments, by command
+    const char *path, *data;                // the first two positional arguments,
     const char *const *more;                // and those after them, NULL at the end
-    const char *adapter, *prompt, *ids, *output, *system, *resume;
-    char command_line[2048];
-    size_t max_shard;
+    const char *adapter, *prompt, *ids, *output, *system, *resume, *quant, *compute;
+    int json, ids_only, decode;
+    int double_quant;                       // -1: as the run that made the adapter, or yes
+    size_t show, max_shard;
     qlora_options options;
-    const char *quant, *compute;
     qlora_train_options train;
     qlora_sampling sampling;
-    bool json, ids_only, decode, double_quant;
-    size_t show;                            // samples to print
-    bool given[128];                        // options that were set, by row of the table
+    const char *given[128];                 // what was given to each option of the table, or NULL
+    char command_line[2048];
+    Region region;                          // of a command: freed at its end
 } Arguments;
 
 enum { CMD_TRAIN = 1, CMD_GENERATE = 2, CMD_CHAT = 4, CMD_LOGITS = 8, CMD_TOKENIZE = 16,
        CMD_QUANTIZE = 32, CMD_INIT = 64, CMD_INFO = 128, CMD_EVAL = 256, CMD_MERGE = 512,
        CMD_INSPECT = 1024, CMD_DATA = CMD_TRAIN | CMD_EVAL | CMD_INSPECT,
-       CMD_RUN = CMD_GENERATE | CMD_CHAT | CMD_LOGITS | CMD_EVAL,
-       CMD_COMPUTE = CMD_TRAIN | CMD_RUN | CMD_QUANTIZE | CMD_INIT };
+       CMD_ANSWER = CMD_GENERATE | CMD_CHAT, CMD_SPLIT = CMD_TRAIN | CMD_INSPECT,
+       CMD_RUN = CMD_ANSWER | CMD_LOGITS | CMD_EVAL, CMD_DEVICE = CMD_TRAIN | CMD_RUN,
+       CMD_TEXT = CMD_DATA | CMD_RUN, CMD_COMPUTE = CMD_DEVICE | CMD_QUANTIZE | CMD_INIT };
 
-typedef enum { OPT_TEXT, OPT_SIZE, OPT_INT, OPT_FLOAT, OPT_DOUBLE, OPT_BYTES, OPT_SEED, OPT_SWITCH,
-               OPT_FLAG }
-    OptionKind;
+// A switch alone means true. Whole numbers and reals are of the size of their field.
+typedef enum { OPT_TEXT, OPT_WHOLE, OPT_REAL, OPT_BYTES, OPT_SWITCH } OptionKind;
 
 typedef struct {
-    const char *name, *alias;
+    const char *name;
     OptionKind kind;
-    size_t offset;                          // of the value in Arguments
+    size_t offset, size;                    // of the value in Arguments
     int commands;
     const char *help;
 } Option;
 
-#define AT(field) offsetof(Arguments, field)
+#define AT(field) offsetof(Arguments, field), sizeof ((Arguments *)0)->field
 static const Option option_table[] = {
-    {"adapter", NULL, OPT_TEXT, AT(adapter), CMD_RUN, "PEFT adapter directory on top of the model"},
-    {"quant", NULL, OPT_TEXT, AT(quant), CMD_COMPUTE,
-     "nf4, fp4 or none: the layers' frozen weights"},
-    {"double-quant", NULL, OPT_SWITCH, AT(double_quant), CMD_COMPUTE,
+    {"adapter", OPT_TEXT, AT(adapter), CMD_RUN, "PEFT adapter directory on top of the model"},
+    {"quant", OPT_TEXT, AT(quant), CMD_COMPUTE, "nf4, fp4 or none: the layers' frozen weights"},
+    {"double-quant", OPT_SWITCH, AT(double_quant), CMD_COMPUTE,
      "true or false: quantise the scales too"},
-    {"compute", NULL, OPT_TEXT, AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
-    {"device", NULL, OPT_TEXT, AT(options.device), CMD_TRAIN | CMD_RUN | CMD_MERGE,
+    {"compute", OPT_TEXT, AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
+    {"device", OPT_TEXT, AT(options.device), CMD_DEVICE | CMD_MERGE,
      "auto, cpu, cuda or cuda:N: where to compute"},
-    {"threads", NULL, OPT_INT, AT(options.threads), CMD_COMPUTE | CMD_INSPECT,
+    {"threads", OPT_WHOLE, AT(options.threads), CMD_COMPUTE | CMD_INSPECT,
      "0: one for each physical core"},
-    {"memory", NULL, OPT_BYTES, AT(options.memory), CMD_TRAIN | CMD_RUN,
+    {"memory", OPT_BYTES, AT(options.memory), CMD_DEVICE,
      "most bytes to take, e.g. 8G; less memory only means more time"},
-    {"output", "output-dir", OPT_TEXT, AT(output), CMD_TRAIN | CMD_LOGITS,
+    {"output", OPT_TEXT, AT(output), CMD_TRAIN | CMD_LOGITS,
      "where results go: a directory (train), a file (logits)"},
-    {"lora-r", NULL, OPT_SIZE, AT(train.lora_r), CMD_TRAIN, "rank of the adapter"},
-    {"lora-alpha", NULL, OPT_FLOAT, AT(train.lora_alpha), CMD_TRAIN, "scale: alpha / r"},
-    {"lora-dropout", NULL, OPT_FLOAT, AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
-    {"target-modules", NULL, OPT_TEXT, AT(train.target_modules), CMD_TRAIN,
+    {"lora-r", OPT_WHOLE, AT(train.lora_r), CMD_TRAIN, "rank of the adapter"},
+    {"lora-alpha", OPT_REAL, AT(train.lora_alpha), CMD_TRAIN, "scale: alpha / r"},
+    {"lora-dropout", OPT_REAL, AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
+    {"target-modules", OPT_TEXT, AT(train.target_modules), CMD_TRAIN,
      "all-linear, or names such as q_proj,v_proj,lm_head"},
-    {"mask", NULL, OPT_TEXT, AT(train.mask), CMD_DATA,
+    {"mask", OPT_TEXT, AT(train.mask), CMD_DATA,
      "content (answers and their end), turn (headers too), last (only the last answer) or all"},
-    {"field-user", NULL, OPT_TEXT, AT(train.field_user), CMD_DATA,
+    {"field-user", OPT_TEXT, AT(train.field_user), CMD_DATA,
      "the column of the question, in data with names of its own"},
-    {"field-assistant", NULL, OPT_TEXT, AT(train.field_assistant), CMD_DATA,
-     "the column of the answer"},
-    {"field-system", NULL, OPT_TEXT, AT(train.field_system), CMD_DATA,
+    {"field-assistant", OPT_TEXT, AT(train.field_assistant), CMD_DATA, "the column of the answer"},
+    {"field-system", OPT_TEXT, AT(train.field_system), CMD_DATA,
      "the column of the system message, if there is one"},
-    {"take", NULL, OPT_TEXT, AT(train.take), CMD_DATA,
+    {"take", OPT_TEXT, AT(train.take), CMD_DATA,
      "FIRST:END, the records to use, counted from 0; either may be left out"},
-    {"max-samples", NULL, OPT_SIZE, AT(train.max_samples), CMD_DATA,
+    {"max-samples", OPT_WHOLE, AT(train.max_samples), CMD_DATA,
      "use no more than the first so many; 0: all"},
-    {"template", NULL, OPT_TEXT, AT(options.chat_template), CMD_DATA | CMD_RUN,
+    {"template", OPT_TEXT, AT(options.chat_template), CMD_TEXT,
      "a chat template by name, e.g. chatml, instead of the model's own"},
-    {"prompt-template", NULL, OPT_TEXT, AT(options.prompt_template), CMD_DATA | CMD_RUN,
+    {"prompt-template", OPT_TEXT, AT(options.prompt_template), CMD_TEXT,
      "text with {field} holes instead, the last hole the answer"},
-    {"add-tokens", NULL, OPT_TEXT, AT(options.add_tokens), CMD_DATA | CMD_RUN,
+    {"add-tokens", OPT_TEXT, AT(options.add_tokens), CMD_TEXT,
      "a,b: texts that become tokens of their own"},
-    {"learning-rate", "lr", OPT_FLOAT, AT(train.learning_rate), CMD_TRAIN, "its peak"},
-    {"lr-scheduler-type", NULL, OPT_TEXT, AT(train.lr_scheduler_type), CMD_TRAIN,
+    {"learning-rate", OPT_REAL, AT(train.learning_rate), CMD_TRAIN, "its peak"},
+    {"lr-scheduler-type", OPT_TEXT, AT(train.lr_scheduler_type), CMD_TRAIN,
      "constant, constant_with_warmup, linear or cosine"},
-    {"warmup-ratio", NULL, OPT_FLOAT, AT(train.warmup_ratio), CMD_TRAIN, "share of the steps"},
-    {"weight-decay", NULL, OPT_FLOAT, AT(train.weight_decay), CMD_TRAIN, "AdamW's"},
-    {"max-grad-norm", NULL, OPT_FLOAT, AT(train.max_grad_norm), CMD_TRAIN,
-     "gradients are clipped to it"},
-    {"num-train-epochs", "epochs", OPT_DOUBLE, AT(train.num_train_epochs), CMD_TRAIN,
-     "passes over the data"},
-    {"max-steps", NULL, OPT_SIZE, AT(train.max_steps), CMD_TRAIN, "0: as many as the epochs need"},
-    {"per-device-train-batch-size", "batch", OPT_SIZE, AT(train.per_device_train_batch_size),
+    {"warmup-ratio", OPT_REAL, AT(train.warmup_ratio), CMD_TRAIN, "share of the steps"},
+    {"weight-decay", OPT_REAL, AT(train.weight_decay), CMD_TRAIN, "AdamW's"},
+    {"max-grad-norm", OPT_REAL, AT(train.max_grad_norm), CMD_TRAIN, "gradients are clipped to it"},
+    {"num-train-epochs", OPT_REAL, AT(train.num_train_epochs), CMD_TRAIN, "passes over the data"},
+    {"max-steps", OPT_WHOLE, AT(train.max_steps), CMD_TRAIN, "0: as many as the epochs need"},
+    {"per-device-train-batch-size", OPT_WHOLE, AT(train.per_device_train_batch_size),
      CMD_TRAIN | CMD_EVAL, "samples at a time"},
-    {"gradient-accumulation-steps", "accum", OPT_SIZE, AT(train.gradient_accumulation_steps),
-     CMD_TRAIN, "batches in a step"},
-    {"max-length", NULL, OPT_SIZE, AT(train.max_length), CMD_DATA,
-     "most tokens of a sample"},
-    {"truncate", NULL, OPT_TEXT, AT(train.truncate), CMD_DATA,
+    {"gradient-accumulation-steps", OPT_WHOLE, AT(train.gradient_accumulation_steps), CMD_TRAIN,
+     "batches in a step"},
+    {"max-length", OPT_WHOLE, AT(train.max_length), CMD_DATA, "most tokens of a sample"},
+    {"truncate", OPT_TEXT, AT(train.truncate), CMD_DATA,
      "longer samples: drop leaves them out, keep-start and keep-end cut them"},
-    {"packing", NULL, OPT_TEXT, AT(train.packing), CMD_TRAIN | CMD_INSPECT,
+    {"packing", OPT_TEXT, AT(train.packing), CMD_SPLIT,
      "none, or bfd: a batch counts packs of samples, filled to --max-length"},
-    {"skip-bad-lines", NULL, OPT_FLAG, AT(train.skip_bad_lines), CMD_DATA,
+    {"skip-bad-lines", OPT_SWITCH, AT(train.skip_bad_lines), CMD_DATA,
      "count malformed records instead of stopping"},
-    {"val-split", NULL, OPT_DOUBLE, AT(train.val_split), CMD_TRAIN | CMD_INSPECT,
-     "share held out for evaluation"},
-    {"val", NULL, OPT_TEXT, AT(train.val_file), CMD_TRAIN | CMD_INSPECT,
+    {"val-split", OPT_REAL, AT(train.val_split), CMD_SPLIT, "share held out for evaluation"},
+    {"val", OPT_TEXT, AT(train.val_file), CMD_SPLIT,
      "a file, or a directory with valid.jsonl, to evaluate on instead"},
-    {"eval-steps", NULL, OPT_SIZE, AT(train.eval_steps), CMD_TRAIN,
+    {"eval-steps", OPT_WHOLE, AT(train.eval_steps), CMD_TRAIN,
      "steps between evaluations; also after each epoch"},
-    {"save-steps", NULL, OPT_SIZE, AT(train.save_steps), CMD_TRAIN,
+    {"save-steps", OPT_WHOLE, AT(train.save_steps), CMD_TRAIN,
      "steps between checkpoints; 0: one after each epoch"},
-    {"save-total-limit", NULL, OPT_SIZE, AT(train.save_total_limit), CMD_TRAIN,
+    {"save-total-limit", OPT_WHOLE, AT(train.save_total_limit), CMD_TRAIN,
      "checkpoints kept besides the best; 0: all"},
-    {"resume", "resume-from-checkpoint", OPT_TEXT, AT(resume), CMD_TRAIN,
+    {"resume", OPT_TEXT, AT(resume), CMD_TRAIN,
      "a run's output directory: go on from its newest good checkpoint"},
-    {"overwrite-output-dir", NULL, OPT_FLAG, AT(train.overwrite_output_dir), CMD_TRAIN,
+    {"overwrite-output-dir", OPT_SWITCH, AT(train.overwrite_output_dir), CMD_TRAIN,
      "replace the run that is there"},
-    {"logging-steps", NULL, OPT_SIZE, AT(train.logging_steps), CMD_TRAIN, "steps between lines"},
-    {"seed", NULL, OPT_SEED, AT(train.seed),
-     CMD_TRAIN | CMD_INSPECT | CMD_INIT | CMD_GENERATE | CMD_CHAT,
-     "of all random numbers"},
-    {"prompt", NULL, OPT_TEXT, AT(prompt), CMD_GENERATE, "the text to continue"},
-    {"system", NULL, OPT_TEXT, AT(system), CMD_CHAT, "system message"},
-    {"max-new-tokens", NULL, OPT_SIZE, AT(sampling.max_new_tokens), CMD_GENERATE | CMD_CHAT,
+    {"logging-steps", OPT_WHOLE, AT(train.logging_steps), CMD_TRAIN, "steps between lines"},
+    {"seed", OPT_WHOLE, AT(train.seed), CMD_SPLIT | CMD_INIT | CMD_ANSWER, "of all random numbers"},
+    {"prompt", OPT_TEXT, AT(prompt), CMD_GENERATE, "the text to continue"},
+    {"system", OPT_TEXT, AT(system), CMD_CHAT, "system message"},
+    {"max-new-tokens", OPT_WHOLE, AT(sampling.max_new_tokens), CMD_ANSWER,
      "most tokens of an answer"},
-    {"temperature", NULL, OPT_FLOAT, AT(sampling.temperature), CMD_GENERATE | CMD_CHAT,
-     "0: greedy"},
-    {"top-k", NULL, OPT_INT, AT(sampling.top_k), CMD_GENERATE | CMD_CHAT, "0: off"},
-    {"top-p", NULL, OPT_FLOAT, AT(sampling.top_p), CMD_GENERATE | CMD_CHAT, "1: off"},
-    {"min-p", NULL, OPT_FLOAT, AT(sampling.min_p), CMD_GENERATE | CMD_CHAT, "0: off"},
-    {"repetition-penalty", NULL, OPT_FLOAT, AT(sampling.repetition_penalty),
-     CMD_GENERATE | CMD_CHAT, "1: off"},
-    {"ids", NULL, OPT_TEXT, AT(ids), CMD_LOGITS, "token ids, e.g. 1,2,3"},
-    {"ids-only", "ids", OPT_SWITCH, AT(ids_only), CMD_TOKENIZE,
-     "one line of ids for each line of text"},
-    {"decode", NULL, OPT_SWITCH, AT(decode), CMD_TOKENIZE, "ids on standard input to text"},
-    {"json", NULL, OPT_SWITCH, AT(json), CMD_GENERATE | CMD_EVAL | CMD_INSPECT, "JSON instead of text"},
-    {"show", NULL, OPT_SIZE, AT(show), CMD_INSPECT, "samples to print token by token"},
-    {"max-shard-size", NULL, OPT_BYTES, AT(max_shard), CMD_MERGE, "most bytes of a weight file"},
+    {"temperature", OPT_REAL, AT(sampling.temperature), CMD_ANSWER, "0: greedy"},
+    {"top-k", OPT_WHOLE, AT(sampling.top_k), CMD_ANSWER, "0: off"},
+    {"top-p", OPT_REAL, AT(sampling.top_p), CMD_ANSWER, "1: off"},
+    {"min-p", OPT_REAL, AT(sampling.min_p), CMD_ANSWER, "0: off"},
+    {"repetition-penalty", OPT_REAL, AT(sampling.repetition_penalty), CMD_ANSWER, "1: off"},
+    {"ids", OPT_TEXT, AT(ids), CMD_LOGITS, "token ids, e.g. 1,2,3"},
+    {"ids-only", OPT_SWITCH, AT(ids_only), CMD_TOKENIZE, "one line of ids for each line of text"},
+    {"decode", OPT_SWITCH, AT(decode), CMD_TOKENIZE, "ids on standard input to text"},
+    {"json", OPT_SWITCH, AT(json), CMD_GENERATE | CMD_EVAL | CMD_INSPECT, "JSON instead of text"},
+    {"show", OPT_WHOLE, AT(show), CMD_INSPECT, "samples to print token by token"},
+    {"max-shard-size", OPT_BYTES, AT(max_shard), CMD_MERGE, "most bytes of a weight file"},
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
-_Static_assert(N_OPTIONS <= sizeof ((Arguments *)0)->given, "given has a place for each option");
+_Static_assert(N_OPTIONS <= sizeof ((Arguments *)0)->given / sizeof(char *), "room in given");
+
+// Other names of options.
+static const char *const option_aliases[][2] = {
+    {"lr", "learning-rate"}, {"epochs", "num-train-epochs"}, {"output-dir", "output"},
+    {"batch", "per-device-train-batch-size"}, {"accum", "gradient-accumulation-steps"},
+    {"resume-from-checkpoint", "resume"}, {"ids", "ids-only"}};
 
 // ---------------------------------------------------------------------------------------- signals
 
@@ -11388,10 +11341,22 @@ static int stop_on_signal(void *user) { (void)user; return caught_signal != 0; }
 // ---------------------------------------------------------------------------------------- parsing
 
 static bool same_name(const char *given, size_t n, const char *name) {
-    if (!name || strlen(name) != n) return false;
+    if (strlen(name) != n) return false;
     for (size_t i = 0; i < n; i++)
         if ((given[i] == '_' ? '-' : given[i]) != name[i]) return false;
     return true;
+}
+
+// The option that a command knows by this name; NULL if there is none.
+static const Option *find_option(const char *given, size_t n, int command) {
+    for (size_t i = 0; i < N_OPTIONS; i++)
+        if (option_table[i].commands & command && same_name(given, n, option_table[i].name))
+            return &option_table[i];
+    for (size_t i = 0; i < sizeof option_aliases / sizeof *option_aliases; i++) {
+        const char *const *alias = option_aliases[i];
+        if (same_name(given, n, alias[0])) return find_option(alias[1], strlen(alias[1]), command);
+    }
+    return NULL;
 }
 
 // Edits that turn one word into the other (Levenshtein), for "did you mean".
@@ -11436,216 +11401,162 @@ static bool parse_bytes(const char *text, size_t *out) {
 }
 
 static int set_option(Arguments *a, const Option *option, const char *text, qlora_error *err) {
+    static const char *const expected[] = {"a text", "a whole number", "a number",
+                                           "bytes such as 800M or 16G", "true or false"};
     void *to = (char *)a + option->offset;
     char *end = NULL;
     bool ok = true;
     errno = 0;
     if (option->kind == OPT_TEXT) *(const char **)to = text;
     else if (option->kind == OPT_BYTES) ok = parse_bytes(text, to);
-    else if (option->kind == OPT_SWITCH || option->kind == OPT_FLAG) {
-        bool on = strcmp(text, "true") == 0 || strcmp(text, "1") == 0;
-        ok = on || strcmp(text, "false") == 0 || strcmp(text, "0") == 0;
-        if (option->kind == OPT_SWITCH) *(bool *)to = on;
-        else *(int *)to = on;                                 // a field of the public structs
-    } else if (option->kind == OPT_FLOAT || option->kind == OPT_DOUBLE) {
+    else if (option->kind == OPT_SWITCH) {
+        *(int *)to = strcmp(text, "true") == 0 || strcmp(text, "1") == 0;
+        ok = *(int *)to || strcmp(text, "false") == 0 || strcmp(text, "0") == 0;
+    } else if (option->kind == OPT_REAL) {
         double value = strtod(text, &end);
         ok = end != text && !*end && isfinite(value);
-        if (option->kind == OPT_FLOAT) *(float *)to = (float)value;
+        if (option->size == sizeof(float)) *(float *)to = (float)value;
         else *(double *)to = value;
     } else {
         unsigned long long value = strtoull(text, &end, 10);
-        ok = isdigit((unsigned char)*text) && !*end && !errno;
-        if (option->kind == OPT_INT) *(int *)to = value <= INT_MAX ? (int)value : -1;
-        else if (option->kind == OPT_SIZE) *(size_t *)to = (size_t)value;
-        else *(uint64_t *)to = value;
-        ok &= option->kind != OPT_INT || value <= INT_MAX;
+        ok = isdigit((unsigned char)*text) && !*end && !errno &&
+             (option->size > sizeof(int) || value <= INT_MAX);
+        memcpy(to, &value, option->size);             // int, size_t or uint64_t, little-endian
     }
-    static const char *const expected[] = {
-        "a text",         "a whole number", "a whole number",
-        "a number",       "a number",       "bytes such as 800M or 16G",
-        "a whole number", "true or false",  "true or false"};
     if (!ok)
         return fail(err, "--%s: expected %s, found \"%s\"", option->name, expected[option->kind],
                     text);
-    a->given[option - option_table] = true;
+    a->given[option - option_table] = text;
     return 0;
 }
 
+// Sets the option at argv[*at]; its value may be the next argument.
 static int parse_option(Arguments *a, int command, char **argv, int argc, int *at,
                         qlora_error *err) {
     const char *name = argv[*at] + 2, *equals = strchr(name, '=');
+    const char *next = *at + 1 < argc ? argv[*at + 1] : "--";
     size_t n = equals ? (size_t)(equals - name) : strlen(name);
-    for (size_t i = 0; i < N_OPTIONS; i++) {
-        const Option *option = &option_table[i];
-        if (!(option->commands & command) ||
-            (!same_name(name, n, option->name) && !same_name(name, n, option->alias))) continue;
-        if (equals) return set_option(a, option, equals + 1, err);
-        bool has_value = *at + 1 < argc && strncmp(argv[*at + 1], "--", 2) != 0;
-        if (option->kind == OPT_SWITCH || option->kind == OPT_FLAG) {
-            // A switch alone means true; it takes a word only if that is one of its own.
-            bool word = has_value && (strcmp(argv[*at + 1], "true") == 0 ||
-                                      strcmp(argv[*at + 1], "false") == 0);
-            return set_option(a, option, word ? argv[++*at] : "true", err);
-        }
-        if (!has_value) return fail(err, "--%s: expected a value", option->name);
-        return set_option(a, option, argv[++*at], err);
-    }
-    return unknown_option(name, n, command, err);
+    const Option *option = find_option(name, n, command);
+    if (!option) return unknown_option(name, n, command, err);
+    if (equals) return set_option(a, option, equals + 1, err);
+    if (option->kind == OPT_SWITCH && strcmp(next, "true") && strcmp(next, "false"))
+        return set_option(a, option, "true", err);
+    if (strncmp(next, "--", 2) == 0) return fail(err, "--%s: expected a value", option->name);
+    ++*at;
+    return set_option(a, option, next, err);
 }
 
-static int choose(const char *const *names, int n, const char *name, const char *option, int *out,
-                  qlora_error *err) {
-    if (!name) return 0;
-    *out = find_name(names, (size_t)n, name, option, err);
-    return *out < 0 ? -1 : 0;
-}
-
-// Quantisation a command uses when none is given: that of the run that made the adapter, else none;
-// for what makes something new, NF4.
-static int recorded_quant(const Arguments *a, bool *double_quant, qlora_quant *quant,
-                          qlora_error *err) {
-    const qlora_allocator heap_allocator = {default_allocate, default_release, NULL};
-    Region region = {.allocator = &heap_allocator};
+// The quantisation when none is given: that of the run that made the adapter, else none.
+static int recorded_quant(Arguments *a, qlora_error *err) {
     bool found;
-    const Json *run = read_json(a->adapter ? a->adapter : a->path, "run.json", 1 << 24, &region,
+    const Json *run = read_json(a->adapter ? a->adapter : a->path, "run.json", 1 << 24, &a->region,
                                 &found, err);
     const char *name = json_get_text(run, "quant");
-    *quant = name && strcmp(name, "nf4") == 0 ? QLORA_QUANT_NF4
-           : name && strcmp(name, "fp4") == 0 ? QLORA_QUANT_FP4 : QLORA_QUANT_NONE;
-    *double_quant = json_get_bool(run, "double_quant", true);
-    region_free(&region);
+    a->options.quant = name && strcmp(name, "nf4") == 0 ? QLORA_QUANT_NF4
+                     : name && strcmp(name, "fp4") == 0 ? QLORA_QUANT_FP4 : QLORA_QUANT_NONE;
+    if (a->double_quant < 0) a->double_quant = json_get_bool(run, "double_quant", true);
     return found && !run ? -1 : 0;
 }
 
-static bool was_given(const Arguments *a, const char *name) {
-    for (size_t i = 0; i < N_OPTIONS; i++)
-        if (strcmp(option_table[i].name, name) == 0) return a->given[i];
-    return false;
-}
-
+// What follows from the arguments together, before a file is opened.
 static int finish_arguments(Arguments *a, int command, qlora_error *err) {
-    static const char *const quants[] = {"none", "nf4", "fp4"}, *const computes[] = {"auto", "f32",
-                                                                                     "bf16"};
-    int quant = QLORA_QUANT_NF4, compute = QLORA_COMPUTE_AUTO;
-    if (choose(quants, 3, a->quant, "--quant", &quant, err) ||
-        choose(computes, 3, a->compute, "--compute", &compute, err)) return -1;
+    static const char *const quants[] = {"none", "nf4", "fp4"};
+    static const char *const computes[] = {"auto", "f32", "bf16"};
+    int quant = command == CMD_INIT ? QLORA_QUANT_NONE : QLORA_QUANT_NF4;
+    int compute = QLORA_COMPUTE_AUTO;
+    if ((a->quant && choose(quants, 3, a->quant, "--quant", &quant, err)) ||
+        (a->compute && choose(computes, 3, a->compute, "--compute", &compute, err)))
+        return -1;
+    if (command == CMD_GENERATE && !a->prompt == !a->data)
+        return fail(err, "generate: expected --prompt TEXT or a file with one prompt a line");
+    if (command == CMD_LOGITS && (!a->ids || !a->output))
+        return fail(err, "logits: expected --ids 1,2,3 and --output FILE");
+    if (command == CMD_CHAT && !a->path) a->path = "out";
+    if (command & CMD_DATA) a->train.more_data = a->more;
     a->options.quant = (qlora_quant)quant;
     a->options.compute = (qlora_compute)compute;
-    if (command & CMD_INIT && !a->quant) a->options.quant = QLORA_QUANT_NONE;
-    if (command & CMD_RUN && !a->quant) {
-        bool double_quant;
-        if (recorded_quant(a, &double_quant, &a->options.quant, err)) return -1;
-        if (!was_given(a, "double-quant")) a->double_quant = double_quant;
-    }
-    if (command & CMD_DATA) a->train.more_data = a->more;
-    a->options.double_quant = a->double_quant;
+    if (command & CMD_RUN && !a->quant && recorded_quant(a, err)) return -1;
+    a->options.double_quant = a->double_quant != 0;
+    a->options.defer_weights = command == CMD_TRAIN;  // data, disk and memory are checked first
     a->options.stop = stop_on_signal;
-    a->sampling.seed = a->train.seed;
     return 0;
 }
 
 // --------------------------------------------------------------------------------------- commands
+//
+// `q` is the model at a->path, opened and closed by main for the commands that want one.
 
-static qlora_model *open_model(Arguments *a, qlora_error *err) {
-    qlora_model *q = qlora_open(a->path, &a->options, err);
-    if (q && a->adapter && qlora_load_adapter(q, a->adapter, err)) {
-        qlora_close(q);
-        q = NULL;
-    }
-    return q;
-}
-
-static int run_train(Arguments *a, qlora_error *err) {
-    a->options.defer_weights = 1;           // data, disk and memory are checked first
-    qlora_model *q = open_model(a, err);
-    if (!q) return -1;
+static int run_train(Arguments *a, qlora_model *q, qlora_error *err) {
+    qlora_train_options *o = &a->train;
     ProgressView view = {.terminal = isatty(STDOUT_FILENO)};
     print_banner(q);
-    if (a->output) a->train.output_dir = a->output;
-    if (a->resume) {
-        a->train.output_dir = a->resume;
-        a->train.resume = 1;
-    }
-    a->train.command_line = a->command_line;
-    a->train.progress = print_progress;
-    a->train.message = print_message;
-    a->train.user = &view;
-    int bad = qlora_train(q, a->data, &a->train, err);
+    if (a->output) o->output_dir = a->output;
+    if (a->resume) o->output_dir = a->resume;
+    o->resume = a->resume != NULL;
+    o->command_line = a->command_line;
+    o->progress = print_progress;
+    o->message = print_message;
+    o->user = &view;
+    int bad = qlora_train(q, a->data, o, err);
     close_bar(&view);
     if (!bad)
         printf("the adapter is in %s, its losses in %s/loss.svg. Next:\n  ./qlora chat %s\n"
-               "  ./qlora merge %s %s merged/\n", a->train.output_dir, a->train.output_dir,
-               a->train.output_dir, a->path, a->train.output_dir);
-    qlora_close(q);
+               "  ./qlora merge %s %s merged/\n", o->output_dir, o->output_dir, o->output_dir,
+               a->path, o->output_dir);
     return bad;
 }
 
 static int print_text(void *user, const char *utf8, size_t n) {
     (void)user;
-    print_safely(stdout, utf8, n);
+    print_safely(utf8, n);
     fflush(stdout);
     return caught_signal != 0;
 }
 
-static int collect_text(void *user, const char *utf8, size_t n) {
-    return buffer_append(user, utf8, n, NULL) ? 1 : caught_signal != 0;
-}
-
-// The sampling a command uses: the model's own defaults, overridden by what was given.
-static qlora_sampling chosen_sampling(const Arguments *a, const qlora_model *q) {
-    qlora_sampling how = qlora_default_sampling(q);
-    if (was_given(a, "max-new-tokens")) how.max_new_tokens = a->sampling.max_new_tokens;
-    if (was_given(a, "temperature")) how.temperature = a->sampling.temperature;
-    if (was_given(a, "top-k")) how.top_k = a->sampling.top_k;
-    if (was_given(a, "top-p")) how.top_p = a->sampling.top_p;
-    if (was_given(a, "min-p")) how.min_p = a->sampling.min_p;
-    if (was_given(a, "repetition-penalty")) how.repetition_penalty = a->sampling.repetition_penalty;
-    how.seed = a->sampling.seed;
-    return how;
+// The model's own way to sample, changed by what was given.
+static void choose_sampling(Arguments *a, const qlora_model *q) {
+    size_t first = offsetof(Arguments, sampling);
+    a->sampling = qlora_default_sampling(q);
+    for (size_t i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &option_table[i];
+        if (a->given[i] && o->offset >= first && o->offset < first + sizeof a->sampling)
+            set_option(a, o, a->given[i], NULL);
+    }
+    a->sampling.seed = a->train.seed;
 }
 
 static int generate_one(const Arguments *a, qlora_model *q, const char *prompt, size_t n,
                         qlora_error *err) {
-    qlora_sampling how = chosen_sampling(a, q);
-    Buffer text = {.allocator = &q->allocator}, line = {.allocator = &q->allocator};
+    Buffer text = {.allocator = &q->allocator};
     int32_t *ids = NULL;
     size_t n_ids = 0;
     int bad = qlora_tokenize(q, prompt, n, 1, &ids, &n_ids, err);
-    if (!bad && !a->json) {
-        print_safely(stdout, prompt, n);
-        bad = qlora_generate(q, ids, n_ids, &how, print_text, NULL, NULL, NULL, err);
-        printf("\n");
-    } else if (!bad) {
-        bad = qlora_generate(q, ids, n_ids, &how, collect_text, &text, NULL, NULL, err) ||
-              buffer_printf(&line, err, "{\"prompt\": ") ||
-              json_write_string(&line, prompt, n, err) ||
-              buffer_printf(&line, err, ", \"completion\": ") ||
-              json_write_string(&line, text.data ? text.data : "", text.size, err);
-        if (!bad) printf("%.*s}\n", (int)line.size, line.data);
+    if (!bad && !a->json) print_safely(prompt, n);
+    bad = bad || qlora_generate(q, ids, n_ids, &a->sampling, a->json ? collect_text : print_text,
+                                &text, NULL, NULL, err);
+    if (!bad && a->json) {
+        printf("{\"prompt\": ");
+        print_json(prompt, n);
+        printf(", \"completion\": ");
+        print_json(text.data, text.size);
+        printf("}");
     }
+    printf("\n");
     qlora_free(q, ids);
     buffer_free(&text);
-    buffer_free(&line);
     return bad ? -1 : 0;
 }
 
-static int run_generate(Arguments *a, qlora_error *err) {
-    if (!a->prompt == !a->data)
-        return fail(err, "generate: expected --prompt TEXT or a file with one prompt a line");
-    qlora_model *q = open_model(a, err);
-    Buffer file = {.allocator = q ? &q->allocator : NULL};
-    if (!q) return -1;
-    int bad = 0;
-    if (a->prompt) bad = generate_one(a, q, a->prompt, strlen(a->prompt), err);
-    else bad = read_whole_file(a->data, SIZE_MAX / 4, &file, err);
-    for (size_t at = 0; !bad && !a->prompt && at < file.size && !caught_signal;) {
-        const char *end = memchr(file.data + at, '\n', file.size - at);
-        size_t n = end ? (size_t)(end - file.data) - at : file.size - at;
-        if (n) bad = generate_one(a, q, file.data + at, n, err);
-        at += n + 1;
-    }
+static int run_generate(Arguments *a, qlora_model *q, qlora_error *err) {
+    Buffer file = {.allocator = &q->allocator};
+    const char *line;
+    size_t n;
+    choose_sampling(a, q);
+    if (a->prompt) return generate_one(a, q, a->prompt, strlen(a->prompt), err);
+    int bad = read_whole_file(a->data, SIZE_MAX / 4, &file, err);
+    for (size_t at = 0; !bad && !caught_signal && (line = next_line(&file, &at, &n)) != NULL;)
+        if (n) bad = generate_one(a, q, line, n, err);
     buffer_free(&file);
-    qlora_close(q);
     return bad;
 }
 
@@ -11668,31 +11579,25 @@ static int fill_logits(void *user, const TensorInfo *tensor, Writer *w) {
     return writer_write(w, user, tensor->bytes);
 }
 
-static int run_logits(Arguments *a, qlora_error *err) {
-    if (!a->ids || !a->output) return fail(err, "logits: expected --ids 1,2,3 and --output FILE");
-    qlora_model *q = open_model(a, err);
-    if (!q) return -1;
+static int run_logits(Arguments *a, qlora_model *q, qlora_error *err) {
     Buffer ids = {.allocator = &q->allocator};
-    size_t V = q->transformer.config.V, n;
-    float *logits = NULL;
     TensorInfo tensor;
     int bad = parse_ids(a->ids, &ids, err);
-    n = ids.size / sizeof(int32_t);
-    if (!bad) logits = mem_reserve(&q->allocator, n * V, sizeof *logits, err);
+    size_t V = q->transformer.config.V, n = ids.size / sizeof(int32_t);
+    float *logits = bad ? NULL : region_alloc(&a->region, n * V, sizeof *logits, err);
     describe_tensor(&tensor, "logits", ST_F32, 2, n, V);
     bad = !logits || qlora_logits(q, (const int32_t *)(const void *)ids.data, n, logits, err) ||
           write_tensors(a->output, &tensor, 1, fill_logits, logits, &q->allocator, err);
-    mem_free(&q->allocator, logits, n * V, sizeof *logits);
     buffer_free(&ids);
-    qlora_close(q);
     return bad ? -1 : 0;
 }
 
 static int read_standard_input(Buffer *text, qlora_error *err) {
     for (;;) {
         if (buffer_reserve(text, 65536, err)) return -1;
-        size_t got = fread(text->data + text->size, 1, 65536, stdin);
+        size_t got = fread(text->data + text->size, 1, 65535, stdin);
         text->size += got;
+        text->data[text->size] = 0;
         if (got == 0) return ferror(stdin) ? fail(err, "standard input: read error") : 0;
     }
 }
@@ -11707,33 +11612,31 @@ static int tokenize_piece(const Arguments *a, const Tokenizer *t, const char *te
         size_t length;
         const char *token = tokenizer_token(t, id[i], &length);
         printf("%7d  ", id[i]);
-        print_safely(stdout, token ? token : "", token ? length : 0);
+        print_safely(token, token ? length : 0);
         printf("\n");
     }
     if (a->ids_only) printf("\n");
     return 0;
 }
 
-static int run_tokenize(Arguments *a, qlora_error *err) {
-    const qlora_allocator allocator = {default_allocate, default_release, NULL};
-    Tokenizer *t = tokenizer_open(a->path, &allocator, err);
-    if (!t) return -1;
-    Buffer text = {.allocator = &allocator}, ids = {.allocator = &allocator};
-    Buffer out = {.allocator = &allocator};
-    int bad = read_standard_input(&text, err);
+static int run_tokenize(Arguments *a, qlora_model *q, qlora_error *err) {
+    const qlora_allocator *heap = a->region.allocator;
+    Buffer text = {.allocator = heap}, ids = {.allocator = heap}, out = {.allocator = heap};
+    Tokenizer *t = tokenizer_open(a->path, heap, err);
+    const char *line;
+    size_t n;
+    (void)q;
+    int bad = !t || read_standard_input(&text, err);
     if (!bad && a->decode) {
-        bad = buffer_append(&text, "", 1, err) || parse_ids(text.data, &ids, err) ||
+        bad = parse_ids(text.data, &ids, err) ||
               tokenizer_decode(t, (const int32_t *)(const void *)ids.data,
                                ids.size / sizeof(int32_t), false, &out, err);
-        if (!bad && fwrite(out.data ? out.data : "", 1, out.size, stdout) != out.size)
+        if (!bad && out.size && fwrite(out.data, 1, out.size, stdout) != out.size)
             bad = fail(err, "standard output: write error");
     } else if (!bad && !a->ids_only) bad = tokenize_piece(a, t, text.data, text.size, &ids, err);
-    else for (size_t at = 0; !bad && at < text.size;) {
-        const char *end = memchr(text.data + at, '\n', text.size - at);
-        size_t n = end ? (size_t)(end - text.data) - at : text.size - at;
-        bad = tokenize_piece(a, t, text.data + at, n, &ids, err);
-        at += n + 1;
-    }
+    else
+        for (size_t at = 0; !bad && (line = next_line(&text, &at, &n)) != NULL;)
+            bad = tokenize_piece(a, t, line, n, &ids, err);
     buffer_free(&text);
     buffer_free(&ids);
     buffer_free(&out);
@@ -11741,56 +11644,51 @@ static int run_tokenize(Arguments *a, qlora_error *err) {
     return bad ? -1 : 0;
 }
 
-static int run_eval(Arguments *a, qlora_error *err) {
-    qlora_model *q = open_model(a, err);
+static int run_eval(Arguments *a, qlora_model *q, qlora_error *err) {
     qlora_score s;
-    if (!q) return -1;
-    int bad = qlora_evaluate(q, a->data, &a->train, &s, err);
-    qlora_close(q);
-    if (bad) return -1;
-    printf(
-        a->json ? "{\"loss\": %.6f, \"standard_error\": %.6f, \"perplexity\": %.4f, "
-                  "\"bits_per_byte\": %.4f, \"accuracy\": %.4f, \"tokens\": %zu, "
-                  "\"samples\": %zu}\n"
-                : "loss %.6f +- %.6f, perplexity %.4f, %.4f bits a byte, accuracy %.4f (%zu tokens "
-                  "of %zu samples)\n",
-        s.loss, s.standard_error, s.perplexity, s.bits_per_byte, s.accuracy, s.tokens, s.samples);
+    if (qlora_evaluate(q, a->data, &a->train, &s, err)) return -1;
+    printf(a->json ? "{\"loss\": %.6f, \"standard_error\": %.6f, \"perplexity\": %.4f, "
+                     "\"bits_per_byte\": %.4f, \"accuracy\": %.4f, \"tokens\": %zu, "
+                     "\"samples\": %zu}\n"
+                   : "loss %.6f +- %.6f, perplexity %.4f, %.4f bits a byte, accuracy %.4f (%zu "
+                     "tokens of %zu samples)\n",
+           s.loss, s.standard_error, s.perplexity, s.bits_per_byte, s.accuracy, s.tokens,
+           s.samples);
     return 0;
 }
 
-static int run_merge(Arguments *a, qlora_error *err) {
+static int run_merge(Arguments *a, qlora_model *q, qlora_error *err) {
     qlora_merge_report r;
-    if (qlora_merge(a->path, a->data, a->third, a->max_shard, &a->options, &r, err)) return -1;
-    printf(
-        "merged %zu parameters: |change| / |weights| %.2e; rounding undid %.1f %% of the changes\n",
-        r.adapter_parameters, r.relative_change, 100 * r.lost_in_rounding);
+    (void)q;
+    if (qlora_merge(a->path, a->data, a->more[0], a->max_shard, &a->options, &r, err)) return -1;
+    printf("merged %zu parameters: |change| / |weights| %.2e; rounding undid %.1f %% of the "
+           "changes\n", r.adapter_parameters, r.relative_change, 100 * r.lost_in_rounding);
     return 0;
 }
 
-static int run_quantize(Arguments *a, qlora_error *err) {
-    return qlora_quantize(a->path, a->out, &a->options, err);
+static int run_quantize(Arguments *a, qlora_model *q, qlora_error *err) {
+    (void)q;
+    return qlora_quantize(a->path, a->data, &a->options, err);
 }
 
-static int run_init(Arguments *a, qlora_error *err) {
-    return qlora_init(a->path, a->out, a->train.seed, &a->options, err);
+static int run_init(Arguments *a, qlora_model *q, qlora_error *err) {
+    (void)q;
+    return qlora_init(a->path, a->data, a->train.seed, &a->options, err);
 }
 
-// Fails as train would, after it has shown why.
-static int run_inspect(Arguments *a, qlora_error *err) {
-    a->options.device = "cpu";
-    qlora_model *q = open_handle(a->path, &a->options, err);
+// Fails as train would, after it has shown why. Opens the model itself: it wants no weights.
+static int run_inspect(Arguments *a, qlora_model *q, qlora_error *err) {
+    q = open_on_host(a->path, &a->options, err);
     if (!q) return -1;
     Trainer t = new_trainer(q, &a->train, err);
     int bad = open_text(q, a->path, err) || need_chat(q, err) ||
-              check_train_options(&a->train, err) || read_data_options(&t) ? -1 : 0;
-    if (!bad) {
-        t.how.inspecting = true;
-        bad = open_data(&t, a->data, false) || check_data(&t) ||
-              report_data(&t, a->show, a->json, err) || refuse_errors(&t) ? -1 : 0;
-        trainer_close(&t);
-    }
+              check_train_options(&a->train, err) || read_data_options(&t);
+    t.how.inspecting = true;
+    bad = bad || open_data(&t, a->data, false) || check_data(&t) ||
+          report_data(&t, a->show, a->json, err) || refuse_errors(&t);
+    trainer_close(&t);
     qlora_close(q);
-    return bad;
+    return bad ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------------------------- info
@@ -11819,71 +11717,66 @@ static float *read_floats(const TensorFiles *files, const TensorInfo *t, Region 
     return values;
 }
 
-static int info_adapter(const Arguments *a, Region *region, qlora_error *err) {
-    TensorFiles *files = tensors_open(a->path, "adapter_model.safetensors", region->allocator, err);
+static int info_adapter(Arguments *a, const TensorFiles *files, qlora_error *err) {
     bool found;
-    const Json *json = files
-                           ? read_json(a->path, "adapter_config.json", 1 << 24, region, &found, err)
-                           : NULL;
-    double alpha = 8;
+    const Json *json = read_json(a->path, "adapter_config.json", 1 << 24, &a->region, &found, err);
+    double alpha;
     size_t parameters = 0;
-    int bad = json ? 0 : -1;
-    if (json && config_get(json, "lora_alpha"))
-        json_to_double(json_get(json, "lora_alpha"), &alpha);
-    for (size_t i = 0; !bad && i < files->n_tensors; i++) {
+    if (!json) return -1;
+    if (!json_to_double(json_get(json, "lora_alpha"), &alpha)) alpha = 8;     // peft's default
+    for (size_t i = 0; i < files->n_tensors; i++) {
         const TensorInfo *A = &files->tensors[i], *B = A + 1;         // sorted by name: B follows A
         const char *tail = strstr(A->name, ".lora_A.weight");
         parameters += A->elements;
         if (!tail || i + 1 == files->n_tensors || A->rank != 2 || B->rank != 2 ||
             A->shape[0] != B->shape[1] || strncmp(A->name, B->name, (size_t)(tail - A->name)))
             continue;
-        Region values = {.allocator = region->allocator};
+        Region values = {.allocator = a->region.allocator};
         const float *a_values = read_floats(files, A, &values, err);
         const float *b_values = a_values ? read_floats(files, B, &values, err) : NULL;
         if (b_values) {
             size_t r = A->shape[0];
             double norm = product_norm(a_values, b_values, r, A->shape[1], B->shape[0]);
-            print_safely(stdout, A->name, (size_t)(tail - A->name));
+            print_safely(A->name, (size_t)(tail - A->name));
             printf(": r %zu, |s B A| %.4g\n", r, alpha / (double)r * norm);
-        } else bad = -1;
+        }
         region_free(&values);
+        if (!b_values) return -1;
     }
-    if (!bad) printf("adapter: %zu tensors, %zu parameters\n", files->n_tensors, parameters);
-    tensors_close(files);
-    return bad;
+    printf("adapter: %zu tensors, %zu parameters\n", files->n_tensors, parameters);
+    return 0;
 }
 
-static int info_model(Arguments *a, Region *region, qlora_error *err) {
-    qlora_model *q = open_handle(a->path, &a->options, err);
+static int info_model(Arguments *a, const TensorFiles *files, qlora_error *err) {
+    qlora_model *q = open_on_host(a->path, &a->options, err);
     if (!q) return -1;
-    TensorFiles *files = tensors_open(a->path, "model.safetensors", region->allocator, err);
     const Config *c = &q->transformer.config;
     qlora_model_info info = qlora_info(q);
-    printf(
-        "%s: %zu layers, hidden %zu, feed-forward %zu, %zu heads of %zu (%zu for keys), vocabulary "
-        "%zu%s, context %zu\n%.1f M parameters\n",
-        info.architecture, c->L, c->D, c->F, c->H, c->hd, c->G, c->V, c->tied ? " (tied)" : "",
-        c->context, (double)info.parameters * 1e-6);
-    for (int type = 0; files && type < N_SAFETENSORS_TYPES; type++) {
+    printf("%s: %zu layers, hidden %zu, feed-forward %zu, %zu heads of %zu (%zu for keys), "
+           "vocabulary %zu%s, context %zu\n%.1f M parameters\n", info.architecture, c->L, c->D,
+           c->F, c->H, c->hd, c->G, c->V, c->tied ? " (tied)" : "", c->context,
+           (double)info.parameters * 1e-6);
+    for (int type = 0; type < N_SAFETENSORS_TYPES; type++) {
         size_t n = 0, bytes = 0;
         for (size_t i = 0; i < files->n_tensors; i++)
             if (files->tensors[i].type == type) { n++; bytes += files->tensors[i].bytes; }
         if (n) printf("%zu tensors of type %s, %.1f MB\n", n, safetensors_types[type].name,
                       (double)bytes * 1e-6);
     }
-    int bad = files ? 0 : -1;
-    tensors_close(files);
     qlora_close(q);
-    return bad;
+    return 0;
 }
 
-static int run_info(Arguments *a, qlora_error *err) {
-    const qlora_allocator allocator = {default_allocate, default_release, NULL};
-    Region region = {.allocator = &allocator};
-    const char *adapter = path_join(&region, a->path, "adapter_config.json", err);
-    int bad = !adapter ? -1 : file_exists(adapter) ? info_adapter(a, &region, err)
-                                                   : info_model(a, &region, err);
-    region_free(&region);
+static int run_info(Arguments *a, qlora_model *q, qlora_error *err) {
+    const char *config = path_join(&a->region, a->path, "adapter_config.json", err);
+    if (!config) return -1;
+    bool adapter = file_exists(config);
+    (void)q;
+    TensorFiles *files = tensors_open(a->path, adapter ? "adapter_model.safetensors"
+                                                       : "model.safetensors",
+                                      a->region.allocator, err);
+    int bad = !files ? -1 : adapter ? info_adapter(a, files, err) : info_model(a, files, err);
+    tensors_close(files);
     return bad;
 }
 
@@ -11891,99 +11784,88 @@ static int run_info(Arguments *a, qlora_error *err) {
 
 typedef struct {
     qlora_model *q;
-    Region region;
-    qlora_message messages[1024];
-    size_t n;                               // of messages
-    Buffer answer;
+    Region *region;                         // of the messages' texts
+    Buffer messages, answer;                // qlora_message; the newest answer's text
+    qlora_error *err;
 } Chat;
+
+static qlora_message *chat_messages(const Chat *chat, size_t *n) {
+    *n = chat->messages.size / sizeof(qlora_message);
+    return (qlora_message *)(void *)chat->messages.data;
+}
+
+static int chat_push(Chat *chat, const char *role, const char *text, size_t n) {
+    qlora_message message = {role, region_text(chat->region, text, n, chat->err)};
+    return message.content ? buffer_append(&chat->messages, &message, sizeof message, chat->err)
+                           : -1;
+}
 
 static int show_answer(void *user, const char *utf8, size_t n) {
     Chat *chat = user;
-    if (buffer_append(&chat->answer, utf8, n, NULL)) return 1;
-    return print_text(NULL, utf8, n);
-}
-
-static int chat_push(Chat *chat, const char *role, const char *text, size_t n, qlora_error *err) {
-    const char *copy = region_text(&chat->region, text, n, err);
-    if (!copy) return -1;
-    if (chat->n + 2 > sizeof chat->messages / sizeof *chat->messages)
-        return fail(err, "the conversation has too many turns; /reset starts a new one");
-    chat->messages[chat->n++] = (qlora_message){role, copy};
-    return 0;
+    return collect_text(&chat->answer, utf8, n) || print_text(NULL, utf8, n);
 }
 
 // Generates the answer to the conversation so far and makes it part of it. Ctrl-C ends the answer.
-static int chat_answer(Chat *chat, const qlora_sampling *how, qlora_error *err) {
+static int chat_answer(Chat *chat, const qlora_sampling *how) {
+    size_t n;
+    const qlora_message *messages = chat_messages(chat, &n);
     chat->answer.size = 0;
-    int bad = qlora_chat(chat->q, chat->messages, chat->n, how, show_answer, chat, err);
+    int bad = qlora_chat(chat->q, messages, n, how, show_answer, chat, chat->err);
     printf("\n");
     if (caught_signal == SIGINT) caught_signal = 0;
-    return bad ? -1 : chat_push(chat, "assistant", chat->answer.data ? chat->answer.data : "",
-                                chat->answer.size, err);
+    return bad ? -1 : chat_push(chat, "assistant", chat->answer.size ? chat->answer.data : "",
+                                chat->answer.size);
 }
 
 // Commands of the conversation; 1 when the line was one, 2 to leave.
-static int chat_command(Chat *chat, char *line, const qlora_sampling *how, qlora_error *err) {
-    bool has_system = chat->n && strcmp(chat->messages[0].role, "system") == 0;
+static int chat_command(Chat *chat, const char *line, const qlora_sampling *how) {
+    size_t n;
+    const qlora_message *messages = chat_messages(chat, &n);
     if (strcmp(line, "/exit") == 0 || strcmp(line, "/quit") == 0) return 2;
     if (strcmp(line, "/help") == 0)
-        printf(
-            "/reset      start again\n/system X  start again with system message X\n"
-            "/regen      another answer to the last message\n/exit       leave (so does Ctrl-D)\n");
-    else if (strcmp(line, "/reset") == 0) chat->n = has_system ? 1 : 0;
+        printf("/reset      start again\n/system X  start again with system message X\n"
+               "/regen      another answer to the last message\n"
+               "/exit       leave (so does Ctrl-D)\n");
+    else if (strcmp(line, "/reset") == 0)             // the system message stays
+        chat->messages.size = n && strcmp(messages[0].role, "system") == 0 ? sizeof *messages : 0;
     else if (strncmp(line, "/system ", 8) == 0) {
-        chat->n = 0;
-        if (chat_push(chat, "system", line + 8, strlen(line + 8), err)) return -1;
-    } else if (strcmp(line, "/regen") == 0) {
-        if (!chat->n || strcmp(chat->messages[chat->n - 1].role, "assistant")) {
-            printf("there is no answer yet\n");
-            return 1;
-        }
+        chat->messages.size = 0;
+        if (chat_push(chat, "system", line + 8, strlen(line + 8))) return -1;
+    } else if (strcmp(line, "/regen") == 0 && n && strcmp(messages[n - 1].role, "assistant") == 0) {
         qlora_sampling again = *how;
-        again.seed = how->seed + chat->n + (uint64_t)time(NULL);
-        chat->n--;
-        if (chat_answer(chat, &again, err)) return -1;
-    } else return 0;
+        again.seed += n + (uint64_t)time(NULL);
+        chat->messages.size -= sizeof *messages;
+        if (chat_answer(chat, &again)) return -1;
+    } else if (strcmp(line, "/regen") == 0) printf("there is no answer yet\n");
+    else return 0;
     return 1;
 }
 
-static int run_chat(Arguments *a, qlora_error *err) {
-    qlora_model *q = open_model(a, err);
-    if (!q) return -1;
-    Chat *chat = mem_alloc(&q->allocator, 1, sizeof *chat, err);
+static int run_chat(Arguments *a, qlora_model *q, qlora_error *err) {
+    Chat chat = {.q = q, .region = &a->region, .messages.allocator = &q->allocator,
+                 .answer.allocator = &q->allocator, .err = err};
     char *line = NULL;
     size_t capacity = 0;
-    int bad = !chat || need_chat(q, err) ? -1 : 0;
-    if (!bad) {
-        print_banner(q);
-        if (*q->note) print_message(NULL, q->note);
-        *chat = (Chat){
-            .q = q, .region.allocator = &q->allocator, .answer.allocator = &q->allocator};
-        if (a->system) bad = chat_push(chat, "system", a->system, strlen(a->system), err);
-    }
-    qlora_sampling how = chosen_sampling(a, q);
-    bool terminal = isatty(STDIN_FILENO);
-    while (!bad && caught_signal != SIGTERM) {
-        if (terminal) { printf("> "); fflush(stdout); }
+    ssize_t n;
+    int bad = need_chat(q, err), command = 0;
+    print_banner(q);
+    if (!bad && *q->note) print_message(NULL, q->note);
+    if (!bad && a->system) bad = chat_push(&chat, "system", a->system, strlen(a->system));
+    choose_sampling(a, q);
+    for (; !bad && command != 2 && caught_signal != SIGTERM; a->sampling.seed++) {
+        if (isatty(STDIN_FILENO)) printf("> ");
+        fflush(stdout);
         caught_signal = 0;
-        ssize_t n = getline(&line, &capacity, stdin);
-        if (n < 0) break;
+        if ((n = getline(&line, &capacity, stdin)) < 0) break;
         while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) line[--n] = 0;
         if (!n) continue;
-        int command = *line == '/' ? chat_command(chat, line, &how, err) : 0;
-        if (command == 2) break;
-        if (command == 0) bad = chat_push(chat, "user", line, (size_t)n, err) ||
-                                chat_answer(chat, &how, err);
-        if (command < 0) bad = -1;
-        how.seed++;
+        command = *line == '/' ? chat_command(&chat, line, &a->sampling) : 0;
+        bad = command < 0 || (command == 0 && (chat_push(&chat, "user", line, (size_t)n) ||
+                                               chat_answer(&chat, &a->sampling)));
     }
     free(line);
-    if (chat) {
-        region_free(&chat->region);
-        buffer_free(&chat->answer);
-        mem_free(&q->allocator, chat, 1, sizeof *chat);
-    }
-    qlora_close(q);
+    buffer_free(&chat.messages);
+    buffer_free(&chat.answer);
     return bad ? -1 : 0;
 }
 
@@ -11992,123 +11874,128 @@ static int run_chat(Arguments *a, qlora_error *err) {
 typedef struct {
     const char *name, *positional, *help;
     int least, most;                        // positional arguments; most 0: any number
-    int (*run)(Arguments *a, qlora_error *err);
+    bool model;                             // the first is a model or adapter, to be opened
+    int (*run)(Arguments *a, qlora_model *q, qlora_error *err);
 } Command;
 
 // In the order of the CMD_ bits.
 static const Command command_table[] = {
-    {"train", "MODEL DATA...", "fine-tune: learn an adapter from a dataset", 2, 0, run_train},
-    {"generate", "PATH [FILE]", "continue --prompt TEXT, or each line of a file", 1, 2,
+    {"train", "MODEL DATA...", "fine-tune: learn an adapter from a dataset", 2, 0, true, run_train},
+    {"generate", "PATH [FILE]", "continue --prompt TEXT, or each line of a file", 1, 2, true,
      run_generate},
-    {"chat", "[PATH]", "talk with a model or adapter; out/ if none is named", 0, 1, run_chat},
-    {"logits", "PATH", "logits of --ids to a safetensors file", 1, 1, run_logits},
-    {"tokenize", "MODEL", "text on standard input to token ids, and back", 1, 1, run_tokenize},
-    {"quantize", "MODEL OUT", "write a 4-bit directory, as bitsandbytes does", 2, 2, run_quantize},
-    {"init", "CONFIG OUT", "make a random model of the shape of a config.json", 2, 2, run_init},
-    {"info", "PATH", "what a model or adapter directory holds", 1, 1, run_info},
-    {"eval", "PATH DATA...", "loss, perplexity and accuracy on a dataset", 2, 0, run_eval},
-    {"merge", "MODEL ADAPTER OUT", "base and adapter as one model directory", 3, 3, run_merge},
+    {"chat", "[PATH]", "talk with a model or adapter; out/ if none is named", 0, 1, true, run_chat},
+    {"logits", "PATH", "logits of --ids to a safetensors file", 1, 1, true, run_logits},
+    {"tokenize", "MODEL", "text on standard input to token ids, and back", 1, 1, false,
+     run_tokenize},
+    {"quantize", "MODEL OUT", "write a 4-bit directory, as bitsandbytes does", 2, 2, false,
+     run_quantize},
+    {"init", "CONFIG OUT", "make a random model of the shape of a config.json", 2, 2, false,
+     run_init},
+    {"info", "PATH", "what a model or adapter directory holds", 1, 1, false, run_info},
+    {"eval", "PATH DATA...", "loss, perplexity and accuracy on a dataset", 2, 0, true, run_eval},
+    {"merge", "MODEL ADAPTER OUT", "base and adapter as one model directory", 3, 3, false,
+     run_merge},
     {"inspect", "MODEL DATA...", "what a training would see, and what is wrong with it", 2, 0,
-     run_inspect}};
+     false, run_inspect}};
 enum { N_COMMANDS = sizeof command_table / sizeof *command_table };
 
-// The value an option has when it is not given, as text; empty when there is none.
-static void default_text(char out[64], const Arguments *a, const Option *option) {
+// The value that an option has now, in brackets, if it is worth showing.
+static void print_default(const Arguments *a, const Option *option) {
     const void *from = (const char *)a + option->offset;
-    out[0] = 0;
+    unsigned long long whole = 0;
     if (option->kind == OPT_TEXT && *(const char *const *)from)
-        snprintf(out, 64, "%s", *(const char *const *)from);
-    else if (option->kind == OPT_SIZE) snprintf(out, 64, "%zu", *(const size_t *)from);
-    else if (option->kind == OPT_INT) snprintf(out, 64, "%d", *(const int *)from);
-    else if (option->kind == OPT_FLOAT) snprintf(out, 64, "%g", (double)*(const float *)from);
-    else if (option->kind == OPT_DOUBLE) snprintf(out, 64, "%g", *(const double *)from);
-    else if (option->kind == OPT_SEED)
-        snprintf(out, 64, "%llu", (unsigned long long)*(const uint64_t *)from);
+        printf(" [%s]", *(const char *const *)from);
+    else if (option->kind == OPT_REAL)
+        printf(" [%g]", option->size == sizeof(float) ? (double)*(const float *)from
+                                                      : *(const double *)from);
+    else if (option->kind == OPT_WHOLE) {
+        memcpy(&whole, from, option->size);
+        printf(" [%llu]", whole);
+    }
 }
 
-static void print_usage(FILE *out, const Command *command, const Arguments *a) {
+static void print_usage(const Command *command, const Arguments *a) {
     if (!command) {
-        fprintf(out, "qlora %s: QLoRA fine-tuning in one file of C\n\n"
-                "usage: qlora COMMAND PATH [...] [--option value]\n\n", QLORA_VERSION);
-        for (size_t i = 0; i < N_COMMANDS; i++)
-            fprintf(out, "  %-9s %-18s %s\n", command_table[i].name, command_table[i].positional,
-                    command_table[i].help);
-        fprintf(out, "\nqlora COMMAND --help lists the options of a command.\n");
+        printf("qlora %s: QLoRA fine-tuning in one file of C\n\n"
+               "usage: qlora COMMAND PATH [...] [--option value]\n\n", QLORA_VERSION);
+        for (const Command *c = command_table; c < command_table + N_COMMANDS; c++)
+            printf("  %-9s %-18s %s\n", c->name, c->positional, c->help);
+        printf("\nqlora COMMAND --help lists the options of a command.\n");
         return;
     }
-    fprintf(out, "usage: qlora %s %s [--option value]\n%s\n\n", command->name, command->positional,
-            command->help);
-    int bit = 1 << (command - command_table);
-    for (size_t i = 0; i < N_OPTIONS; i++) {
-        char value[64];
-        if (!(option_table[i].commands & bit)) continue;
-        default_text(value, a, &option_table[i]);
-        fprintf(out, "  --%-28s %s%s%s%s\n", option_table[i].name, option_table[i].help,
-                *value ? " [" : "", value, *value ? "]" : "");
+    printf("usage: qlora %s %s [--option value]\n%s\n\n", command->name, command->positional,
+           command->help);
+    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
+        if (!(o->commands >> (command - command_table) & 1)) continue;
+        printf("  --%-28s %s", o->name, o->help);
+        print_default(a, o);
+        printf("\n");
     }
 }
 
-static int usage_error(const qlora_error *err) {
-    fprintf(stderr, "qlora: %s\n", err->text);
-    return 2;
+// Options and positional arguments of a command into a. Returns 1 if only --help was asked for.
+static int parse_arguments(Arguments *a, const Command *command, char **argv, int argc,
+                           qlora_error *err) {
+    int n = 0, bit = 1 << (command - command_table);
+    for (int i = 2; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) return 1;
+        if (strncmp(argv[i], "--", 2) == 0) {
+            if (parse_option(a, bit, argv, argc, &i, err)) return -1;
+        } else if (command->most && n == command->most)
+            return fail(err, "%s: expected %s, found also %s", command->name, command->positional,
+                        argv[i]);
+        else argv[n++] = argv[i];           // moved to the front, which is read by then
+    }
+    if (n < command->least)
+        return fail(err, "%s: expected %s; see qlora %s --help", command->name,
+                    command->positional, command->name);
+    for (int i = n; i < argc; i++) argv[i] = NULL;
+    a->path = argv[0];
+    a->data = argv[1];
+    a->more = (const char *const *)argv + 2;
+    return 0;
 }
 
 int main(int argc, char **argv) {
+    const qlora_allocator heap = {default_allocate, default_release, NULL};
     qlora_error err = {{0}};
     Arguments a = {.options = qlora_default_options(), .train = qlora_default_train_options(),
                    .sampling = {.max_new_tokens = 256, .top_p = 1, .repetition_penalty = 1},
-                   .double_quant = true, .max_shard = (size_t)5000000000, .show = 3};
+                   .double_quant = -1, .max_shard = (size_t)5000000000, .show = 3,
+                   .region.allocator = &heap};
     const Command *command = NULL;
-    char **positional = argv;               // moved to the front, which is read by then
-    int n = 0;
-    if (argc > 1 && strcmp(argv[1], "--version") == 0) {
+    const char *name = argc > 1 ? argv[1] : "";
+    if (strcmp(name, "--version") == 0) {
         printf("qlora %s, bf16 %s\n", QLORA_VERSION, has_bf16_units() ? "in hardware" : "emulated");
         return 0;
     }
-    for (size_t i = 0; argc > 1 && i < N_COMMANDS; i++)
-        if (strcmp(argv[1], command_table[i].name) == 0) command = &command_table[i];
-    bool help = argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0);
+    for (size_t i = 0; i < N_COMMANDS; i++)
+        if (strcmp(name, command_table[i].name) == 0) command = &command_table[i];
     if (!command) {
-        if (argc > 1 && !help) fprintf(stderr, "qlora: unknown command %s\n", argv[1]);
-        print_usage(help ? stdout : stderr, NULL, &a);
+        bool help = strcmp(name, "--help") == 0 || strcmp(name, "help") == 0;
+        print_usage(NULL, &a);
+        if (*name && !help) fprintf(stderr, "qlora: unknown command %s\n", name);
         return help ? 0 : 2;
     }
-    int bit = 1 << (command - command_table);
     for (int i = 0; i < argc; i++) {
         size_t used = strlen(a.command_line);
         snprintf(a.command_line + used, sizeof a.command_line - used, "%s%s", i ? " " : "",
                  argv[i]);
     }
-    for (int i = 2; i < argc; i++) {
-        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
-            print_usage(stdout, command, &a);
-            return 0;
-        }
-        if (strncmp(argv[i], "--", 2) == 0) {
-            if (parse_option(&a, bit, argv, argc, &i, &err)) return usage_error(&err);
-        } else if (!command->most || n < command->most) positional[n++] = argv[i];
-        else {
-            fail(&err, "%s: expected %s, found also %s", command->name, command->positional,
-                 argv[i]);
-            return usage_error(&err);
-        }
-    }
-    if (n < command->least) {
-        fail(&err, "%s: expected %s; see qlora %s --help", command->name, command->positional,
-             command->name);
-        return usage_error(&err);
-    }
-    for (int i = n; i < argc; i++) positional[i] = NULL;
-    a.path = positional[0];
-    a.data = a.out = positional[1];
-    a.third = n > 2 ? positional[2] : NULL;
-    a.more = (const char *const *)positional + 2;
-    if (bit == CMD_CHAT && !a.path) a.path = "out";
+    int parsed = parse_arguments(&a, command, argv, argc, &err);
+    if (parsed > 0) print_usage(command, &a);
+    if (parsed < 0) fprintf(stderr, "qlora: %s\n", err.text);
+    if (parsed) return parsed < 0 ? 2 : 0;
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
-    int bad = finish_arguments(&a, bit, &err) || command->run(&a, &err);
+    qlora_model *q = NULL;
+    int bad = finish_arguments(&a, 1 << (command - command_table), &err) ||
+              (command->model && !(q = qlora_open(a.path, &a.options, &err))) ||
+              (a.adapter && qlora_load_adapter(q, a.adapter, &err)) || command->run(&a, q, &err);
+    qlora_close(q);
+    region_free(&a.region);
     if (bad) fprintf(stderr, "qlora: %s\n", err.text);
     return caught_signal ? 128 + caught_signal : bad;
 }
