@@ -7548,8 +7548,8 @@ typedef struct {
     size_t n, n_packs;
 } SampleList;
 
-static int ascending(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+static int by_number(const void *a, const void *b) {
+    size_t x = *(const size_t *)a, y = *(const size_t *)b;
     return (x > y) - (x < y);
 }
 
@@ -7558,18 +7558,17 @@ static int ascending(const void *a, const void *b) {
 // Orders list->index pack by pack, the longest document of each first.
 static int pack_samples(SampleList *list, size_t room, Region *region, qlora_error *err) {
     size_t words = room / 64 + 1, n = list->n, n_packs = 0;
-    uint64_t *key = region_alloc(region, n, sizeof *key, err);
+    size_t *key = region_alloc(region, n, sizeof *key, err);       // room left by a sample, index
     uint64_t *free_bits = region_alloc(region, words, sizeof *free_bits, err);   // rooms there are
     uint32_t *head = region_alloc(region, room + 1, sizeof *head, err);    // packs by room, 0: none
     uint32_t *next = region_alloc(region, n + 1, sizeof *next, err);       // in the same list
     uint32_t *of = region_alloc(region, n, sizeof *of, err);               // pack of a sample
     if (!key || !free_bits || !head || !next || !of) return -1;
     for (size_t i = 0; i < n; i++)
-        key[i] = (uint64_t)(room - list->data->samples[list->index[i]].length) << 32 |
-                 list->index[i];
-    qsort(key, n, sizeof *key, ascending);
+        key[i] = (room - list->data->samples[list->index[i]].length) << 32 | list->index[i];
+    qsort(key, n, sizeof *key, by_number);
     for (size_t i = 0; i < n; i++) {
-        size_t length = room - (size_t)(key[i] >> 32), left = room, w = length / 64;
+        size_t length = room - (key[i] >> 32), left = room, w = length / 64;
         uint64_t bits = free_bits[w] & ~(uint64_t)0 << length % 64;
         while (!bits && ++w < words) bits = free_bits[w];
         uint32_t pack = (uint32_t)++n_packs;          // numbered from 1, for 0 ends a list
@@ -9317,17 +9316,20 @@ qlora_train_options qlora_default_train_options(void) {
         .seed = 42};
 }
 
+static const char *const quant_names[] = {"none", "nf4", "fp4"};      // by qlora_quant
+
 typedef struct {
     qlora_model *q;
     const qlora_train_options *options;
     DatasetOptions how;                     // the data is read
     bool packing;                           // batches count packs, not samples
     Buffer paths, val_paths;                // of the files: const char *
-    Dataset data, val_data;                 // val_data: of its own files, else empty
-    SampleList train, val;
+    Dataset data, val_data;                 // val_data: of files of its own, else empty
+    SampleList train, val;                  // val: held out
     Buffer findings;                        // what the checks of the data found
     Session session;
     Schedule schedule;
+    size_t per_step;                        // packs of a step
     size_t steps_per_epoch, steps, warmup;
     size_t step;                            // optimiser steps done
     bool evaluated;                         // what is due after them is in the log
@@ -9335,21 +9337,20 @@ typedef struct {
     size_t best_step;                       // of the checkpoint with the least held-out loss
     double best_loss;                       // INFINITY before the first evaluation
     uint32_t *shuffled;                     // (train.n_packs) this epoch's permutation of the packs
-    uint32_t *order;                        // (train.n) and of their samples,
-    size_t *pack;                           // (train.n_packs + 1) where each pack begins in it
+    SampleList epoch;                       // the samples in that order
     size_t T, S, n_spans;                   // the most a micro-batch can have, samples too
     // Steps whose loss and norm have not been looked at yet: on the CPU none, on a GPU those since
     // the last line of the log, so that no step waits for it.
     size_t window, n_pending;               // the most there can be, how many there are
     qlora_progress *pending;                // (window)
-    StepRecord *records, *seen;             // (window) the device's, the host's
+    StepRecord *records, *seen;             // (window) on the device, on the host
     real *nll;                              // (S) what an evaluation looks at, on the host
     uint8_t *hit;                           // (S)
     Buffer log;                             // text of log.jsonl
-    double log_written, started, window_began;  // seconds
+    Buffer checkpoints;                     // list_checkpoints: their steps (size_t), ascending
+    double log_written, window_began;       // seconds
     char settings[1024];                    // all that decides the result, as text
     Region region;
-    const char *path;
     qlora_error *err;
 } Trainer;
 
@@ -9384,11 +9385,6 @@ static int choose(const char *const *names, size_t n, const char *name, const ch
     return fail(err, "%s: expected one of %s, found %s", option, list, name);
 }
 
-static int descending(const void *a, const void *b) {
-    size_t x = *(const size_t *)a, y = *(const size_t *)b;
-    return (x < y) - (x > y);
-}
-
 // The most tokens, supervised tokens and samples that any `batch` packs of one list have together.
 static int largest_batch(Trainer *t, const SampleList *list, size_t batch) {
     size_t *sizes = region_alloc(&t->region, list->n_packs, sizeof *sizes, t->err);
@@ -9403,8 +9399,9 @@ static int largest_batch(Trainer *t, const SampleList *list, size_t batch) {
                 sizes[p] += kind == 0 ? sample->length : kind == 1 ? sample->supervised : 1;
             }
         }
-        qsort(sizes, list->n_packs, sizeof *sizes, descending);
-        for (size_t p = 0; p < min_size(batch, list->n_packs); p++) sum += sizes[p];
+        qsort(sizes, list->n_packs, sizeof *sizes, by_number);
+        for (size_t p = 0; p < min_size(batch, list->n_packs); p++)
+            sum += sizes[list->n_packs - 1 - p];
         *most[kind] = max_size(*most[kind], sum);
     }
     return 0;
@@ -9425,15 +9422,14 @@ static void shuffle(uint32_t *order, size_t n, uint64_t seed, size_t epoch) {
 // The packs of an epoch in their order, and the samples pack by pack.
 static void order_epoch(Trainer *t, size_t epoch) {
     const SampleList *list = &t->train;
-    size_t n = 0;
+    t->epoch.n = t->epoch.n_packs = 0;
     shuffle(t->shuffled, list->n_packs, t->options->seed, epoch);
     for (size_t p = 0; p < list->n_packs; p++) {
         size_t pack = t->shuffled[p];
-        t->pack[p] = n;
         for (size_t i = list->pack[pack]; i < list->pack[pack + 1]; i++)
-            t->order[n++] = list->index[i];
+            t->epoch.index[t->epoch.n++] = list->index[i];
+        t->epoch.pack[++t->epoch.n_packs] = t->epoch.n;
     }
-    t->pack[list->n_packs] = n;
 }
 
 // Lays n samples end to end. `ordinal` numbers them within the step.
@@ -9478,20 +9474,21 @@ static double now_seconds(void) {
 }
 
 // What makes a step's loss or gradient useless is reported with the samples it came from.
-static int not_finite(Trainer *t, const char *what, size_t step, const uint32_t *samples,
-                      size_t n) {
+static int not_finite(Trainer *t, const char *what, size_t step) {
+    const SampleList *list = &t->epoch;
+    size_t pack = step % t->steps_per_epoch * t->per_step;
+    size_t end = list->pack[min_size(pack + t->per_step, list->n_packs)];
     char lines[400] = "";
     uint32_t file = UINT32_MAX;             // named where it changes
-    for (size_t i = 0; i < n && strlen(lines) < 300; i++) {
-        const Sample *sample = &t->data.samples[samples[i]];
-        bool named = sample->file == file;
+    for (size_t i = list->pack[pack]; i < end && strlen(lines) < 300; i++) {
+        const Sample *sample = &t->data.samples[list->index[i]];
+        snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%s%s%zu",
+                 *lines ? ", " : "", sample->file == file ? "" : t->data.paths[sample->file],
+                 sample->file == file ? "" : " ", sample->line);
         file = sample->file;
-        snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%s%s%zu", i ? ", " : "",
-                 named ? "" : t->data.paths[file], named ? "" : " ", sample->line);
     }
-    return fail(t->err,
-                "step %zu: the %s is not a finite number and was not applied; samples of lines %s; "
-                "try a lower --learning-rate or --compute f32", step + 1, what, lines);
+    return fail(t->err, "step %zu: the %s is not a finite number and was not applied; samples of "
+                "lines %s; try a lower --learning-rate or --compute f32", step + 1, what, lines);
 }
 
 static bool should_stop(const Trainer *t) {
@@ -9515,7 +9512,7 @@ enum { MAX_PENDING = 1024 };
 // One optimiser step over the n packs of this epoch that begin with pack[0]. Nothing is changed
 // when it is stopped, or when its loss or gradient is not finite, which read_back finds out.
 static int train_step(Trainer *t, size_t step, const size_t *pack, size_t n, qlora_progress *p) {
-    const uint32_t *samples = t->order + pack[0];
+    const uint32_t *samples = t->epoch.index + pack[0];
     const qlora_train_options *o = t->options;
     Transformer *m = &t->q->transformer;
     Device *dev = m->dev;
@@ -9548,41 +9545,41 @@ static int train_step(Trainer *t, size_t step, const size_t *pack, size_t n, qlo
 
 // -------------------------------------------------------------------------------------- evaluation
 
-// Sums over supervised tokens, in the order of the list: the same for every batch size.
-typedef struct { double nll, squares; size_t tokens, hits; } Score;
-
-static int evaluate(Trainer *t, const SampleList *list, Score *score) {
-    const Workspace *w = &t->session.w;
+// Scores the samples. Sums go over the supervised tokens in the order of the list: the same for
+// every batch size.
+static int evaluate(Trainer *t, const SampleList *list, qlora_score *score) {
+    Workspace *w = &t->session.w;
     Device *dev = &t->q->device;
-    size_t batch = t->options->per_device_train_batch_size;
-    *score = (Score){0};
+    size_t batch = t->options->per_device_train_batch_size, hits = 0;
+    double sum = 0, squares = 0;
+    *score = (qlora_score){.samples = list->n};
     for (size_t at = 0; at < list->n; at += batch) {
         LabelledBatch labelled = make_batch(t, list->data, list->index + at,
                                             min_size(batch, list->n - at), 0, 0, false);
-        loss_and_gradients(&t->q->transformer, &t->session.w, &labelled, NULL, 0, false);
+        loss_and_gradients(&t->q->transformer, w, &labelled, NULL, 0, false);
         size_t S = labelled.rows.T;
         const real *nll = seen(dev, t->nll, w->nll, S * sizeof *nll);
         const uint8_t *hit = seen(dev, t->hit, w->hit, S);
         if (dev->ops->check(dev, t->err)) return -1;
         for (size_t s = 0; s < S; s++) {
-            score->nll += (double)nll[s];
-            score->squares += (double)nll[s] * (double)nll[s];
-            score->hits += hit[s];
+            sum += (double)nll[s];
+            squares += (double)nll[s] * (double)nll[s];
+            hits += hit[s];
         }
         score->tokens += S;
         if (should_stop(t)) return STOPPED;
     }
+    double n = (double)score->tokens;
+    score->loss = sum / n;
+    score->perplexity = exp(score->loss);
+    score->accuracy = (double)hits / n;
+    // Of the mean over tokens, as if they were independent.
+    if (n > 1)
+        score->standard_error = sqrt(fmax(0, squares / n - score->loss * score->loss) / (n - 1));
     return 0;
 }
 
-static double mean_loss(const Score *s) { return s->nll / (double)s->tokens; }
-
-// Of the mean over tokens, as if they were independent.
-static double standard_error(const Score *s) {
-    double n = (double)s->tokens, mean = s->nll / n;
-    return n > 1 ? sqrt(fmax(0, s->squares / n - mean * mean) / (n - 1)) : 0;
-}
-
+// A text callback: appends to the Buffer `user`.
 static int collect_text(void *user, const char *utf8, size_t n) {
     return buffer_append(user, utf8, n, NULL) ? 1 : 0;
 }
@@ -9616,15 +9613,13 @@ static int show_sample(Trainer *t, const SampleList *list, size_t i, const char 
     int bad = tokenizer_decode(tokenizer, ids, start, false, &question, t->err) ||
               buffer_append(&question, "", 1, t->err) ||
               tokenizer_decode(tokenizer, ids + start, end - start, true, &expected, t->err) ||
-              buffer_append(&expected, "", 1, t->err) ||
-              qlora_generate(t->q, ids, start, &how, collect_text, &answer, NULL, NULL, t->err) ||
-              buffer_append(&answer, "", 1, t->err);
+              qlora_generate(t->q, ids, start, &how, collect_text, &answer, NULL, NULL, t->err);
     if (!bad) {
         last_question(&t->q->chat, &question);
         tell(t->options, "  %s, %s:%zu: %.400s", kind, list->data->paths[sample->file],
              sample->line, question.data);
-        tell(t->options, "    expected: %.400s", expected.data);
-        tell(t->options, "    answers:  %.400s", answer.data);
+        tell(t->options, "    expected: %.*s", (int)min_size(expected.size, 400), expected.data);
+        tell(t->options, "    answers:  %.*s", (int)min_size(answer.size, 400), answer.data);
     }
     buffer_free(&question);
     buffer_free(&expected);
@@ -9659,73 +9654,76 @@ static const char *next_line(const Buffer *text, size_t *at, size_t *n) {
     return line;
 }
 
-// The next line of the log as JSON, in the region; NULL at the end. *at is where it begins.
-static const Json *next_log_line(const Trainer *t, size_t *at, Region *region) {
-    const char *line = t->log.data + *at, *end;
-    if (*at >= t->log.size || !(end = memchr(line, '\n', t->log.size - *at))) return NULL;
-    *at += (size_t)(end - line) + 1;
-    return json_parse(line, (size_t)(end - line), "log.jsonl", 1, region, t->err);
-}
-
-// The polyline of one curve, from the lines of the log that have the key.
-static int plot_curve(Trainer *t, Buffer *svg, const char *key, const char *colour,
-                      double highest) {
+// Goes through the values that the log has for the key: without `svg` for the highest of them, with
+// it to append them as the points of a curve.
+static int plot_values(Trainer *t, Buffer *svg, const char *key, double *highest) {
     Region region = {.allocator = &t->q->allocator};
-    const Json *line;
-    double step, loss;
-    size_t at = 0;
-    int bad = buffer_printf(svg, t->err, "<polyline fill=\"none\" stroke=\"%s\" points=\"", colour);
-    while (!bad && (line = next_log_line(t, &at, &region)) != NULL) {
-        if (json_to_double(json_get(line, key), &loss) &&
-            json_to_double(json_get(line, "step"), &step))
-            bad = buffer_printf(svg, t->err, "%.1f,%.1f ", 50 + 730 * step / (double)t->steps,
-                                370 - 340 * loss / highest);
+    const char *line;
+    double step, value;
+    size_t n;
+    int bad = 0;
+    for (size_t at = 0; !bad && (line = next_line(&t->log, &at, &n)) != NULL;) {
+        const Json *json = json_parse(line, n, "log.jsonl", 1, &region, t->err);
+        if (!json) bad = -1;
+        else if (json_to_double(json_get(json, key), &value) &&
+                 json_to_double(json_get(json, "step"), &step)) {
+            if (!svg) *highest = fmax(*highest, value);
+            else bad = buffer_printf(svg, t->err, "%.1f,%.1f ", 50 + 730 * step / (double)t->steps,
+                                     370 - 340 * value / *highest);
+        }
         region_free(&region);
     }
-    region_free(&region);
-    return bad || buffer_printf(svg, t->err, "\"/>\n") ? -1 : 0;
-}
-
-static double highest_loss(const Trainer *t) {
-    Region region = {.allocator = &t->q->allocator};
-    const Json *line;
-    double loss, highest = 1e-3;
-    for (size_t at = 0; (line = next_log_line(t, &at, &region)) != NULL; region_free(&region)) {
-        if (json_to_double(json_get(line, "loss"), &loss)) highest = fmax(highest, loss);
-        if (json_to_double(json_get(line, "eval_loss"), &loss)) highest = fmax(highest, loss);
-    }
-    region_free(&region);
-    return highest;
+    return bad;
 }
 
 static int write_plot(Trainer *t) {
-    double highest = highest_loss(t);
+    static const struct { const char *key, *name, *colour; } curves[] = {
+        {"loss", "training loss", "steelblue"}, {"eval_loss", "held-out loss", "firebrick"}};
+    double highest = 1e-3;
     Buffer svg = {.allocator = &t->q->allocator};
     const char *path = path_join(&t->region, t->options->output_dir, "loss.svg", t->err);
-    int bad = !path || buffer_printf(&svg, t->err,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"800\" height=\"400\" "
-        "font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"800\" height=\"400\" "
-        "fill=\"white\"/>\n<path d=\"M50 20V370H780\" fill=\"none\" stroke=\"black\"/>\n"
-        "<text x=\"10\" y=\"34\">%.2f</text><text x=\"30\" y=\"374\">0</text>"
-        "<text x=\"750\" y=\"390\">step %zu</text>\n<text x=\"600\" y=\"30\" fill=\"steelblue\">"
-        "training loss</text><text x=\"600\" y=\"46\" fill=\"firebrick\">held-out loss</text>\n",
-        highest, t->steps) ||
-        plot_curve(t, &svg, "loss", "steelblue", highest) ||
-        plot_curve(t, &svg, "eval_loss", "firebrick", highest) ||
-        buffer_printf(&svg, t->err, "</svg>\n") || write_file(path, svg.data, svg.size, t->err);
+    int bad = !path || plot_values(t, NULL, "loss", &highest) ||
+              plot_values(t, NULL, "eval_loss", &highest) ||
+              buffer_printf(&svg, t->err,
+                            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"800\" height=\"400\" "
+                            "font-family=\"sans-serif\" font-size=\"12\">\n"
+                            "<rect width=\"800\" height=\"400\" fill=\"white\"/>\n"
+                            "<path d=\"M50 20V370H780\" fill=\"none\" stroke=\"black\"/>\n"
+                            "<text x=\"10\" y=\"34\">%.2f</text><text x=\"30\" y=\"374\">0</text>"
+                            "<text x=\"750\" y=\"390\">step %zu</text>\n", highest, t->steps);
+    for (int k = 0; k < 2; k++)
+        bad = bad ||
+              buffer_printf(&svg, t->err, "<text x=\"600\" y=\"%d\" fill=\"%s\">%s</text>\n"
+                            "<polyline fill=\"none\" stroke=\"%s\" points=\"", 30 + 16 * k,
+                            curves[k].colour, curves[k].name, curves[k].colour) ||
+              plot_values(t, &svg, curves[k].key, &highest) ||
+              buffer_printf(&svg, t->err, "\"/>\n");
+    bad = bad || buffer_printf(&svg, t->err, "</svg>\n") ||
+          write_file(path, svg.data, svg.size, t->err);
     buffer_free(&svg);
     return bad ? -1 : 0;
 }
 
-// A hash of what is trained on: ids, masks and lengths.
+// Runs over 8-byte words (the last one padded), which is fast enough for gigabytes.
+static uint64_t checksum(uint64_t hash, const void *data, size_t n) {
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)data + i, min_size(8, n - i));
+        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 29;
+    }
+    return hash;
+}
+
+// Of what is trained on: ids, masks and lengths.
 static uint64_t data_hash(const Trainer *t) {
-    uint64_t hash = 0xCBF29CE484222325u;
+    uint64_t hash = 1;
     const Dataset *sets[2] = {&t->data, &t->val_data};
     for (int i = 0; i < 2; i++) {
-        hash = fnv_hash(hash, sets[i]->ids, sets[i]->tokens * sizeof(int32_t));
-        hash = fnv_hash(hash, sets[i]->learn, sets[i]->tokens);
+        hash = checksum(hash, sets[i]->ids, sets[i]->tokens * sizeof(int32_t));
+        hash = checksum(hash, sets[i]->learn, sets[i]->tokens);
         for (size_t k = 0; k < sets[i]->n; k++)
-            hash = fnv_hash(hash, &sets[i]->samples[k].length, sizeof(size_t));
+            hash = checksum(hash, &sets[i]->samples[k].length, sizeof(size_t));
     }
     return hash;
 }
@@ -9743,113 +9741,93 @@ static void describe_settings(Trainer *t) {
              o->lora_r, (double)o->lora_alpha, (double)o->lora_dropout, o->target_modules,
              (double)o->learning_rate, o->lr_scheduler_type, t->warmup, (double)o->max_grad_norm,
              (double)o->weight_decay, t->steps,
-             o->per_device_train_batch_size * o->gradient_accumulation_steps,
-             (unsigned long long)o->seed, (int)w->dtype, w->absmax8 != NULL,
+             t->per_step, (unsigned long long)o->seed, (int)w->dtype, w->absmax8 != NULL,
              t->q->device.act == DT_BF16 ? "bf16" : "f32", t->packing ? t->how.max_length : 0,
              (unsigned long long)data_hash(t));
-}
-
-static int write_paths(Buffer *b, const Buffer *paths, qlora_error *err) {
-    const char *const *path = (const char *const *)(const void *)paths->data;
-    int bad = 0;
-    for (size_t i = 0; i < paths->size / sizeof *path && !bad; i++)
-        bad = buffer_printf(b, err, i ? ", " : "[") ||
-              json_write_string(b, path[i], strlen(path[i]), err);
-    return bad || buffer_printf(b, err, "]") ? -1 : 0;
 }
 
 // Enough to repeat the run, and to open the adapter in the quantisation it was trained in.
 static int write_run(Trainer *t, const char *directory) {
     const qlora_train_options *o = t->options;
     const Weight *w = &t->q->transformer.layers[0].linear[0].weight;
-    const char *quant = w->dtype == DT_NF4 ? "nf4" : w->dtype == DT_FP4 ? "fp4" : "none";
-    const char *command = o->command_line ? o->command_line : "";
+    qlora_quant quant = w->dtype == DT_NF4 ? QLORA_QUANT_NF4
+                      : w->dtype == DT_FP4 ? QLORA_QUANT_FP4 : QLORA_QUANT_NONE;
+    const struct { const char *key, *text; } texts[] = {
+        {"version", QLORA_VERSION}, {"command", o->command_line ? o->command_line : ""},
+        {"model", t->q->directory}, {"template", t->q->chat.row->name},
+        {"quant", quant_names[quant]}, {"settings", t->settings}};
     const char *path = path_join(&t->region, directory, "run.json", t->err);
+    const char *const *data = (const char *const *)(const void *)t->paths.data;
     Buffer b = {.allocator = &t->q->allocator};
-    int bad = !path || buffer_printf(&b, t->err, "{\n  \"version\": \"%s\",\n  \"command\": ",
-                                     QLORA_VERSION) ||
-              json_write_string(&b, command, strlen(command), t->err) ||
-              buffer_printf(&b, t->err, ",\n  \"model\": ") ||
-              json_write_string(&b, t->q->directory, strlen(t->q->directory), t->err) ||
-              buffer_printf(&b, t->err, ",\n  \"data\": ") ||
-              write_paths(&b, &t->paths, t->err) ||
-              buffer_printf(&b, t->err, ",\n  \"template\": \"%s\",\n  \"quant\": \"%s\",\n"
-                            "  \"double_quant\": %s,\n  \"seed\": %llu,\n  \"settings\": ",
-                            t->q->chat.row->name, quant, w->absmax8 ? "true" : "false",
-                            (unsigned long long)o->seed) ||
-              json_write_string(&b, t->settings, strlen(t->settings), t->err) ||
-              buffer_printf(&b, t->err, "\n}\n") || write_file(path, b.data, b.size, t->err);
+    int bad = !path || buffer_printf(&b, t->err, "{\n");
+    for (size_t i = 0; i < sizeof texts / sizeof *texts && !bad; i++)
+        bad = buffer_printf(&b, t->err, "  \"%s\": ", texts[i].key) ||
+              json_write_string(&b, texts[i].text, strlen(texts[i].text), t->err) ||
+              buffer_printf(&b, t->err, ",\n");
+    for (size_t i = 0; i < t->paths.size / sizeof *data && !bad; i++)
+        bad = buffer_printf(&b, t->err, i ? ", " : "  \"data\": [") ||
+              json_write_string(&b, data[i], strlen(data[i]), t->err);
+    bad = bad || buffer_printf(&b, t->err, "],\n  \"double_quant\": %s,\n  \"seed\": %llu\n}\n",
+                               w->absmax8 ? "true" : "false", (unsigned long long)o->seed) ||
+          write_file(path, b.data, b.size, t->err);
     buffer_free(&b);
     return bad ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------------------- checkpoints
 //
-// checkpoint-N is a complete adapter directory and state.bin: magic, version, a JSON header, the
-// log so far, parameters and both moments (float32), and a checksum over all of it. The directory
-// is filled under another name and renamed when everything in it is on the disk. Since all random
-// numbers are functions of seed and step, nothing else is needed to go on as if never stopped.
+// checkpoint-N is a complete adapter directory and state.bin: StateHead, a text (a line of JSON, then
+// the log so far), parameters and both moments (float32), and a checksum over all of it. Each part
+// is a multiple of 8 bytes long, as the checksum wants it. The directory is filled under another
+// name and renamed when everything in it is on the disk. Since all random numbers are functions of
+// seed and step, nothing else is needed to go on as if never stopped.
 
-static const char state_magic[8] = {'Q', 'L', 'O', 'R', 'A', 'C', 'K', '1'};
+typedef struct { char magic[8]; uint64_t text; } StateHead;           // text: its bytes
+static const char state_magic[8] = {'Q', 'L', 'O', 'R', 'A', 'C', 'K', '2'};
 
 typedef struct { Writer w; uint64_t hash; } StateWriter;
-
-// The checksum runs over 8-byte words (the last one padded), which is fast enough for gigabytes.
-static uint64_t checksum(uint64_t hash, const void *data, size_t n) {
-    for (size_t i = 0; i < n; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, (const char *)data + i, min_size(8, n - i));
-        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
-        hash ^= hash >> 29;
-    }
-    return hash;
-}
 
 static int state_write(StateWriter *s, const void *data, size_t n) {
     s->hash = checksum(s->hash, data, n);
     return writer_write(&s->w, data, n);
 }
 
-static int state_write_block(StateWriter *s, const void *data, size_t n) {
-    uint64_t length = n;
-    return state_write(s, &length, sizeof length) || state_write(s, data, n) ? -1 : 0;
-}
-
-// The same for n values of the device.
 static int state_write_values(StateWriter *s, Device *dev, const real *values, size_t n) {
-    uint64_t length = n * sizeof *values;
     real room[PIECE];
-    int bad = state_write(s, &length, sizeof length);
+    int bad = 0;
     for (size_t at = 0; at < n && !bad; at += PIECE) {
         size_t bytes = min_size(PIECE, n - at) * sizeof *room;
         const real *here = seen(dev, room, values + at, bytes);
         bad = dev->ops->check(dev, s->w.err) || state_write(s, here, bytes);
     }
-    return bad ? -1 : 0;
+    return bad;
 }
 
 static int write_state(Trainer *t, const char *path) {
     const Transformer *m = &t->q->transformer;
     StateWriter s = {.hash = 1};
-    Buffer header = {.allocator = &t->q->allocator};
+    StateHead head;
+    Buffer text = {.allocator = &t->q->allocator};
     double best = isfinite(t->best_loss) ? t->best_loss : -1;
-    int bad = buffer_printf(&header, t->err,
-                            "{\"step\": %zu, \"evaluated\": %s, \"best_step\": %zu, "
-                            "\"best_loss\": %.17g, \"settings\": ",
-                            t->step, t->evaluated ? "true" : "false", t->best_step, best) ||
-              json_write_string(&header, t->settings, strlen(t->settings), t->err) ||
-              buffer_append(&header, "}", 1, t->err) || writer_open(&s.w, path, t->err);
+    int bad = buffer_printf(&text, t->err, "{\"step\": %zu, \"evaluated\": %s, \"best_step\": %zu, "
+                            "\"best_loss\": %.17g, \"settings\": ", t->step,
+                            t->evaluated ? "true" : "false", t->best_step, best) ||
+              json_write_string(&text, t->settings, strlen(t->settings), t->err);
+    size_t more = text.size + 2 + t->log.size;
+    bad = bad || buffer_printf(&text, t->err, "%*s}\n", (int)(round_up(more, 8) - more), "") ||
+          buffer_append(&text, t->log.data, t->log.size, t->err) ||
+          writer_open(&s.w, path, t->err);
     if (!bad) {
-        bad = state_write(&s, state_magic, sizeof state_magic) ||
-              state_write_block(&s, header.data, header.size) ||
-              state_write_block(&s, t->log.data ? t->log.data : "", t->log.size) ||
+        memcpy(head.magic, state_magic, sizeof state_magic);
+        head.text = text.size;
+        bad = state_write(&s, &head, sizeof head) || state_write(&s, text.data, text.size) ||
               state_write_values(&s, m->dev, m->parameters, m->n_parameters) ||
               state_write_values(&s, m->dev, m->moment1, m->n_parameters) ||
               state_write_values(&s, m->dev, m->moment2, m->n_parameters) ||
               writer_write(&s.w, &s.hash, sizeof s.hash);
         bad = writer_close(&s.w, bad);
     }
-    buffer_free(&header);
+    buffer_free(&text);
     return bad ? -1 : 0;
 }
 
@@ -9874,17 +9852,13 @@ static void remove_directory(const char *path, Region *region) {
     rmdir(path);
 }
 
-static int by_number(const void *a, const void *b) {
-    size_t x = *(const size_t *)a, y = *(const size_t *)b;
-    return (x > y) - (x < y);
-}
-
-// The numbers of all checkpoint-N in the output directory, ascending. Also removes what a killed
-// run left half done.
-static int list_checkpoints(Trainer *t, const char *directory, Buffer *numbers) {
+// Fills t->checkpoints. Also removes what a killed run left half done.
+static int list_checkpoints(Trainer *t) {
+    const char *directory = t->options->output_dir;
     DIR *open_directory = opendir(directory);
     struct dirent *entry;
     int bad = 0;
+    t->checkpoints.size = 0;
     while (open_directory && !bad && (entry = readdir(open_directory)) != NULL) {
         char *end;
         if (strncmp(entry->d_name, "checkpoint-", 11)) continue;
@@ -9892,11 +9866,11 @@ static int list_checkpoints(Trainer *t, const char *directory, Buffer *numbers) 
         if (strcmp(end, ".tmp") == 0) {
             const char *left = path_join(&t->region, directory, entry->d_name, t->err);
             if (left) remove_directory(left, &t->region);
-        } else if (!*end) bad = buffer_append(numbers, &step, sizeof step, t->err);
+        } else if (!*end) bad = buffer_append(&t->checkpoints, &step, sizeof step, t->err);
     }
     if (open_directory) closedir(open_directory);
-    if (numbers->size)
-        qsort(numbers->data, numbers->size / sizeof(size_t), sizeof(size_t), by_number);
+    if (t->checkpoints.size)
+        qsort(t->checkpoints.data, t->checkpoints.size / sizeof(size_t), sizeof(size_t), by_number);
     return bad;
 }
 
@@ -9906,19 +9880,15 @@ static const char *checkpoint_path(Trainer *t, size_t step, const char *suffix) 
     return path_join(&t->region, t->options->output_dir, name, t->err);
 }
 
-// Keeps the newest save_total_limit checkpoints, and always the best one.
-static int remove_old_checkpoints(Trainer *t) {
-    Buffer numbers = {.allocator = &t->q->allocator};
-    if (!t->options->save_total_limit) return 0;
-    int bad = list_checkpoints(t, t->options->output_dir, &numbers);
-    const size_t *steps = (const size_t *)(const void *)numbers.data;
-    size_t n = numbers.size / sizeof *steps, keep = t->options->save_total_limit;
-    for (size_t i = 0; !bad && i + keep < n; i++) {
+// Removes all checkpoints but the newest `keep` and the best one.
+static int remove_checkpoints(Trainer *t, size_t keep) {
+    if (list_checkpoints(t)) return -1;
+    const size_t *steps = (const size_t *)(const void *)t->checkpoints.data;
+    for (size_t n = t->checkpoints.size / sizeof *steps, i = 0; i + keep < n; i++) {
         const char *path = checkpoint_path(t, steps[i], "");
         if (path && steps[i] != t->best_step) remove_directory(path, &t->region);
     }
-    buffer_free(&numbers);
-    return bad;
+    return 0;
 }
 
 static int save_checkpoint(Trainer *t) {
@@ -9934,55 +9904,46 @@ static int save_checkpoint(Trainer *t) {
     }
     sync_directory(path);
     t->saved_step = t->step;
-    return remove_old_checkpoints(t) || write_log(t, true);
+    size_t limit = t->options->save_total_limit;
+    return (limit && remove_checkpoints(t, limit)) || write_log(t, true);
 }
 
-// Reads one block of known or bounded length; false when the file ends or is damaged.
-static bool state_read(const File *file, size_t *at, void *out, size_t n, uint64_t *hash) {
-    if (n > file->size - *at || file_read(file, out, n, *at, NULL)) return false;
-    *hash = checksum(*hash, out, n);
-    *at += n;
-    return true;
-}
+// What a state file says; the pointers point into `file`.
+typedef struct {
+    Buffer file;
+    const Json *header;
+    const char *log, *values;
+    size_t log_size, values_size;
+} State;
 
-static bool state_read_block(const File *file, size_t *at, char **out, size_t *n, Region *region,
-                             uint64_t *hash) {
-    uint64_t length;
-    if (!state_read(file, at, &length, sizeof length, hash) || length > file->size - *at)
-        return false;
-    *n = (size_t)length;
-    *out = region_alloc(region, *n + 1, 1, NULL);
-    return *out && state_read(file, at, *out, *n, hash);
-}
-
-typedef struct { const Json *header; char *log, *values[3]; size_t log_size, value_size; } State;
-
-// Reads a state file completely before anything of it is used. False if any byte is wrong.
+// False if any byte of the file is wrong.
 static bool read_state(const char *path, State *state, Region *region) {
-    File file;
-    char magic[8], *header;
-    size_t at = 0, n;
-    uint64_t hash = 1, stored;
-    if (file_open(&file, path, NULL)) return false;
-    bool ok = state_read(&file, &at, magic, sizeof magic, &hash) &&
-              memcmp(magic, state_magic, sizeof magic) == 0 &&
-              state_read_block(&file, &at, &header, &n, region, &hash) &&
-              (state->header = json_parse(header, n, path, 1, region, NULL)) != NULL &&
-              state_read_block(&file, &at, &state->log, &state->log_size, region, &hash);
-    for (int i = 0; ok && i < 3; i++) {
-        ok = state_read_block(&file, &at, &state->values[i], &n, region, &hash) &&
-             (i == 0 || n == state->value_size);
-        state->value_size = n;
-    }
-    ok = ok && file.size - at == sizeof stored &&
-         !file_read(&file, &stored, sizeof stored, at, NULL) && stored == hash;
-    file_close(&file);
-    return ok;
+    StateHead head;
+    uint64_t stored;
+    if (read_whole_file(path, SIZE_MAX / 4, &state->file, NULL) ||
+        state->file.size < sizeof head + sizeof stored)
+        return false;
+    const char *data = state->file.data, *text = data + sizeof head;
+    size_t room = state->file.size - sizeof head - sizeof stored;
+    memcpy(&head, data, sizeof head);
+    memcpy(&stored, text + room, sizeof stored);
+    if (memcmp(head.magic, state_magic, sizeof state_magic) || head.text > room ||
+        checksum(1, data, sizeof head + room) != stored)
+        return false;
+    const char *newline = memchr(text, '\n', (size_t)head.text);
+    if (!newline) return false;
+    state->values = text + head.text;
+    state->values_size = room - (size_t)head.text;
+    state->log = newline + 1;
+    state->log_size = (size_t)(state->values - state->log);
+    state->header = json_parse(text, (size_t)(newline - text), path, 1, region, NULL);
+    return state->header != NULL;
 }
 
 // Continues from a state if it belongs to this run.
 static int apply_state(Trainer *t, const State *state, const char *path) {
     Transformer *m = &t->q->transformer;
+    size_t bytes = m->n_parameters * sizeof(real);
     const char *settings = json_get_text(state->header, "settings");
     if (!settings || strcmp(settings, t->settings)) {
         size_t i = 0;
@@ -9993,36 +9954,35 @@ static int apply_state(Trainer *t, const State *state, const char *path) {
                     "with the same ones",
                     path, settings ? settings + i : "none", t->settings + i);
     }
-    if (state->value_size != m->n_parameters * sizeof(real) ||
+    if (state->values_size != 3 * bytes ||
         !json_to_size(json_get(state->header, "step"), &t->step) || t->step > t->steps ||
         !json_to_size(json_get(state->header, "best_step"), &t->best_step))
         return fail(t->err, "%s: does not fit this model", path);
     t->evaluated = json_get_bool(state->header, "evaluated", true);
     json_to_double(json_get(state->header, "best_loss"), &t->best_loss);
     if (t->best_loss < 0) t->best_loss = INFINITY;
-    upload(m->dev, m->parameters, state->values[0], state->value_size);
-    upload(m->dev, m->moment1, state->values[1], state->value_size);
-    upload(m->dev, m->moment2, state->values[2], state->value_size);
+    upload(m->dev, m->parameters, state->values, bytes);
+    upload(m->dev, m->moment1, state->values + bytes, bytes);
+    upload(m->dev, m->moment2, state->values + 2 * bytes, bytes);
     t->saved_step = t->step;
     return buffer_append(&t->log, state->log, state->log_size, t->err);
 }
 
 // Goes on from the newest good checkpoint; damaged ones are passed over, and said so.
 static int resume(Trainer *t) {
-    Buffer numbers = {.allocator = &t->q->allocator};
-    int bad = list_checkpoints(t, t->options->output_dir, &numbers);
-    const size_t *steps = (const size_t *)(const void *)numbers.data;
-    for (size_t i = numbers.size / sizeof *steps; !bad && i-- > 0;) {
+    int bad = list_checkpoints(t);
+    const size_t *steps = (const size_t *)(const void *)t->checkpoints.data;
+    bool good = false;
+    for (size_t i = t->checkpoints.size / sizeof *steps; !bad && !good && i-- > 0;) {
         Region region = {.allocator = &t->q->allocator};
-        State state = {0};
+        State state = {.file.allocator = &t->q->allocator};
         const char *path = checkpoint_path(t, steps[i], "/state.bin");
-        bool good = path && read_state(path, &state, &region);
+        good = path && read_state(path, &state, &region);
         if (good) bad = apply_state(t, &state, path);
         else if (path) tell(t->options, "%s is damaged; trying the checkpoint before it", path);
+        buffer_free(&state.file);
         region_free(&region);
-        if (good) break;
     }
-    buffer_free(&numbers);
     if (!bad && t->step) tell(t->options, "resuming after step %zu of %zu", t->step, t->steps);
     else if (!bad) tell(t->options, "no checkpoint in %s yet: starting at the beginning",
                         t->options->output_dir);
@@ -10046,8 +10006,7 @@ static int log_step(Trainer *t, const qlora_progress *p) {
 // to this epoch.
 static int read_back(Trainer *t) {
     Device *dev = &t->q->device;
-    size_t n = t->n_pending, per_step = t->options->per_device_train_batch_size *
-                                        t->options->gradient_accumulation_steps;
+    size_t n = t->n_pending;
     if (!n) return 0;
     t->n_pending = 0;
     dev->ops->download(dev, t->seen, t->records, n * sizeof *t->seen);
@@ -10057,15 +10016,11 @@ static int read_back(Trainer *t) {
     for (size_t i = 0; i < n; i++) {
         const StepRecord *record = &t->seen[i];
         qlora_progress *p = &t->pending[i];
-        size_t step = p->step - 1, first = step % t->steps_per_epoch * per_step;
         p->loss = record->loss / (double)p->supervised;
         p->grad_norm = sqrt(record->squares);
         p->seconds = seconds;
         if (record->refused)
-            return not_finite(t, isfinite(record->loss) ? "gradient" : "loss", step,
-                              t->order + t->pack[first],
-                              t->pack[min_size(first + per_step, t->train.n_packs)] -
-                                  t->pack[first]);
+            return not_finite(t, isfinite(record->loss) ? "gradient" : "loss", p->step - 1);
         if (log_step(t, p)) return -1;
     }
     return 0;
@@ -10073,21 +10028,20 @@ static int read_back(Trainer *t) {
 
 // Scores the held-out samples, if there are any, and remembers the best step.
 static int evaluate_and_log(Trainer *t) {
-    Score score;
+    qlora_score s;
     if (!t->val.n) return 0;
-    int stopped = evaluate(t, &t->val, &score);
+    int stopped = evaluate(t, &t->val, &s);
     if (stopped) return stopped;
-    double loss = mean_loss(&score), accuracy = (double)score.hits / (double)score.tokens;
     tell(t->options,
-         "held-out loss %.4f +- %.4f, perplexity %.2f, %.1f %% of tokens right (step %zu)", loss,
-         standard_error(&score), exp(loss), 100 * accuracy, t->step);
-    if (loss < t->best_loss && t->step) {
-        t->best_loss = loss;
+         "held-out loss %.4f +- %.4f, perplexity %.2f, %.1f %% of tokens right (step %zu)", s.loss,
+         s.standard_error, s.perplexity, 100 * s.accuracy, t->step);
+    if (s.loss < t->best_loss && t->step) {
+        t->best_loss = s.loss;
         t->best_step = t->step;
     }
     return buffer_printf(&t->log, t->err, "{\"step\": %zu, \"epoch\": %.4f, \"eval_loss\": %.6f, "
                          "\"eval_mean_token_accuracy\": %.6f}\n", t->step,
-                         (double)t->step / (double)t->steps_per_epoch, loss, accuracy);
+                         (double)t->step / (double)t->steps_per_epoch, s.loss, s.accuracy);
 }
 
 // Stopping keeps the last completed step.
@@ -10117,13 +10071,11 @@ static int after_step(Trainer *t) {
 }
 
 static int train_loop(Trainer *t) {
-    const qlora_train_options *o = t->options;
-    size_t per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
     size_t epoch = SIZE_MAX;
     int bad;
     while (!(bad = after_step(t)) && t->step < t->steps) {
-        size_t first = t->step % t->steps_per_epoch * per_step;
-        size_t n = min_size(per_step, t->train.n_packs - first);
+        size_t first = t->step % t->steps_per_epoch * t->per_step;
+        size_t n = min_size(t->per_step, t->train.n_packs - first);
         qlora_progress p = {.step = t->step + 1, .steps = t->steps,
                             .epoch = (double)(t->step + 1) / (double)t->steps_per_epoch};
         if (t->step / t->steps_per_epoch != epoch) {
@@ -10131,7 +10083,7 @@ static int train_loop(Trainer *t) {
             order_epoch(t, epoch);
         }
         if (!t->n_pending) t->window_began = now_seconds();
-        bad = train_step(t, t->step, t->pack + first, n, &p);
+        bad = train_step(t, t->step, t->epoch.pack + first, n, &p);
         if (bad) break;
         t->step++;
         t->evaluated = false;
@@ -10177,48 +10129,38 @@ static int split_samples(Trainer *t) {
 static int prepare_training(Trainer *t) {
     const qlora_train_options *o = t->options;
     size_t batch = min_size(o->per_device_train_batch_size, max_size(t->train.n, t->val.n));
-    size_t per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
-    t->steps_per_epoch = ceil_div(t->train.n_packs, per_step);
+    t->per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
+    t->steps_per_epoch = ceil_div(t->train.n_packs, t->per_step);
     double steps = ceil(o->num_train_epochs * (double)t->steps_per_epoch - 1e-9);
     t->steps = o->max_steps ? o->max_steps : (size_t)fmin(steps, 1e9);
     t->warmup = (size_t)ceil((double)o->warmup_ratio * (double)t->steps - 1e-9);
     t->best_loss = INFINITY;
-    if (largest_batch(t, &t->train, batch) || largest_batch(t, &t->val, batch)) return -1;
+    t->window = t->q->device.ops->host ? 1 : min_size(o->logging_steps, MAX_PENDING);
+    if (largest_batch(t, &t->train, batch) || largest_batch(t, &t->val, batch) ||
+        new_list(t, &t->epoch, &t->data, t->train.n))
+        return -1;
     t->shuffled = region_alloc(&t->region, t->train.n_packs, sizeof *t->shuffled, t->err);
-    t->order = region_alloc(&t->region, t->train.n, sizeof *t->order, t->err);
-    t->pack = region_alloc(&t->region, t->train.n_packs + 1, sizeof *t->pack, t->err);
     t->nll = region_alloc(&t->region, t->S, sizeof *t->nll, t->err);
     t->hit = region_alloc(&t->region, t->S, 1, t->err);
-    t->window = t->q->device.ops->host ? 1 : min_size(o->logging_steps, MAX_PENDING);
     t->pending = region_alloc(&t->region, t->window, sizeof *t->pending, t->err);
     t->seen = region_alloc(&t->region, t->window, sizeof *t->seen, t->err);
-    return t->shuffled && t->order && t->pack && t->nll && t->hit && t->pending && t->seen ? 0 : -1;
+    return t->shuffled && t->nll && t->hit && t->pending && t->seen ? 0 : -1;
 }
 
 // Before anything long begins: can the output be written, and is nothing of the user's overwritten?
 static int check_output(Trainer *t) {
     const qlora_train_options *o = t->options;
-    Buffer numbers = {.allocator = &t->q->allocator};
     if (!o->output_dir) return 0;
     if (make_directory(o->output_dir, t->err)) return -1;
     const char *path = path_join(&t->region, o->output_dir, "adapter_model.safetensors", t->err);
-    int bad = !path || list_checkpoints(t, o->output_dir, &numbers);
-    bool taken = !bad && (file_exists(path) || numbers.size);
-    const size_t *steps = (const size_t *)(const void *)numbers.data;
-    if (taken && o->overwrite_output_dir)
-        for (size_t i = 0; i < numbers.size / sizeof *steps; i++) {
-            const char *old = checkpoint_path(t, steps[i], "");
-            if (old) remove_directory(old, &t->region);
-        }
-    else if (taken && !o->resume)
-        bad = fail(t->err,
-                   "%s: there is a run in this directory already; continue it with --resume %s, "
-                   "choose another with --output, or give --overwrite-output-dir",
-                   o->output_dir, o->output_dir);
-    if (!bad && access(o->output_dir, W_OK))
-        bad = fail(t->err, "%s: cannot write here: %s", o->output_dir, strerror(errno));
-    buffer_free(&numbers);
-    return bad ? -1 : 0;
+    if (!path || list_checkpoints(t)) return -1;
+    if (o->overwrite_output_dir && remove_checkpoints(t, 0)) return -1;
+    if (!o->overwrite_output_dir && !o->resume && (file_exists(path) || t->checkpoints.size))
+        return fail(t->err, "%s: there is a run in this directory already; continue it with "
+                    "--resume %s, choose another with --output, or give --overwrite-output-dir",
+                    o->output_dir, o->output_dir);
+    return access(o->output_dir, W_OK)
+               ? fail(t->err, "%s: cannot write here: %s", o->output_dir, strerror(errno)) : 0;
 }
 
 // The adapter, and checkpoints of four times its size, must find room.
@@ -10230,11 +10172,10 @@ static int check_disk(Trainer *t) {
     if (!o->output_dir || statvfs(o->output_dir, &disk)) return 0;
     double need = (double)t->q->transformer.n_parameters * 4 * (4 * (double)saves + 1);
     double room = (double)disk.f_bavail * (double)disk.f_frsize;
-    if (need <= room) return 0;
-    return fail(t->err,
-                "%s: %.0f MB are free, but %zu checkpoints and the adapter need %.0f MB; save less "
-                "often (--save-steps) or keep fewer (--save-total-limit)",
-                o->output_dir, room * 1e-6, saves, need * 1e-6);
+    return need <= room
+               ? 0 : fail(t->err, "%s: %.0f MB are free, but %zu checkpoints and the adapter need "
+                          "%.0f MB; save less often (--save-steps) or keep fewer "
+                          "(--save-total-limit)", o->output_dir, room * 1e-6, saves, need * 1e-6);
 }
 
 // The finding after this one, or the first; NULL at the end.
@@ -10248,10 +10189,8 @@ static void tell_plan(const Trainer *t) {
     const qlora_train_options *o = t->options;
     const Dataset *d = &t->data;
     if (*t->q->note) tell(o, "%s", t->q->note);
-    tell(
-        o,
-        "data: %zu samples (%zu held out), %zu tokens, %zu supervised, %zu ends of turn among them",
-        d->n, t->val.n, d->tokens, d->supervised, d->ends);
+    tell(o, "data: %zu samples (%zu held out), %zu tokens, %zu supervised, %zu ends of turn among "
+         "them", d->n, t->val.n, d->tokens, d->supervised, d->ends);
     for (const Finding *f = next_finding(t, NULL); f; f = next_finding(t, f))
         tell(o, "  %s: %s", severity_names[f->severity], f->text);
     if (t->packing)
@@ -10259,10 +10198,10 @@ static void tell_plan(const Trainer *t) {
              t->train.n_packs, t->how.max_length);
     tell(o, "adapter: r %zu, alpha %g on %s: %zu parameters", o->lora_r, (double)o->lora_alpha,
          o->target_modules, count_parameters(&t->q->transformer));
-    tell(o,
-         "steps: %zu of %zu x %zu %s, %zu an epoch; learning rate %g, %s, %zu steps of warmup",
+    tell(o, "steps: %zu of %zu x %zu %s, %zu an epoch; learning rate %g, %s, %zu steps of warmup",
          t->steps, o->per_device_train_batch_size, o->gradient_accumulation_steps,
-         t->packing ? "packs" : "samples", t->steps_per_epoch, (double)o->learning_rate, o->lr_scheduler_type, t->warmup);
+         t->packing ? "packs" : "samples", t->steps_per_epoch, (double)o->learning_rate,
+         o->lr_scheduler_type, t->warmup);
     tell(o, "memory: %zu MB weights, %zu MB activations (%zu of %zu layers kept, %zu recomputed)",
          t->q->weight_bytes >> 20, t->session.bytes >> 20, t->session.w.kept,
          t->q->transformer.config.L, t->q->transformer.config.L - t->session.w.kept);
@@ -10345,27 +10284,29 @@ static void trainer_close(Trainer *t) {
     buffer_free(&t->val_paths);
     buffer_free(&t->findings);
     buffer_free(&t->log);
+    buffer_free(&t->checkpoints);
     region_free(&t->region);
+}
+
+static int open_session(Trainer *t) {
+    SessionShape shape = {.T = t->T, .S = t->S, .n_spans = t->n_spans, .max_span = t->T,
+                          .training = true};
+    return session_open(&t->session, t->q, shape, t->err);
 }
 
 // The run itself, when all is checked.
 static int run_training(Trainer *t) {
     const qlora_train_options *o = t->options;
-    SessionShape shape = {.T = t->T, .S = t->S, .n_spans = t->n_spans, .max_span = t->T,
-                          .training = true};
     Device *dev = &t->q->device;
     size_t bytes = t->window * sizeof *t->records;
-    if (session_open(&t->session, t->q, shape, t->err)) return -1;
+    if (open_session(t)) return -1;
     tell_plan(t);
     describe_settings(t);
     t->records = dev->ops->allocate(dev, bytes, t->err);
     int bad = !t->records || check_disk(t) || (o->output_dir && write_run(t, o->output_dir)) ||
-                      (o->resume && resume(t))
-                  ? -1
-                  : 0;
-    if (!bad) bad = train_loop(t);
-    if (!bad && o->output_dir)
-        bad = save_outputs(t, o->output_dir) || write_log(t, true) || write_plot(t) ? -1 : 0;
+              (o->resume && resume(t)) || train_loop(t) ||
+              (o->output_dir &&
+               (save_outputs(t, o->output_dir) || write_log(t, true) || write_plot(t)));
     dev->ops->release(dev, t->records, bytes);
     session_close(&t->session);
     return bad;
@@ -10374,7 +10315,8 @@ static int run_training(Trainer *t) {
 static Trainer new_trainer(qlora_model *q, const qlora_train_options *o, qlora_error *err) {
     const qlora_allocator *a = &q->allocator;
     return (Trainer){.q = q, .options = o, .err = err, .region.allocator = a, .log.allocator = a,
-                     .paths.allocator = a, .val_paths.allocator = a, .findings.allocator = a};
+                     .paths.allocator = a, .val_paths.allocator = a, .findings.allocator = a,
+                     .checkpoints.allocator = a};
 }
 
 int qlora_train(qlora_model *q, const char *data, const qlora_train_options *options,
@@ -10419,30 +10361,20 @@ int qlora_evaluate(qlora_model *q, const char *data, const qlora_train_options *
                    qlora_score *result, qlora_error *err) {
     qlora_train_options o = options ? *options : qlora_default_train_options();
     Trainer t = new_trainer(q, &o, err);
-    Score score;
     size_t bytes = 0;
     o.val_split = 0;
     o.packing = "none";
     *result = (qlora_score){0};
-    if (check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err)) return -1;
-    int bad = open_data(&t, data, true) || dataset_usable(&t.data, &t.how, err) ||
-              prepare_training(&t) || supervised_bytes(&t, &bytes);
+    int bad = check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err) ||
+              open_data(&t, data, true) || dataset_usable(&t.data, &t.how, err) ||
+              prepare_training(&t) || supervised_bytes(&t, &bytes) || open_session(&t);
     if (!bad) {
-        SessionShape shape = {.T = t.T, .S = t.S, .n_spans = t.n_spans, .max_span = t.T,
-                              .training = true};
-        bad = session_open(&t.session, q, shape, err);
-        if (!bad) {
-            bad = evaluate(&t, &t.train, &score);
-            session_close(&t.session);
-            if (bad == STOPPED) bad = fail(err, "stopped while scoring");
-        }
+        bad = evaluate(&t, &t.train, result);
+        session_close(&t.session);
+        if (bad == STOPPED) bad = fail(err, "stopped while scoring");
     }
-    if (!bad) {
-        double loss = mean_loss(&score);
-        *result = (qlora_score){loss, standard_error(&score), exp(loss),
-                                bytes ? score.nll / log(2) / (double)bytes : 0,
-                                (double)score.hits / (double)score.tokens, score.tokens, t.train.n};
-    }
+    if (!bad && bytes)
+        result->bits_per_byte = result->loss * (double)result->tokens / log(2) / (double)bytes;
     trainer_close(&t);
     return bad ? -1 : 0;
 }
@@ -11452,19 +11384,19 @@ static int recorded_quant(Arguments *a, qlora_error *err) {
     const Json *run = read_json(a->adapter ? a->adapter : a->path, "run.json", 1 << 24, &a->region,
                                 &found, err);
     const char *name = json_get_text(run, "quant");
-    a->options.quant = name && strcmp(name, "nf4") == 0 ? QLORA_QUANT_NF4
-                     : name && strcmp(name, "fp4") == 0 ? QLORA_QUANT_FP4 : QLORA_QUANT_NONE;
+    int quant = QLORA_QUANT_NONE;
+    if (name) choose(quant_names, 3, name, "quant", &quant, NULL);
+    a->options.quant = quant < 3 ? (qlora_quant)quant : QLORA_QUANT_NONE;
     if (a->double_quant < 0) a->double_quant = json_get_bool(run, "double_quant", true);
     return found && !run ? -1 : 0;
 }
 
 // What follows from the arguments together, before a file is opened.
 static int finish_arguments(Arguments *a, int command, qlora_error *err) {
-    static const char *const quants[] = {"none", "nf4", "fp4"};
     static const char *const computes[] = {"auto", "f32", "bf16"};
     int quant = command == CMD_INIT ? QLORA_QUANT_NONE : QLORA_QUANT_NF4;
     int compute = QLORA_COMPUTE_AUTO;
-    if ((a->quant && choose(quants, 3, a->quant, "--quant", &quant, err)) ||
+    if ((a->quant && choose(quant_names, 3, a->quant, "--quant", &quant, err)) ||
         (a->compute && choose(computes, 3, a->compute, "--compute", &compute, err)))
         return -1;
     if (command == CMD_GENERATE && !a->prompt == !a->data)
