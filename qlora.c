@@ -6851,10 +6851,17 @@ static void count(Tally *tally, size_t line, uint32_t file) {
 
 // ----------------------------------------------------------------------- from a record to messages
 
+// Where the messages of a record go. Their texts lie in the region.
+typedef struct { Buffer *messages; Region *region; qlora_error *err; } RecordReader;
+
+// The white space of JSON, which NUL and others are not.
+static size_t skip_space(const char *text, size_t at, size_t end) {
+    while (at < end && memchr(" \t\r\n", text[at], 4)) at++;
+    return at;
+}
+
 static bool blank(const char *text, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        if (!memchr(" \t\r\n", text[i], 4)) return false;
-    return true;
+    return skip_space(text, 0, n) == n;
 }
 
 // What the models' own templates would write elsewhere, or train in another way. To leave it out in
@@ -6862,20 +6869,18 @@ static bool blank(const char *text, size_t n) {
 static int refuse_keys(const Json *object, qlora_error *err) {
     static const char tool[] = "tool calls", media[] = "images, video and sound",
                       preference[] = "preference data (DPO, KTO)";
-    static const struct { const char *key, *what; bool may_be_bool; } rows[] = {
-        {"tools", tool, false}, {"functions", tool, false}, {"tool_calls", tool, false},
-        {"function_call", tool, false}, {"images", media, false}, {"videos", media, false},
-        {"audios", media, false}, {"chosen", preference, true}, {"rejected", preference, true},
-        {"kto_tag", preference, true}, {"label", preference, true}};
+    static const struct { const char *key, *what; } rows[] = {
+        {"tools", tool}, {"functions", tool}, {"tool_calls", tool}, {"function_call", tool},
+        {"images", media}, {"videos", media}, {"audios", media}, {"chosen", preference},
+        {"rejected", preference}, {"kto_tag", preference}, {"label", preference}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         const Json *value = json_get(object, rows[i].key);
-        bool text = json_is(value, JSON_STRING), truth = json_is(value, JSON_TRUE) ||
-                                                         json_is(value, JSON_FALSE);
-        // LLaMA-Factory writes an empty list of tools as the text "[]".
-        if (text && strcmp(rows[i].key, "label") == 0) continue;      // a class, not a verdict
-        if (value && (value->count || (rows[i].may_be_bool && truth) ||
-                      (text && strspn(value->text, "[]{} \n") != value->length)))
-            return fail(err, "\"%s\": %s are not supported", rows[i].key, rows[i].what);
+        if (!value) continue;
+        bool text = value->kind == JSON_STRING, full = value->count > 0;
+        // LLaMA-Factory writes an empty list of tools as the text "[]"; a label in words is a class.
+        if (text) full = strspn(value->text, "[]{} \n") < value->length && strcmp(rows[i].key, "label");
+        if (rows[i].what == preference) full |= value->kind == JSON_TRUE || value->kind == JSON_FALSE;
+        if (full) return fail(err, "\"%s\": %s are not supported", rows[i].key, rows[i].what);
     }
     return 0;
 }
@@ -6889,20 +6894,28 @@ static void list_keys(char out[400], const Json *object) {
     if (!n) snprintf(out, 400, "(none)");
 }
 
-// The text of a member: an empty one if it is absent or null and need not be there. In a list of
-// parts, as OpenAI writes them, every part must be text.
-static int get_text(Message *out, const Json *object, const char *key, bool needed, Region *region,
-                    qlora_error *err) {
-    const Json *value = key ? json_get(object, key) : NULL;
-    bool absent = !value || value->kind == JSON_NULL;
-    char keys[400];
+// The text of one of the parts that OpenAI makes a text of; NULL with a message if it is no text.
+static const Json *part_text(const Json *part, const char *key, qlora_error *err) {
+    const Json *text = json_get(part, json_get(part, "text") ? "text" : "value");
+    const char *type = json_get_text(part, "type");
+    if (json_is(text, JSON_STRING) && type && strcmp(type, "text") == 0) return text;
+    fail(err, "\"%s\": expected a string or parts of type \"text\", found %s", key,
+         type ? type : "a part without \"type\"");
+    return NULL;
+}
+
+// The text of a member: a string or a list of parts; empty if it is not there and need not be.
+static int get_text(RecordReader *r, Message *out, const Json *object, const char *key,
+                    bool needed) {
+    const Json *value = key ? json_get(object, key) : NULL, *text;
+    char keys[400], *joined;
     size_t room = 1;
     out->content = "";
     out->length = 0;
-    if (absent && !needed) return 0;
+    if (!needed && (!value || value->kind == JSON_NULL)) return 0;
     if (!value) {
         list_keys(keys, object);
-        return fail(err, "expected \"%s\", found the keys %s", key, keys);
+        return fail(r->err, "expected \"%s\", found the keys %s", key, keys);
     }
     if (value->kind == JSON_STRING) {
         out->content = value->text;
@@ -6910,24 +6923,27 @@ static int get_text(Message *out, const Json *object, const char *key, bool need
         return 0;
     }
     if (value->kind != JSON_ARRAY)
-        return fail(err, "\"%s\": expected a string, found %s", key, json_kind_name(value->kind));
+        return fail(r->err, "\"%s\": expected a string, found %s", key,
+                    json_kind_name(value->kind));
     for (const Json *part = value->first; part; part = part->next) {
-        const Json *text = json_get(part, json_get(part, "text") ? "text" : "value");
-        const char *type = json_get_text(part, "type");
-        if (!json_is(text, JSON_STRING) || !type || strcmp(type, "text"))
-            return fail(err, "\"%s\": expected a string or parts of type \"text\", found %s", key,
-                        type ? type : "a part without \"type\"");
+        if (!(text = part_text(part, key, r->err))) return -1;
         room += text->length;
     }
-    char *joined = region_alloc(region, room, 1, err);
-    if (!joined) return -1;
+    if (!(joined = region_alloc(r->region, room, 1, r->err))) return -1;
     out->content = joined;
     for (const Json *part = value->first; part; part = part->next) {
-        const Json *text = json_get(part, json_get(part, "text") ? "text" : "value");
+        text = part_text(part, key, r->err);
         memcpy(joined + out->length, text->text, text->length);
         out->length += text->length;
     }
     return 0;
+}
+
+// Appends the text of a member as a message; one that need not be there only if it says something.
+static int push_text(RecordReader *r, int role, const Json *object, const char *key, bool needed) {
+    Message m = {.role = role_names[role]};
+    if (get_text(r, &m, object, key, needed)) return -1;
+    return needed || m.length ? buffer_append(r->messages, &m, sizeof m, r->err) : 0;
 }
 
 // "train": false, or OpenAI's "weight": 0 (others say loss_weight): this message is not learnt.
@@ -6936,24 +6952,25 @@ static int get_weight(Message *m, const Json *turn, qlora_error *err) {
     for (size_t i = 0; i < 3; i++) {
         const Json *value = json_get(turn, keys[i]);
         double weight;
-        if (!value || value->kind == JSON_NULL || (i == 0 && value->kind == JSON_TRUE)) continue;
-        if (i == 0 ? value->kind == JSON_FALSE : json_to_double(value, &weight) && weight == 0)
-            m->skip = true;
-        else if (i == 0 || !json_to_double(value, &weight) || weight != 1)
+        if (!value || value->kind == JSON_NULL) continue;
+        if (i == 0) weight = value->kind == JSON_TRUE ? 1 : value->kind == JSON_FALSE ? 0 : -1;
+        else if (!json_to_double(value, &weight)) weight = -1;
+        if (weight != 0 && weight != 1)
             return fail(err, "\"%s\": expected %s, found %.40s", keys[i],
                         i ? "0 or 1" : "true or false",
                         value->text ? value->text : json_kind_name(value->kind));
+        m->skip |= weight == 0;
     }
     return 0;
 }
 
 // {"role", "content"} or {"from", "value"}; roles by any of the names in use.
-static int read_turn(Message *m, const Json *turn, Region *region, qlora_error *err) {
+static int read_turn(RecordReader *r, Message *m, const Json *turn) {
     static const struct { const char *name; int role; } names[] = {
         {"user", ROLE_USER}, {"human", ROLE_USER}, {"assistant", ROLE_ASSISTANT},
         {"gpt", ROLE_ASSISTANT}, {"model", ROLE_ASSISTANT}, {"system", ROLE_SYSTEM},
         {"tool", N_ROLES}, {"function", N_ROLES}, {"function_call", N_ROLES},
-        {"observation", N_ROLES}};
+        {"observation", N_ROLES}};              // of tools
     enum { N_NAMES = sizeof names / sizeof *names };
     bool from = !json_get(turn, "role") && json_get(turn, "from");
     const char *given = json_get_text(turn, from ? "from" : "role");
@@ -6961,79 +6978,65 @@ static int read_turn(Message *m, const Json *turn, Region *region, qlora_error *
     if (!given) {
         char keys[400];
         list_keys(keys, turn);
-        return fail(err, "expected \"role\" and \"content\", or \"from\" and \"value\", found the "
+        return fail(r->err, "expected \"role\" and \"content\", or \"from\" and \"value\", found the "
                     "keys %s", keys);
     }
     while (i < N_NAMES && strcmp(given, names[i].name)) i++;
     if (i == N_NAMES)
-        return fail(err, "role \"%.60s\" is not supported; expected system, user (human) or "
+        return fail(r->err, "role \"%.60s\" is not supported; expected system, user (human) or "
                     "assistant (gpt)", given);
     if (names[i].role == N_ROLES)
-        return fail(err, "role \"%s\": tool calls are not supported", given);
+        return fail(r->err, "role \"%s\": tool calls are not supported", given);
     m->role = role_names[names[i].role];
-    return refuse_keys(turn, err) || get_weight(m, turn, err) ||
-           get_text(m, turn, from ? "value" : "content", true, region, err) ? -1 : 0;
-}
-
-static int read_system(Buffer *messages, const RecordFormat *format, const Json *record,
-                       Region *region, qlora_error *err) {
-    Message system = {.role = role_names[ROLE_SYSTEM]};
-    if (get_text(&system, record, format->system, false, region, err)) return -1;
-    return system.length ? buffer_append(messages, &system, sizeof system, err) : 0;
+    return refuse_keys(turn, r->err) || get_weight(m, turn, r->err) ||
+           get_text(r, m, turn, from ? "value" : "content", true) ? -1 : 0;
 }
 
 // Turns are objects, or plain strings that alternate between user and assistant.
-static int read_list(Buffer *messages, const RecordFormat *format, const Json *record,
-                     Region *region, qlora_error *err) {
+static int read_list(RecordReader *r, const RecordFormat *format, const Json *record) {
     const Json *list = json_get(record, format->list);
     size_t number = 0;
     if (list->kind != JSON_ARRAY)
-        return fail(err, "\"%s\": expected an array, found %s", format->list,
+        return fail(r->err, "\"%s\": expected an array, found %s", format->list,
                     json_kind_name(list->kind));
-    if (read_system(messages, format, record, region, err)) return -1;
-    for (const Json *turn = list->first; turn; turn = turn->next, number++) {
-        Message m = {role_names[number % 2 ? ROLE_ASSISTANT : ROLE_USER], turn->text, turn->length,
-                     false, 0};
+    if (push_text(r, ROLE_SYSTEM, record, format->system, false)) return -1;
+    for (const Json *turn = list->first; turn; turn = turn->next) {
+        Message m = {role_names[number++ % 2 ? ROLE_ASSISTANT : ROLE_USER], turn->text,
+                     turn->length, false, 0};
         qlora_error inner = {{0}};
-        if (turn->kind == JSON_OBJECT && read_turn(&m, turn, region, &inner))
-            return fail(err, "message %zu: %s", number + 1, inner.text);
+        RecordReader reader = {r->messages, r->region, &inner};
+        if (turn->kind == JSON_OBJECT && read_turn(&reader, &m, turn))
+            return fail(r->err, "message %zu: %s", number, inner.text);
         if (turn->kind != JSON_OBJECT && turn->kind != JSON_STRING)
-            return fail(err, "message %zu: expected an object or a string, found %s", number + 1,
+            return fail(r->err, "message %zu: expected an object or a string, found %s", number,
                         json_kind_name(turn->kind));
-        if (buffer_append(messages, &m, sizeof m, err)) return -1;
+        if (buffer_append(r->messages, &m, sizeof m, r->err)) return -1;
     }
     return 0;
 }
 
 // Earlier exchanges: [["question", "answer"], ...].
-static int read_history(Buffer *messages, const Json *history, qlora_error *err) {
-    static const char expected[] = "\"history\": expected pairs [user, assistant] of strings";
-    if (!history || history->kind == JSON_NULL) return 0;
-    if (history->kind != JSON_ARRAY) return fail(err, "%s", expected);
-    for (const Json *pair = history->first; pair; pair = pair->next) {
-        Message m = {.role = role_names[ROLE_USER]};
-        if (pair->kind != JSON_ARRAY || pair->count != 2) return fail(err, "%s", expected);
-        for (const Json *text = pair->first; text; text = text->next) {
-            if (text->kind != JSON_STRING) return fail(err, "%s", expected);
-            m.content = text->text;
-            m.length = text->length;
-            if (buffer_append(messages, &m, sizeof m, err)) return -1;
-            m.role = role_names[ROLE_ASSISTANT];
+static int read_history(RecordReader *r, const Json *history) {
+    bool ok = !history || history->kind == JSON_ARRAY || history->kind == JSON_NULL;
+    for (const Json *pair = history ? history->first : NULL; pair && ok; pair = pair->next) {
+        int role = ROLE_USER;
+        ok = pair->kind == JSON_ARRAY && pair->count == 2;
+        for (const Json *text = pair->first; text && ok; text = text->next, role = ROLE_ASSISTANT) {
+            Message m = {role_names[role], text->text, text->length, false, 0};
+            ok = text->kind == JSON_STRING;
+            if (ok && buffer_append(r->messages, &m, sizeof m, r->err)) return -1;
         }
     }
-    return 0;
+    return ok ? 0 : fail(r->err, "\"history\": expected pairs [user, assistant] of strings");
 }
 
 // Instruction and input make one user's message, with a newline between where both say something.
-static int read_columns(Buffer *messages, const RecordFormat *format, const Json *record,
-                        Region *region, qlora_error *err) {
+static int read_columns(RecordReader *r, const RecordFormat *format, const Json *record) {
     Message user = {.role = role_names[ROLE_USER]}, more = user;
-    Message assistant = {.role = role_names[ROLE_ASSISTANT]};
-    if (get_text(&user, record, format->user, true, region, err) ||
-        get_text(&more, record, format->more, false, region, err) ||
-        get_text(&assistant, record, format->assistant, true, region, err))
+    if (get_text(r, &user, record, format->user, true) ||
+        get_text(r, &more, record, format->more, false))
         return -1;
-    char *joined = region_alloc(region, user.length + more.length + 1, 1, err);
+    char *joined = region_alloc(r->region, user.length + more.length + 1, 1, r->err);
     if (!joined) return -1;
     memcpy(joined, user.content, user.length);
     if (user.length && more.length) {
@@ -7043,13 +7046,10 @@ static int read_columns(Buffer *messages, const RecordFormat *format, const Json
     memcpy(joined + user.length, more.content, more.length);
     user.content = joined;
     user.length += more.length;
-    return read_system(messages, format, record, region, err) ||
-                   (format->history &&
-                    read_history(messages, json_get(record, format->history), err)) ||
-                   buffer_append(messages, &user, sizeof user, err) ||
-                   buffer_append(messages, &assistant, sizeof assistant, err)
-               ? -1
-               : 0;
+    return push_text(r, ROLE_SYSTEM, record, format->system, false) ||
+           (format->history && read_history(r, json_get(record, format->history))) ||
+           buffer_append(r->messages, &user, sizeof user, r->err) ||
+           push_text(r, ROLE_ASSISTANT, record, format->assistant, true) ? -1 : 0;
 }
 
 // The first key with a text whose name sounds like one of the words, or the n-th with a text.
@@ -7081,14 +7081,14 @@ static int unknown_format(const Json *record, qlora_error *err) {
                 "with \"completion\", \"input\" with \"output\", \"text\"", keys, hint);
 }
 
-// Appends the messages of a record and says in which format it was. Their texts lie in the region.
-// Raw text is one message without a role.
-static int read_record(Buffer *messages, size_t *format, const Json *record,
-                       const DatasetOptions *o, Region *region, qlora_error *err) {
+// Reads the messages of a record and says in which format it was. Raw text is one message without
+// a role.
+static int read_record(RecordReader *r, size_t *format, const Json *record,
+                       const DatasetOptions *o) {
     RecordFormat f = o->fields;
     size_t i = N_RECORD_FORMATS;
     if (record->kind != JSON_OBJECT)
-        return fail(err, "expected an object, found %s", json_kind_name(record->kind));
+        return fail(r->err, "expected an object, found %s", json_kind_name(record->kind));
     if (!f.user)
         for (i = 0; i < N_RECORD_FORMATS; i++) {
             f = record_formats[i];
@@ -7096,26 +7096,20 @@ static int read_record(Buffer *messages, size_t *format, const Json *record,
             if (json_get(record, first) && (!f.assistant || json_get(record, f.assistant))) break;
         }
     *format = i;
-    if ((i == N_RECORD_FORMATS || !f.text) && refuse_keys(record, err)) return -1;
-    if (i == N_RECORD_FORMATS && !o->fields.user) return unknown_format(record, err);
+    if ((i == N_RECORD_FORMATS || !f.text) && refuse_keys(record, r->err)) return -1;
+    if (i == N_RECORD_FORMATS && !o->fields.user) return unknown_format(record, r->err);
     if (o->system) f.system = o->system;
-    if (f.list) return read_list(messages, &f, record, region, err);
-    if (f.user) return read_columns(messages, &f, record, region, err);
+    if (f.list) return read_list(r, &f, record);
+    if (f.user) return read_columns(r, &f, record);
     Message m = {.role = NULL};
-    return get_text(&m, record, f.text, true, region, err) ||
-           buffer_append(messages, &m, sizeof m, err) ? -1 : 0;
+    return get_text(r, &m, record, f.text, true) ||
+           buffer_append(r->messages, &m, sizeof m, r->err) ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------- from a file to records
 
 // Where a record's text lies; line_start is where the line begins on which the record begins.
 typedef struct { size_t start, end, line_start, line; } RecordPlace;
-
-// The white space of JSON, which NUL and others are not.
-static size_t skip_space(const char *text, size_t at, size_t end) {
-    while (at < end && memchr(" \t\r\n", text[at], 4)) at++;
-    return at;
-}
 
 // Moves the start, counting lines on the way.
 static void move_on(RecordPlace *place, const char *text, size_t to) {
@@ -7281,6 +7275,7 @@ static void encode_record(void *arguments, size_t task, int thread) {
     Region region = {.allocator = job->options->allocator};
     Buffer messages = {.allocator = job->options->allocator};
     qlora_error inner = {{0}};
+    RecordReader reader = {&messages, &region, &inner};
     // The parser's text starts with the line, not with the record, so that it counts columns right.
     JsonParser p = {job->path, job->text + place->line_start, job->text + place->start,
                     job->text + place->end, place->line, 0, &region, &out->err};
@@ -7293,8 +7288,7 @@ static void encode_record(void *arguments, size_t task, int thread) {
         out->format = N_RECORD_FORMATS;
         out->bad = (job->chat->n_holes
                         ? prompt_fill(job->chat, &messages, record, &region, &inner)
-                        : read_record(&messages, &out->format, record, job->options, &region,
-                                      &inner)) ||
+                        : read_record(&reader, &out->format, record, job->options)) ||
                    encode_messages(job, (Message *)(void *)messages.data,
                                    messages.size / sizeof(Message), out, &inner);
         if (out->bad) json_fail(&p, job->text + place->start, inner.text);
@@ -7319,19 +7313,18 @@ static Kept truncate_sample(const int32_t *ids, size_t n, const DatasetOptions *
 }
 
 static int append_ids(Dataset *d, const EncodedRecord *e, Kept kept, qlora_error *err) {
-    size_t first = d->learn_buffer.size, unit = sizeof(int32_t);
+    size_t n = kept.to - kept.from, unit = sizeof *d->ids;
     if (buffer_append(&d->id_buffer, e->ids.data, kept.head * unit, err) ||
-        buffer_append(&d->id_buffer, e->ids.data + kept.from * unit, (kept.to - kept.from) * unit,
-                      err) ||
+        buffer_append(&d->id_buffer, e->ids.data + kept.from * unit, n * unit, err) ||
         buffer_append(&d->learn_buffer, e->learn.data, kept.head, err) ||
-        buffer_append(&d->learn_buffer, e->learn.data + kept.from, kept.to - kept.from, err))
+        buffer_append(&d->learn_buffer, e->learn.data + kept.from, n, err))
         return -1;
-    if (d->learn_buffer.size > first) d->learn_buffer.data[first] = 0;       // nothing predicts it
+    if (kept.head + n) d->learn_buffer.data[d->tokens] = 0;          // nothing predicts the first
     return 0;
 }
 
 // Counts what the checks ask for in a sample that was appended.
-static void count_sample(Dataset *d, Sample *s, const EncodeJob *job) {
+static void count_sample(Dataset *d, const Sample *s, const EncodeJob *job) {
     const int32_t *ids = (const int32_t *)(void *)d->id_buffer.data + s->first;
     const char *learn = d->learn_buffer.data + s->first;
     const int32_t end = job->chat->end_id, eos = job->tokenizer->eos_id;
@@ -7339,7 +7332,6 @@ static void count_sample(Dataset *d, Sample *s, const EncodeJob *job) {
     size_t ends = 0, doubled = 0;
     for (size_t i = 0; i < s->length; i++) {
         bool is_end = ids[i] >= 0 && (ids[i] == end || ids[i] == eos);
-        s->supervised += learn[i] == 1;
         ends += is_end && learn[i] == 1;
         doubled += is_end && i && ids[i - 1] == ids[i];
     }
@@ -7370,16 +7362,16 @@ static int append_sample(Dataset *d, const EncodeJob *job, const EncodedRecord *
     Kept kept = truncate_sample((const int32_t *)(void *)e->ids.data, n, o, job->tokenizer);
     if (n && kept.to == 0) { count(&d->tally[TALLY_TOO_LONG], line, file); return 0; }
     Sample sample = {d->tokens, kept.head + kept.to - kept.from, 0, line, file};
-    Dataset before = *d;                              // its counts, should the sample be dropped
     if (append_ids(d, e, kept, err)) return -1;
-    count_sample(d, &sample, job);
+    for (size_t i = 0; i < sample.length; i++)
+        sample.supervised += d->learn_buffer.data[sample.first + i] == 1;
     if (!sample.supervised && !o->keep_all) {
-        d->id_buffer.size = before.id_buffer.size;
-        d->learn_buffer.size = before.learn_buffer.size;
-        memcpy(d->tally, before.tally, sizeof d->tally);
+        d->id_buffer.size = d->tokens * sizeof *d->ids;
+        d->learn_buffer.size = d->tokens;
         count(&d->tally[TALLY_UNSUPERVISED], line, file);
         return 0;
     }
+    count_sample(d, &sample, job);
     if (sample.length < n) count(&d->tally[TALLY_CUT], line, file);
     if (kept.to < n && memchr(e->learn.data + kept.to, 1, n - kept.to))
         count(&d->tally[TALLY_CUT_ANSWER], line, file);
@@ -7602,6 +7594,7 @@ static const char *const severity_names[] = {"warning", "error"};
 
 // What a person should know before training, or what forbids it.
 typedef struct { Severity severity; const char *code; size_t n; char text[700]; } Finding;
+typedef struct { size_t n; Finding list[2 * N_TALLIES + 4]; } Findings;
 
 // For each tally: from which share of the records (or samples) on it is an error; 2: never.
 static const struct {
@@ -7628,24 +7621,23 @@ static const struct {
      "it is learnt as that token, not as its letters"},
     {"empty-answer", 1, false, "an answer is empty", "the model learns to say nothing there"}};
 
-__attribute__((format(printf, 6, 7)))
-static int add_finding(Buffer *findings, Severity severity, const char *code, size_t n,
-                       qlora_error *err, const char *format, ...) {
-    Finding f = {severity, code, n, ""};
+__attribute__((format(printf, 5, 6)))
+static void add_finding(Findings *findings, Severity severity, const char *code, size_t n,
+                        const char *format, ...) {
+    Finding *f = &findings->list[findings->n++];
     va_list args;
+    *f = (Finding){severity, code, n, ""};
     va_start(args, format);
-    vsnprintf(f.text, sizeof f.text, format, args);
+    vsnprintf(f->text, sizeof f->text, format, args);
     va_end(args);
-    return buffer_append(findings, &f, sizeof f, err);
 }
 
-// Appends what the counts of a dataset say. `which` is put before each, as "held-out data: ".
-static int check_counts(Buffer *findings, const Dataset *d, const DatasetOptions *o,
-                        const char *which, qlora_error *err) {
+// What the counts of a dataset say. `which` is put before each, as "held-out data: ".
+static void check_counts(Findings *findings, const Dataset *d, const DatasetOptions *o,
+                         const char *which) {
     qlora_error text = {{0}};
-    if (dataset_usable(d, o, &text) &&
-        add_finding(findings, ERROR, "nothing-to-learn", 0, err, "%s%s", which, text.text))
-        return -1;
+    if (dataset_usable(d, o, &text))
+        add_finding(findings, ERROR, "nothing-to-learn", 0, "%s%s", which, text.text);
     for (int i = 0; i < N_TALLIES; i++) {
         const Tally *tally = &d->tally[i];
         size_t all = checks[i].of_records ? d->records : d->n;
@@ -7653,69 +7645,71 @@ static int check_counts(Buffer *findings, const Dataset *d, const DatasetOptions
         bool error = i == TALLY_BAD ? !o->skip_bad_lines
                                     : (double)tally->n >= checks[i].error_share * (double)all;
         const char *cure = i == TALLY_BAD ? d->first_bad.text : checks[i].cure;
-        if (add_finding(findings, error ? ERROR : WARNING, checks[i].code, tally->n, err,
-                        "%s%zu of %zu %s: %s (the first: %s:%zu)%s%s", which, tally->n, all,
-                        checks[i].of_records ? "records" : "samples", checks[i].what,
-                        d->paths[tally->file], tally->line, cure ? "; " : "", cure ? cure : ""))
-            return -1;
+        add_finding(findings, error ? ERROR : WARNING, checks[i].code, tally->n,
+                    "%s%zu of %zu %s: %s (the first: %s:%zu)%s%s", which, tally->n, all,
+                    checks[i].of_records ? "records" : "samples", checks[i].what,
+                    d->paths[tally->file], tally->line, cure ? "; " : "", cure ? cure : "");
     }
-    return 0;
 }
 
-// FNV-1a.
-static uint64_t fnv_hash(uint64_t hash, const void *data, size_t n) {
-    const unsigned char *bytes = data;
-    for (size_t i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 0x100000001B3u;
+// Runs over 8-byte words (the last one padded), which is fast enough for gigabytes.
+static uint64_t checksum(uint64_t hash, const void *data, size_t n) {
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)data + i, min_size(8, n - i));
+        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 29;
+    }
     return hash;
 }
 
-typedef struct { uint64_t hash; const Dataset *data; uint32_t index; bool held; } SampleHash;
+typedef struct { uint64_t hash; const int32_t *ids; const Sample *sample; bool held; } SampleHash;
 
-// Equal samples stand together, those to learn from first.
+// Equal samples stand together, those to learn from first, then by their place.
 static int by_hash(const void *a, const void *b) {
     const SampleHash *x = a, *y = b;
     if (x->hash != y->hash) return x->hash < y->hash ? -1 : 1;
     if (x->held != y->held) return x->held ? 1 : -1;
-    return (x->index > y->index) - (x->index < y->index);
+    return (x->sample > y->sample) - (x->sample < y->sample);
 }
 
 static bool same_sample(const SampleHash *a, const SampleHash *b) {
-    const Sample *x = &a->data->samples[a->index], *y = &b->data->samples[b->index];
-    return a->hash == b->hash && x->length == y->length &&
-           memcmp(a->data->ids + x->first, b->data->ids + y->first,
-                  x->length * sizeof(int32_t)) == 0;
+    return a->hash == b->hash && a->sample->length == b->sample->length &&
+           memcmp(a->ids, b->ids, a->sample->length * sizeof *a->ids) == 0;
 }
 
 // Samples that are there twice, and held-out ones that are also learnt from.
-static int check_duplicates(Buffer *findings, const SampleList *train, const SampleList *held,
-                            Region *region, qlora_error *err) {
+static int check_duplicates(Findings *findings, const SampleList *train, const SampleList *held,
+                            const qlora_allocator *allocator, qlora_error *err) {
     const SampleList *lists[2] = {train, held};
-    size_t n = 0, n_hashes = train->n + held->n;
+    size_t n = 0;
     Tally twice = {0}, overlap = {0};
-    SampleHash *h = region_alloc(region, n_hashes, sizeof *h, err);
+    SampleHash *h = mem_alloc(allocator, train->n + held->n, sizeof *h, err);
     if (!h) return -1;
     for (int k = 0; k < 2; k++)
         for (size_t i = 0; i < lists[k]->n; i++) {
             const Dataset *d = lists[k]->data;
             const Sample *s = &d->samples[lists[k]->index[i]];
-            h[n++] = (SampleHash){fnv_hash(0xCBF29CE484222325u, d->ids + s->first,
-                                           s->length * sizeof *d->ids), d, lists[k]->index[i], k};
+            const int32_t *ids = d->ids + s->first;
+            h[n++] = (SampleHash){checksum(1, ids, s->length * sizeof *ids), ids, s, k};
         }
     qsort(h, n, sizeof *h, by_hash);
     for (size_t i = 1, first = 0; i < n; i++) {
-        const Sample *s = &h[i].data->samples[h[i].index];
+        const Sample *s = h[i].sample;
         if (!same_sample(&h[i], &h[first])) first = i;
         else if (h[i].held && !h[first].held) count(&overlap, s->line, s->file);
         else if (!h[i].held) count(&twice, s->line, s->file);
     }
-    if (twice.n && add_finding(findings, WARNING, "duplicates", twice.n, err, "%zu of %zu samples "
-                               "to learn from are copies of others (one: %s:%zu)", twice.n,
-                               train->n, train->data->paths[twice.file], twice.line))
-        return -1;
-    return overlap.n && add_finding(findings, WARNING, "overlap", overlap.n, err, "%zu of %zu "
-                                    "held-out samples are also learnt from (one: %s:%zu): the "
-                                    "held-out loss looks better than it is", overlap.n, held->n,
-                                    held->data->paths[overlap.file], overlap.line) ? -1 : 0;
+    mem_free(allocator, h, n, sizeof *h);
+    if (twice.n)
+        add_finding(findings, WARNING, "duplicates", twice.n, "%zu of %zu samples to learn from are "
+                    "copies of others (one: %s:%zu)", twice.n, train->n,
+                    train->data->paths[twice.file], twice.line);
+    if (overlap.n)
+        add_finding(findings, WARNING, "overlap", overlap.n, "%zu of %zu held-out samples are also "
+                    "learnt from (one: %s:%zu): the held-out loss looks better than it is",
+                    overlap.n, held->n, held->data->paths[overlap.file], overlap.line);
+    return 0;
 }
 // =================================================================================================
 //  13. Adapters, and writing models
@@ -9326,7 +9320,7 @@ typedef struct {
     Buffer paths, val_paths;                // of the files: const char *
     Dataset data, val_data;                 // val_data: of files of its own, else empty
     SampleList train, val;                  // val: held out
-    Buffer findings;                        // what the checks of the data found
+    Findings findings;                      // of the checks of the data
     Session session;
     Schedule schedule;
     size_t per_step;                        // packs of a step
@@ -9702,17 +9696,6 @@ static int write_plot(Trainer *t) {
           write_file(path, svg.data, svg.size, t->err);
     buffer_free(&svg);
     return bad ? -1 : 0;
-}
-
-// Runs over 8-byte words (the last one padded), which is fast enough for gigabytes.
-static uint64_t checksum(uint64_t hash, const void *data, size_t n) {
-    for (size_t i = 0; i < n; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, (const char *)data + i, min_size(8, n - i));
-        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
-        hash ^= hash >> 29;
-    }
-    return hash;
 }
 
 // Of what is trained on: ids, masks and lengths.
@@ -10180,9 +10163,8 @@ static int check_disk(Trainer *t) {
 
 // The finding after this one, or the first; NULL at the end.
 static const Finding *next_finding(const Trainer *t, const Finding *f) {
-    const Finding *first = (const Finding *)(const void *)t->findings.data;
-    f = f ? f + 1 : first;
-    return f == first + t->findings.size / sizeof *f ? NULL : f;
+    f = f ? f + 1 : t->findings.list;
+    return f < t->findings.list + t->findings.n ? f : NULL;
 }
 
 static void tell_plan(const Trainer *t) {
@@ -10261,13 +10243,10 @@ static int open_data(Trainer *t, const char *data, bool scoring) {
 
 // Fills t->findings with what speaks against training on this data.
 static int check_data(Trainer *t) {
-    Region scratch = {.allocator = &t->q->allocator};
-    int bad = check_counts(&t->findings, &t->data, &t->how, "", t->err) ||
-              (t->val_paths.size &&
-               check_counts(&t->findings, &t->val_data, &t->how, "held-out data: ", t->err)) ||
-              check_duplicates(&t->findings, &t->train, &t->val, &scratch, t->err);
-    region_free(&scratch);
-    return bad ? -1 : 0;
+    check_counts(&t->findings, &t->data, &t->how, "");
+    if (t->val_paths.size)
+        check_counts(&t->findings, &t->val_data, &t->how, "held-out data: ");
+    return check_duplicates(&t->findings, &t->train, &t->val, &t->q->allocator, t->err);
 }
 
 // Fails with the first of the findings that is an error.
@@ -10282,7 +10261,6 @@ static void trainer_close(Trainer *t) {
     dataset_close(&t->val_data);
     buffer_free(&t->paths);
     buffer_free(&t->val_paths);
-    buffer_free(&t->findings);
     buffer_free(&t->log);
     buffer_free(&t->checkpoints);
     region_free(&t->region);
@@ -10315,7 +10293,7 @@ static int run_training(Trainer *t) {
 static Trainer new_trainer(qlora_model *q, const qlora_train_options *o, qlora_error *err) {
     const qlora_allocator *a = &q->allocator;
     return (Trainer){.q = q, .options = o, .err = err, .region.allocator = a, .log.allocator = a,
-                     .paths.allocator = a, .val_paths.allocator = a, .findings.allocator = a,
+                     .paths.allocator = a, .val_paths.allocator = a,
                      .checkpoints.allocator = a};
 }
 
