@@ -52,7 +52,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <time.h>
@@ -6842,11 +6841,11 @@ typedef struct {
     Tally tally[N_TALLIES];
     qlora_error first_bad;          // what was wrong with the first malformed record
     const char *const *paths;       // of the files, the caller's
-    Buffer id_buffer, learn_buffer, sample_buffer, length_buffer;     // what the pointers point into
+    Buffer id_buffer, learn_buffer, sample_buffer, length_buffer;     // what these point into
 } Dataset;
 
-static void count(Tally *tally, size_t line, uint32_t file) {
-    if (!tally->n++) { tally->line = line; tally->file = file; }
+static void count_one(Tally *tally, const Sample *s) {
+    if (!tally->n++) { tally->line = s->line; tally->file = s->file; }
 }
 
 // ----------------------------------------------------------------------- from a record to messages
@@ -6876,10 +6875,11 @@ static int refuse_keys(const Json *object, qlora_error *err) {
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         const Json *value = json_get(object, rows[i].key);
         if (!value) continue;
-        bool text = value->kind == JSON_STRING, full = value->count > 0;
-        // LLaMA-Factory writes an empty list of tools as the text "[]"; a label in words is a class.
-        if (text) full = strspn(value->text, "[]{} \n") < value->length && strcmp(rows[i].key, "label");
-        if (rows[i].what == preference) full |= value->kind == JSON_TRUE || value->kind == JSON_FALSE;
+        bool full = value->count > 0;
+        if (rows[i].what == preference)
+            full |= value->kind == JSON_TRUE || value->kind == JSON_FALSE;
+        if (value->kind == JSON_STRING && strcmp(rows[i].key, "label"))       // in words: a class
+            full = strspn(value->text, "[]{} \n") < value->length;     // "[]": LLaMA-Factory's none
         if (full) return fail(err, "\"%s\": %s are not supported", rows[i].key, rows[i].what);
     }
     return 0;
@@ -6978,8 +6978,8 @@ static int read_turn(RecordReader *r, Message *m, const Json *turn) {
     if (!given) {
         char keys[400];
         list_keys(keys, turn);
-        return fail(r->err, "expected \"role\" and \"content\", or \"from\" and \"value\", found the "
-                    "keys %s", keys);
+        return fail(r->err, "expected \"role\" and \"content\", or \"from\" and \"value\", found "
+                    "the keys %s", keys);
     }
     while (i < N_NAMES && strcmp(given, names[i].name)) i++;
     if (i == N_NAMES)
@@ -7130,46 +7130,33 @@ static int add_record(Buffer *records, const char *text, RecordPlace *place, siz
     return 0;
 }
 
-// Cuts an array, whose '[' is at `place`, at the commas between its elements; what is inside an
-// element is for the parser to judge. *wrong is where the array itself is not well-formed, or NULL.
-// It is reported after the elements' own errors, for one of these may be the cause.
-static int split_array(Buffer *records, const char *text, size_t n, RecordPlace place,
-                       const char **wrong, qlora_error *err) {
-    size_t depth = 1, i = ++place.start;
-    bool string = false;
-    for (; i < n && depth; i++) {
-        char c = text[i];
-        if (c == '"') string = !string;
-        if (string && c == '\\') i++;
-        if (string) continue;
-        if (c == '[' || c == '{') depth++;
-        if (c == ']' || c == '}') depth--;
-        if ((depth == 0 || (depth == 1 && c == ',')) &&
-            add_record(records, text, &place, i, depth == 0 && !records->size, err))
-            return -1;
-    }
-    if (depth && add_record(records, text, &place, n, true, err)) return -1;
-    i = skip_space(text, i, n);
-    *wrong = depth ? text + n : i < n ? text + i : NULL;
-    return 0;
-}
-
-// Fills `records` with the places of all records of the text, a JSON array or lines.
+// Fills `records` with the places of all records of the text: its lines, or what stands between the
+// commas of an array; what is inside a record is for the parser to judge. *wrong is where an array
+// itself is not well-formed, or NULL. It is reported after the records' own errors, for one of
+// these may be the cause.
 static int split_file(Buffer *records, const char *text, size_t n, bool *array, const char **wrong,
                       qlora_error *err) {
-    size_t bom = starts_with(text, n, "\xEF\xBB\xBF") ? 3 : 0, first = skip_space(text, bom, n);
+    size_t bom = starts_with(text, n, "\xEF\xBB\xBF") ? 3 : 0, i = skip_space(text, bom, n);
+    size_t depth = *array = i < n && text[i] == '[';
     RecordPlace place = {.start = bom, .line_start = bom, .line = 1};
-    *wrong = NULL;
-    *array = first < n && text[first] == '[';
-    if (*array) {
-        move_on(&place, text, first);
-        return split_array(records, text, n, place, wrong, err);
+    bool string = false;
+    if (*array) move_on(&place, text, ++i);
+    for (; i < n && (depth || !*array); i++) {
+        char c = text[i];
+        bool ends = c == '\n', may_be_blank = true;
+        if (*array) {
+            if (c == '"') string = !string;
+            if (string && c == '\\') i++;
+            if (string) continue;
+            depth = depth + (c == '[' || c == '{') - (c == ']' || c == '}');
+            ends = !depth || (depth == 1 && c == ',');
+            may_be_blank = !depth && !records->size;
+        }
+        if (ends && add_record(records, text, &place, i, may_be_blank, err)) return -1;
     }
-    while (place.start <= n) {
-        const char *newline = memchr(text + place.start, '\n', n - place.start);
-        size_t end = newline ? (size_t)(newline - text) : n;
-        if (add_record(records, text, &place, end, true, err)) return -1;
-    }
+    if ((depth || !*array) && add_record(records, text, &place, n, true, err)) return -1;
+    i = skip_space(text, i, n);
+    *wrong = !*array ? NULL : depth ? text + n : i < n ? text + i : NULL;
     return 0;
 }
 
@@ -7222,15 +7209,13 @@ static int encode_plain(const Tokenizer *t, const Message *m, EncodedRecord *out
 
 // Does the text hold what the tokenizer would read as a token of the template's own?
 static bool has_control(const ChatTemplate *c, const Message *m) {
-    for (size_t i = 0; i < c->n_cuts; i++) {
-        size_t n = strlen(c->cuts[i]);
-        for (size_t at = 0; n && at + n <= m->length; at++) {
-            const char *found = memchr(m->content + at, c->cuts[i][0], m->length - n - at + 1);
-            if (!found) break;
-            if (memcmp(found, c->cuts[i], n) == 0) return true;
-            at = (size_t)(found - m->content);
+    const char *end = m->content + m->length;
+    for (size_t i = 0; i < c->n_cuts; i++)
+        for (const char *at = m->content; at < end; at++) {
+            at = memchr(at, *c->cuts[i], (size_t)(end - at));
+            if (!at) break;
+            if (starts_with(at, (size_t)(end - at), c->cuts[i])) return true;
         }
-    }
     return false;
 }
 
@@ -7336,51 +7321,51 @@ static void count_sample(Dataset *d, const Sample *s, const EncodeJob *job) {
         doubled += is_end && i && ids[i - 1] == ids[i];
     }
     d->ends += ends;
-    if (!ends && (end >= 0 || eos >= 0)) count(&d->tally[TALLY_NO_END], s->line, s->file);
-    if (doubled) count(&d->tally[TALLY_DOUBLED_END], s->line, s->file);
+    if (!ends && (end >= 0 || eos >= 0)) count_one(&d->tally[TALLY_NO_END], s);
+    if (doubled) count_one(&d->tally[TALLY_DOUBLED_END], s);
     if (s->length > 1 && bos >= 0 && ids[0] == bos && ids[1] == bos && bos != end && bos != eos)
-        count(&d->tally[TALLY_DOUBLED_START], s->line, s->file);
+        count_one(&d->tally[TALLY_DOUBLED_START], s);
 }
 
 // Takes a record into the dataset, or counts why not.
 static int append_sample(Dataset *d, const EncodeJob *job, const EncodedRecord *e, size_t line,
                          qlora_error *err) {
     const DatasetOptions *o = job->options;
-    const uint32_t file = job->file;
+    Tally *tally = d->tally;
     size_t n = e->learn.size;
+    Sample s = {.first = d->tokens, .line = line, .file = job->file};
     d->records++;
     if (e->bad) {
         if (e->out_of_memory || !(o->skip_bad_lines || o->inspecting))
             return fail(err, "%s", e->err.text);
-        if (!d->tally[TALLY_BAD].n) d->first_bad = e->err;
-        count(&d->tally[TALLY_BAD], line, file);
+        if (!tally[TALLY_BAD].n) d->first_bad = e->err;
+        count_one(&tally[TALLY_BAD], &s);
         return 0;
     }
     d->formats[e->format]++;
     d->longest = max_size(d->longest, n);
     if (buffer_append(&d->length_buffer, &n, sizeof n, err)) return -1;
     Kept kept = truncate_sample((const int32_t *)(void *)e->ids.data, n, o, job->tokenizer);
-    if (n && kept.to == 0) { count(&d->tally[TALLY_TOO_LONG], line, file); return 0; }
-    Sample sample = {d->tokens, kept.head + kept.to - kept.from, 0, line, file};
+    if (n && kept.to == 0) { count_one(&tally[TALLY_TOO_LONG], &s); return 0; }
     if (append_ids(d, e, kept, err)) return -1;
-    for (size_t i = 0; i < sample.length; i++)
-        sample.supervised += d->learn_buffer.data[sample.first + i] == 1;
-    if (!sample.supervised && !o->keep_all) {
+    s.length = kept.head + kept.to - kept.from;
+    for (size_t i = 0; i < s.length; i++) s.supervised += d->learn_buffer.data[s.first + i] == 1;
+    if (!s.supervised && !o->keep_all) {
         d->id_buffer.size = d->tokens * sizeof *d->ids;
         d->learn_buffer.size = d->tokens;
-        count(&d->tally[TALLY_UNSUPERVISED], line, file);
+        count_one(&tally[TALLY_UNSUPERVISED], &s);
         return 0;
     }
-    count_sample(d, &sample, job);
-    if (sample.length < n) count(&d->tally[TALLY_CUT], line, file);
+    count_sample(d, &s, job);
+    if (s.length < n) count_one(&tally[TALLY_CUT], &s);
     if (kept.to < n && memchr(e->learn.data + kept.to, 1, n - kept.to))
-        count(&d->tally[TALLY_CUT_ANSWER], line, file);
-    if (e->empty) count(&d->tally[TALLY_EMPTY], line, file);
-    if (e->control) count(&d->tally[TALLY_CONTROL], line, file);
+        count_one(&tally[TALLY_CUT_ANSWER], &s);
+    if (e->empty) count_one(&tally[TALLY_EMPTY], &s);
+    if (e->control) count_one(&tally[TALLY_CONTROL], &s);
     d->n++;
-    d->tokens += sample.length;
-    d->supervised += sample.supervised;
-    return buffer_append(&d->sample_buffer, &sample, sizeof sample, err);
+    d->tokens += s.length;
+    d->supervised += s.supervised;
+    return buffer_append(&d->sample_buffer, &s, sizeof s, err);
 }
 
 static bool dataset_full(const Dataset *d, const DatasetOptions *o) {
@@ -7512,21 +7497,20 @@ static int add_data_path(Buffer *paths, const char *path, int split, bool needed
 // "a:b" as in Python: records a to b-1, either may be left out.
 static int parse_take(const char *text, DatasetOptions *o, qlora_error *err) {
     size_t *out[2] = {&o->take_from, &o->take_to};
-    const char *at = text, *colon = text ? strchr(text, ':') : NULL;
-    bool ok = !text || colon;
+    const char *at = text;
+    bool ok = true;
     o->take_from = 0;
     o->take_to = SIZE_MAX;
-    for (int i = 0; i < 2 && text && ok; i++, at = colon + 1) {
-        if (i == 0 ? at == colon : !*at) continue;
-        char *end;
+    for (int i = 0; i < 2 && text && ok; i++) {
+        char *end = (char *)(uintptr_t)at;
         errno = 0;
-        unsigned long long value = strtoull(at, &end, 10);
-        ok = isdigit((unsigned char)*at) && !errno && (i ? !*end : end == colon);
-        *out[i] = (size_t)value;
+        if (isdigit((unsigned char)*at)) *out[i] = (size_t)strtoull(at, &end, 10);
+        ok = !errno && *end == (i ? 0 : ':');
+        at = end + 1;
     }
-    return ok && o->take_from < o->take_to ? 0
-               : fail(err, "take: expected FIRST:END, records by number from 0, as 0:1000 or "
-                      "1000:, found \"%s\"", text);
+    return ok && o->take_from < o->take_to
+               ? 0 : fail(err, "take: expected FIRST:END, records by number from 0, as 0:1000 or "
+                          "1000:, found \"%s\"", text);
 }
 
 // ----------------------------------------------------------------------------------------- packing
@@ -7697,13 +7681,13 @@ static int check_duplicates(Findings *findings, const SampleList *train, const S
     for (size_t i = 1, first = 0; i < n; i++) {
         const Sample *s = h[i].sample;
         if (!same_sample(&h[i], &h[first])) first = i;
-        else if (h[i].held && !h[first].held) count(&overlap, s->line, s->file);
-        else if (!h[i].held) count(&twice, s->line, s->file);
+        else if (h[i].held && !h[first].held) count_one(&overlap, s);
+        else if (!h[i].held) count_one(&twice, s);
     }
     mem_free(allocator, h, n, sizeof *h);
     if (twice.n)
-        add_finding(findings, WARNING, "duplicates", twice.n, "%zu of %zu samples to learn from are "
-                    "copies of others (one: %s:%zu)", twice.n, train->n,
+        add_finding(findings, WARNING, "duplicates", twice.n, "%zu of %zu samples to learn from "
+                    "are copies of others (one: %s:%zu)", twice.n, train->n,
                     train->data->paths[twice.file], twice.line);
     if (overlap.n)
         add_finding(findings, WARNING, "overlap", overlap.n, "%zu of %zu held-out samples are also "
@@ -9679,8 +9663,8 @@ static int write_plot(Trainer *t) {
     int bad = !path || plot_values(t, NULL, "loss", &highest) ||
               plot_values(t, NULL, "eval_loss", &highest) ||
               buffer_printf(&svg, t->err,
-                            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"800\" height=\"400\" "
-                            "font-family=\"sans-serif\" font-size=\"12\">\n"
+                            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"800\" "
+                            "height=\"400\" font-family=\"sans-serif\" font-size=\"12\">\n"
                             "<rect width=\"800\" height=\"400\" fill=\"white\"/>\n"
                             "<path d=\"M50 20V370H780\" fill=\"none\" stroke=\"black\"/>\n"
                             "<text x=\"10\" y=\"34\">%.2f</text><text x=\"30\" y=\"374\">0</text>"
@@ -9729,6 +9713,11 @@ static void describe_settings(Trainer *t) {
              (unsigned long long)data_hash(t));
 }
 
+// A Buffer of paths as an array.
+static const char *const *path_list(const Buffer *paths) {
+    return (const char *const *)(const void *)paths->data;
+}
+
 // Enough to repeat the run, and to open the adapter in the quantisation it was trained in.
 static int write_run(Trainer *t, const char *directory) {
     const qlora_train_options *o = t->options;
@@ -9740,7 +9729,7 @@ static int write_run(Trainer *t, const char *directory) {
         {"model", t->q->directory}, {"template", t->q->chat.row->name},
         {"quant", quant_names[quant]}, {"settings", t->settings}};
     const char *path = path_join(&t->region, directory, "run.json", t->err);
-    const char *const *data = (const char *const *)(const void *)t->paths.data;
+    const char *const *data = path_list(&t->paths);
     Buffer b = {.allocator = &t->q->allocator};
     int bad = !path || buffer_printf(&b, t->err, "{\n");
     for (size_t i = 0; i < sizeof texts / sizeof *texts && !bad; i++)
@@ -9759,11 +9748,11 @@ static int write_run(Trainer *t, const char *directory) {
 
 // ------------------------------------------------------------------------------------- checkpoints
 //
-// checkpoint-N is a complete adapter directory and state.bin: StateHead, a text (a line of JSON, then
-// the log so far), parameters and both moments (float32), and a checksum over all of it. Each part
-// is a multiple of 8 bytes long, as the checksum wants it. The directory is filled under another
-// name and renamed when everything in it is on the disk. Since all random numbers are functions of
-// seed and step, nothing else is needed to go on as if never stopped.
+// checkpoint-N is a complete adapter directory and state.bin: StateHead, a text (a line of JSON,
+// then the log so far), parameters and both moments (float32), and a checksum over all of it. Each
+// part is a multiple of 8 bytes long, as the checksum wants it. The directory is filled under
+// another name and renamed when everything in it is on the disk. Since all random numbers are
+// functions of seed and step, nothing else is needed to go on as if never stopped.
 
 typedef struct { char magic[8]; uint64_t text; } StateHead;           // text: its bytes
 static const char state_magic[8] = {'Q', 'L', 'O', 'R', 'A', 'C', 'K', '2'};
@@ -10214,11 +10203,16 @@ static int read_data_options(Trainer *t) {
     return parse_take(o->take, &t->how, t->err);
 }
 
+static int read_files(Trainer *t, Dataset *d, const Buffer *paths, const DatasetOptions *how) {
+    return dataset_open(d, path_list(paths), paths->size / sizeof(char *), &t->q->chat,
+                        t->q->tokenizer, how, t->err);
+}
+
 // Finds, reads and splits the data. Scoring wants the test split of a directory, training the
 // others.
 static int open_data(Trainer *t, const char *data, bool scoring) {
     const qlora_train_options *o = t->options;
-    const qlora_model *q = t->q;
+    DatasetOptions all = t->how;            // of held-out files
     int split = scoring ? SPLIT_TEST : SPLIT_TRAIN, bad = 0;
     for (size_t i = 0; data && !bad; data = o->more_data ? o->more_data[i++] : NULL) {
         bad = add_data_path(&t->paths, data, split, true, &t->region, t->err);
@@ -10227,18 +10221,10 @@ static int open_data(Trainer *t, const char *data, bool scoring) {
     }
     if (!bad && !scoring && o->val_file)
         bad = add_data_path(&t->val_paths, o->val_file, SPLIT_VALID, true, &t->region, t->err);
-    if (bad || dataset_open(&t->data, (const char *const *)(void *)t->paths.data,
-                            t->paths.size / sizeof(char *), &q->chat, q->tokenizer, &t->how,
-                            t->err))
-        return -1;
-    DatasetOptions how = t->how;
-    how.take_from = 0;
-    how.take_to = how.max_samples = SIZE_MAX;
-    if (t->val_paths.size &&
-        dataset_open(&t->val_data, (const char *const *)(void *)t->val_paths.data,
-                     t->val_paths.size / sizeof(char *), &q->chat, q->tokenizer, &how, t->err))
-        return -1;
-    return split_samples(t);
+    all.take_from = 0;
+    all.take_to = all.max_samples = SIZE_MAX;
+    return bad || read_files(t, &t->data, &t->paths, &t->how) ||
+           read_files(t, &t->val_data, &t->val_paths, &all) || split_samples(t) ? -1 : 0;
 }
 
 // Fills t->findings with what speaks against training on this data.
@@ -10742,17 +10728,6 @@ static double percent(size_t part, size_t all) {
     return all ? 100 * (double)part / (double)all : 0;
 }
 
-// Most memory this process has had, in MB.
-static size_t peak_memory(void) {
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
-    return (size_t)usage.ru_maxrss >> 20;                     // bytes there, KiB elsewhere
-#else
-    return (size_t)usage.ru_maxrss >> 10;
-#endif
-}
-
 // On a terminal a bar that is drawn over itself; elsewhere a line for each step.
 typedef struct {
     bool terminal, open;                    // open: the cursor stands in a bar
@@ -10778,10 +10753,10 @@ static void print_progress(void *user, const qlora_progress *p) {
                                          (double)(p->steps - p->step) + 0.5);
     if (view->terminal) printf("\r\033[K[%.*s] ", WIDTH, bar + WIDTH - WIDTH * p->step / p->steps);
     else printf("step ");
-    printf("%zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  %zu MB  "
+    printf("%zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  "
            "%lu:%02lu:%02lu left", p->step, p->steps, p->epoch, p->loss, p->grad_norm,
-           p->learning_rate, (double)p->tokens / p->seconds, peak_memory(), left / 3600,
-           left / 60 % 60, left % 60);
+           p->learning_rate, (double)p->tokens / p->seconds, left / 3600, left / 60 % 60,
+           left % 60);
     view->open = view->terminal && p->step < p->steps;
     if (!view->open) printf("\n");
     fflush(stdout);
@@ -10904,7 +10879,7 @@ static size_t shorter_than(const Lengths *l, size_t limit) {
 static void print_histogram(const Lengths *l, bool json) {
     enum { MAX_BINS = 14, WIDTH = 40 };
     size_t width = 1, most = 1, n_bins, bins[MAX_BINS];
-    for (size_t i = 0; width * (MAX_BINS - 2) < quantile(l, 0.99); i++)       // 1, 2, 5, 10, 20, ...
+    for (size_t i = 0; width * (MAX_BINS - 2) < quantile(l, 0.99); i++)      // 1, 2, 5, 10, ...
         width = i % 3 == 1 ? width / 2 * 5 : width * 2;
     n_bins = min_size(MAX_BINS, quantile(l, 1) / width + 1);
     for (size_t i = 0; i < n_bins; i++) {
@@ -10943,7 +10918,8 @@ static void print_lengths(Trainer *t, bool json) {
         else printf("  %zu (%.1f %%) do not fit into %zu\n", over, percent(over, l.n), limit);
     }
     // The suggestion holds everything, unless a rare few would double it.
-    size_t most = round_up(max_size(quantile(&l, 1), 1), 64), p99 = round_up(quantile(&l, 0.99), 64);
+    size_t p99 = round_up(quantile(&l, 0.99), 64);
+    size_t most = max_size(round_up(quantile(&l, 1), 64), 64);
     size_t suggested = min_size(most <= 2 * p99 ? most : p99, context);
     size_t fit = shorter_than(&l, suggested + 1);
     printf(json ? "], \"suggested_max_length\": %zu}, "
@@ -11090,9 +11066,7 @@ static int report_data(Trainer *t, size_t show, bool json, qlora_error *err) {
     how.max_length = SIZE_MAX;
     how.max_samples = show;
     how.keep_all = true;
-    if (dataset_open(&shown, t->data.paths, t->paths.size / sizeof(char *), &t->q->chat,
-                     t->q->tokenizer, &how, err))
-        return -1;
+    if (read_files(t, &shown, &t->paths, &how)) return -1;
     print_source(t, json);
     print_counts(t, json);
     print_lengths(t, json);
@@ -11130,103 +11104,96 @@ enum { CMD_TRAIN = 1, CMD_GENERATE = 2, CMD_CHAT = 4, CMD_LOGITS = 8, CMD_TOKENI
        CMD_RUN = CMD_ANSWER | CMD_LOGITS | CMD_EVAL, CMD_DEVICE = CMD_TRAIN | CMD_RUN,
        CMD_TEXT = CMD_DATA | CMD_RUN, CMD_COMPUTE = CMD_DEVICE | CMD_QUANTIZE | CMD_INIT };
 
-// A switch alone means true. Whole numbers and reals are of the size of their field.
 typedef enum { OPT_TEXT, OPT_WHOLE, OPT_REAL, OPT_BYTES, OPT_SWITCH } OptionKind;
 
 typedef struct {
     const char *name;
-    OptionKind kind;
     size_t offset, size;                    // of the value in Arguments
+    OptionKind kind;
     int commands;
     const char *help;
 } Option;
 
-#define AT(field) offsetof(Arguments, field), sizeof ((Arguments *)0)->field
+// Where an option's value is kept. The type of the field says what it takes; for bytes (8G) and
+// switches (true or false, alone true) it must be said.
+#define PLACE(field) offsetof(Arguments, field), sizeof ((Arguments *)0)->field
+#define AT(field) PLACE(field), _Generic(((Arguments *)0)->field, const char *: OPT_TEXT, \
+                                         float: OPT_REAL, double: OPT_REAL, default: OPT_WHOLE)
+#define BYTES(field) PLACE(field), OPT_BYTES
+#define SWITCH(field) PLACE(field), OPT_SWITCH
+
 static const Option option_table[] = {
-    {"adapter", OPT_TEXT, AT(adapter), CMD_RUN, "PEFT adapter directory on top of the model"},
-    {"quant", OPT_TEXT, AT(quant), CMD_COMPUTE, "nf4, fp4 or none: the layers' frozen weights"},
-    {"double-quant", OPT_SWITCH, AT(double_quant), CMD_COMPUTE,
-     "true or false: quantise the scales too"},
-    {"compute", OPT_TEXT, AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
-    {"device", OPT_TEXT, AT(options.device), CMD_DEVICE | CMD_MERGE,
-     "auto, cpu, cuda or cuda:N: where to compute"},
-    {"threads", OPT_WHOLE, AT(options.threads), CMD_COMPUTE | CMD_INSPECT,
-     "0: one for each physical core"},
-    {"memory", OPT_BYTES, AT(options.memory), CMD_DEVICE,
-     "most bytes to take, e.g. 8G; less memory only means more time"},
-    {"output", OPT_TEXT, AT(output), CMD_TRAIN | CMD_LOGITS,
-     "where results go: a directory (train), a file (logits)"},
-    {"lora-r", OPT_WHOLE, AT(train.lora_r), CMD_TRAIN, "rank of the adapter"},
-    {"lora-alpha", OPT_REAL, AT(train.lora_alpha), CMD_TRAIN, "scale: alpha / r"},
-    {"lora-dropout", OPT_REAL, AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
-    {"target-modules", OPT_TEXT, AT(train.target_modules), CMD_TRAIN,
+    {"adapter", AT(adapter), CMD_RUN, "PEFT adapter directory on top of the model"},
+    {"quant", AT(quant), CMD_COMPUTE, "nf4, fp4 or none: the layers' frozen weights"},
+    {"double-quant", SWITCH(double_quant), CMD_COMPUTE, "true or false: quantise the scales too"},
+    {"compute", AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
+    {"device", AT(options.device), CMD_DEVICE | CMD_MERGE, "auto, cpu, cuda or cuda:N"},
+    {"threads", AT(options.threads), CMD_COMPUTE | CMD_INSPECT, "0: one for each physical core"},
+    {"memory", BYTES(options.memory), CMD_DEVICE,
+     "most bytes to take, e.g. 8G; less only means more time"},
+    {"output", AT(output), CMD_TRAIN | CMD_LOGITS,
+     "a directory for results (train), a file (logits)"},
+    {"lora-r", AT(train.lora_r), CMD_TRAIN, "rank of the adapter"},
+    {"lora-alpha", AT(train.lora_alpha), CMD_TRAIN, "scale: alpha / r"},
+    {"lora-dropout", AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
+    {"target-modules", AT(train.target_modules), CMD_TRAIN,
      "all-linear, or names such as q_proj,v_proj,lm_head"},
-    {"mask", OPT_TEXT, AT(train.mask), CMD_DATA,
+    {"mask", AT(train.mask), CMD_DATA,
      "content (answers and their end), turn (headers too), last (only the last answer) or all"},
-    {"field-user", OPT_TEXT, AT(train.field_user), CMD_DATA,
-     "the column of the question, in data with names of its own"},
-    {"field-assistant", OPT_TEXT, AT(train.field_assistant), CMD_DATA, "the column of the answer"},
-    {"field-system", OPT_TEXT, AT(train.field_system), CMD_DATA,
-     "the column of the system message, if there is one"},
-    {"take", OPT_TEXT, AT(train.take), CMD_DATA,
-     "FIRST:END, the records to use, counted from 0; either may be left out"},
-    {"max-samples", OPT_WHOLE, AT(train.max_samples), CMD_DATA,
-     "use no more than the first so many; 0: all"},
-    {"template", OPT_TEXT, AT(options.chat_template), CMD_TEXT,
-     "a chat template by name, e.g. chatml, instead of the model's own"},
-    {"prompt-template", OPT_TEXT, AT(options.prompt_template), CMD_TEXT,
-     "text with {field} holes instead, the last hole the answer"},
-    {"add-tokens", OPT_TEXT, AT(options.add_tokens), CMD_TEXT,
-     "a,b: texts that become tokens of their own"},
-    {"learning-rate", OPT_REAL, AT(train.learning_rate), CMD_TRAIN, "its peak"},
-    {"lr-scheduler-type", OPT_TEXT, AT(train.lr_scheduler_type), CMD_TRAIN,
+    {"field-user", AT(train.field_user), CMD_DATA,
+     "the column of the question, if not a known one"},
+    {"field-assistant", AT(train.field_assistant), CMD_DATA, "the column of the answer"},
+    {"field-system", AT(train.field_system), CMD_DATA, "the column of the system message"},
+    {"take", AT(train.take), CMD_DATA,
+     "FIRST:END, the records to use, from 0; either may be left out"},
+    {"max-samples", AT(train.max_samples), CMD_DATA, "use no more than the first so many; 0: all"},
+    {"template", AT(options.chat_template), CMD_TEXT,
+     "a chat template by name instead of the model's own"},
+    {"prompt-template", AT(options.prompt_template), CMD_TEXT,
+     "text with {field} holes, the last the answer"},
+    {"add-tokens", AT(options.add_tokens), CMD_TEXT, "a,b: texts that become tokens of their own"},
+    {"learning-rate", AT(train.learning_rate), CMD_TRAIN, "its peak"},
+    {"lr-scheduler-type", AT(train.lr_scheduler_type), CMD_TRAIN,
      "constant, constant_with_warmup, linear or cosine"},
-    {"warmup-ratio", OPT_REAL, AT(train.warmup_ratio), CMD_TRAIN, "share of the steps"},
-    {"weight-decay", OPT_REAL, AT(train.weight_decay), CMD_TRAIN, "AdamW's"},
-    {"max-grad-norm", OPT_REAL, AT(train.max_grad_norm), CMD_TRAIN, "gradients are clipped to it"},
-    {"num-train-epochs", OPT_REAL, AT(train.num_train_epochs), CMD_TRAIN, "passes over the data"},
-    {"max-steps", OPT_WHOLE, AT(train.max_steps), CMD_TRAIN, "0: as many as the epochs need"},
-    {"per-device-train-batch-size", OPT_WHOLE, AT(train.per_device_train_batch_size),
-     CMD_TRAIN | CMD_EVAL, "samples at a time"},
-    {"gradient-accumulation-steps", OPT_WHOLE, AT(train.gradient_accumulation_steps), CMD_TRAIN,
+    {"warmup-ratio", AT(train.warmup_ratio), CMD_TRAIN, "share of the steps"},
+    {"weight-decay", AT(train.weight_decay), CMD_TRAIN, "AdamW's"},
+    {"max-grad-norm", AT(train.max_grad_norm), CMD_TRAIN, "gradients are clipped to it"},
+    {"num-train-epochs", AT(train.num_train_epochs), CMD_TRAIN, "passes over the data"},
+    {"max-steps", AT(train.max_steps), CMD_TRAIN, "0: as many as the epochs need"},
+    {"per-device-train-batch-size", AT(train.per_device_train_batch_size), CMD_TRAIN | CMD_EVAL,
+     "samples at a time"},
+    {"gradient-accumulation-steps", AT(train.gradient_accumulation_steps), CMD_TRAIN,
      "batches in a step"},
-    {"max-length", OPT_WHOLE, AT(train.max_length), CMD_DATA, "most tokens of a sample"},
-    {"truncate", OPT_TEXT, AT(train.truncate), CMD_DATA,
-     "longer samples: drop leaves them out, keep-start and keep-end cut them"},
-    {"packing", OPT_TEXT, AT(train.packing), CMD_SPLIT,
-     "none, or bfd: a batch counts packs of samples, filled to --max-length"},
-    {"skip-bad-lines", OPT_SWITCH, AT(train.skip_bad_lines), CMD_DATA,
-     "count malformed records instead of stopping"},
-    {"val-split", OPT_REAL, AT(train.val_split), CMD_SPLIT, "share held out for evaluation"},
-    {"val", OPT_TEXT, AT(train.val_file), CMD_SPLIT,
-     "a file, or a directory with valid.jsonl, to evaluate on instead"},
-    {"eval-steps", OPT_WHOLE, AT(train.eval_steps), CMD_TRAIN,
-     "steps between evaluations; also after each epoch"},
-    {"save-steps", OPT_WHOLE, AT(train.save_steps), CMD_TRAIN,
-     "steps between checkpoints; 0: one after each epoch"},
-    {"save-total-limit", OPT_WHOLE, AT(train.save_total_limit), CMD_TRAIN,
+    {"max-length", AT(train.max_length), CMD_DATA, "most tokens of a sample"},
+    {"truncate", AT(train.truncate), CMD_DATA,
+     "of longer samples: drop (leave them out), keep-start, keep-end"},
+    {"packing", AT(train.packing), CMD_SPLIT,
+     "none, or bfd: batches of packs, filled to --max-length"},
+    {"skip-bad-lines", SWITCH(train.skip_bad_lines), CMD_DATA, "count malformed records, go on"},
+    {"val-split", AT(train.val_split), CMD_SPLIT, "share held out for evaluation"},
+    {"val", AT(train.val_file), CMD_SPLIT, "a file or directory to evaluate on instead"},
+    {"eval-steps", AT(train.eval_steps), CMD_TRAIN, "between evaluations; also after each epoch"},
+    {"save-steps", AT(train.save_steps), CMD_TRAIN, "between checkpoints; 0: one after each epoch"},
+    {"save-total-limit", AT(train.save_total_limit), CMD_TRAIN,
      "checkpoints kept besides the best; 0: all"},
-    {"resume", OPT_TEXT, AT(resume), CMD_TRAIN,
-     "a run's output directory: go on from its newest good checkpoint"},
-    {"overwrite-output-dir", OPT_SWITCH, AT(train.overwrite_output_dir), CMD_TRAIN,
-     "replace the run that is there"},
-    {"logging-steps", OPT_WHOLE, AT(train.logging_steps), CMD_TRAIN, "steps between lines"},
-    {"seed", OPT_WHOLE, AT(train.seed), CMD_SPLIT | CMD_INIT | CMD_ANSWER, "of all random numbers"},
-    {"prompt", OPT_TEXT, AT(prompt), CMD_GENERATE, "the text to continue"},
-    {"system", OPT_TEXT, AT(system), CMD_CHAT, "system message"},
-    {"max-new-tokens", OPT_WHOLE, AT(sampling.max_new_tokens), CMD_ANSWER,
-     "most tokens of an answer"},
-    {"temperature", OPT_REAL, AT(sampling.temperature), CMD_ANSWER, "0: greedy"},
-    {"top-k", OPT_WHOLE, AT(sampling.top_k), CMD_ANSWER, "0: off"},
-    {"top-p", OPT_REAL, AT(sampling.top_p), CMD_ANSWER, "1: off"},
-    {"min-p", OPT_REAL, AT(sampling.min_p), CMD_ANSWER, "0: off"},
-    {"repetition-penalty", OPT_REAL, AT(sampling.repetition_penalty), CMD_ANSWER, "1: off"},
-    {"ids", OPT_TEXT, AT(ids), CMD_LOGITS, "token ids, e.g. 1,2,3"},
-    {"ids-only", OPT_SWITCH, AT(ids_only), CMD_TOKENIZE, "one line of ids for each line of text"},
-    {"decode", OPT_SWITCH, AT(decode), CMD_TOKENIZE, "ids on standard input to text"},
-    {"json", OPT_SWITCH, AT(json), CMD_GENERATE | CMD_EVAL | CMD_INSPECT, "JSON instead of text"},
-    {"show", OPT_WHOLE, AT(show), CMD_INSPECT, "samples to print token by token"},
-    {"max-shard-size", OPT_BYTES, AT(max_shard), CMD_MERGE, "most bytes of a weight file"},
+    {"resume", AT(resume), CMD_TRAIN, "a run's output directory: go on from its last checkpoint"},
+    {"overwrite-output-dir", SWITCH(train.overwrite_output_dir), CMD_TRAIN, "replace a run"},
+    {"logging-steps", AT(train.logging_steps), CMD_TRAIN, "steps between lines"},
+    {"seed", AT(train.seed), CMD_SPLIT | CMD_INIT | CMD_ANSWER, "of all random numbers"},
+    {"prompt", AT(prompt), CMD_GENERATE, "the text to continue"},
+    {"system", AT(system), CMD_CHAT, "system message"},
+    {"max-new-tokens", AT(sampling.max_new_tokens), CMD_ANSWER, "most tokens of an answer"},
+    {"temperature", AT(sampling.temperature), CMD_ANSWER, "0: greedy"},
+    {"top-k", AT(sampling.top_k), CMD_ANSWER, "0: off"},
+    {"top-p", AT(sampling.top_p), CMD_ANSWER, "1: off"},
+    {"min-p", AT(sampling.min_p), CMD_ANSWER, "0: off"},
+    {"repetition-penalty", AT(sampling.repetition_penalty), CMD_ANSWER, "1: off"},
+    {"ids", AT(ids), CMD_LOGITS, "token ids, e.g. 1,2,3"},
+    {"ids-only", SWITCH(ids_only), CMD_TOKENIZE, "one line of ids for each line of text"},
+    {"decode", SWITCH(decode), CMD_TOKENIZE, "ids on standard input to text"},
+    {"json", SWITCH(json), CMD_GENERATE | CMD_EVAL | CMD_INSPECT, "JSON instead of text"},
+    {"show", AT(show), CMD_INSPECT, "samples to print token by token"},
+    {"max-shard-size", BYTES(max_shard), CMD_MERGE, "most bytes of a weight file"},
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 _Static_assert(N_OPTIONS <= sizeof ((Arguments *)0)->given / sizeof(char *), "room in given");
