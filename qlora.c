@@ -7647,7 +7647,7 @@ static uint64_t checksum(uint64_t hash, const void *data, size_t n) {
     return hash;
 }
 
-typedef struct { uint64_t hash; const int32_t *ids; const Sample *sample; bool held; } SampleHash;
+typedef struct { uint64_t hash; const Sample *sample; bool held; } SampleHash;
 
 // Equal samples stand together, those to learn from first, then by their place.
 static int by_hash(const void *a, const void *b) {
@@ -7657,12 +7657,8 @@ static int by_hash(const void *a, const void *b) {
     return (x->sample > y->sample) - (x->sample < y->sample);
 }
 
-static bool same_sample(const SampleHash *a, const SampleHash *b) {
-    return a->hash == b->hash && a->sample->length == b->sample->length &&
-           memcmp(a->ids, b->ids, a->sample->length * sizeof *a->ids) == 0;
-}
-
-// Samples that are there twice, and held-out ones that are also learnt from.
+// Samples that are there twice, and held-out ones that are also learnt from: by a hash of 64 bits,
+// of which two in a billion samples are equal by chance once in forty times.
 static int check_duplicates(Findings *findings, const SampleList *train, const SampleList *held,
                             const qlora_allocator *allocator, qlora_error *err) {
     const SampleList *lists[2] = {train, held};
@@ -7674,13 +7670,13 @@ static int check_duplicates(Findings *findings, const SampleList *train, const S
         for (size_t i = 0; i < lists[k]->n; i++) {
             const Dataset *d = lists[k]->data;
             const Sample *s = &d->samples[lists[k]->index[i]];
-            const int32_t *ids = d->ids + s->first;
-            h[n++] = (SampleHash){checksum(1, ids, s->length * sizeof *ids), ids, s, k};
+            h[n++] = (SampleHash){checksum(s->length, d->ids + s->first,
+                                           s->length * sizeof *d->ids), s, k};
         }
     qsort(h, n, sizeof *h, by_hash);
     for (size_t i = 1, first = 0; i < n; i++) {
         const Sample *s = h[i].sample;
-        if (!same_sample(&h[i], &h[first])) first = i;
+        if (h[i].hash != h[first].hash) first = i;
         else if (h[i].held && !h[first].held) count_one(&overlap, s);
         else if (!h[i].held) count_one(&twice, s);
     }
@@ -11129,10 +11125,8 @@ static const Option option_table[] = {
     {"compute", AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
     {"device", AT(options.device), CMD_DEVICE | CMD_MERGE, "auto, cpu, cuda or cuda:N"},
     {"threads", AT(options.threads), CMD_COMPUTE | CMD_INSPECT, "0: one for each physical core"},
-    {"memory", BYTES(options.memory), CMD_DEVICE,
-     "most bytes to take, e.g. 8G; less only means more time"},
-    {"output", AT(output), CMD_TRAIN | CMD_LOGITS,
-     "a directory for results (train), a file (logits)"},
+    {"memory", BYTES(options.memory), CMD_DEVICE, "most bytes, e.g. 8G; less only costs time"},
+    {"output", AT(output), CMD_TRAIN | CMD_LOGITS, "results: a directory (train), a file (logits)"},
     {"lora-r", AT(train.lora_r), CMD_TRAIN, "rank of the adapter"},
     {"lora-alpha", AT(train.lora_alpha), CMD_TRAIN, "scale: alpha / r"},
     {"lora-dropout", AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
@@ -11140,15 +11134,12 @@ static const Option option_table[] = {
      "all-linear, or names such as q_proj,v_proj,lm_head"},
     {"mask", AT(train.mask), CMD_DATA,
      "content (answers and their end), turn (headers too), last (only the last answer) or all"},
-    {"field-user", AT(train.field_user), CMD_DATA,
-     "the column of the question, if not a known one"},
-    {"field-assistant", AT(train.field_assistant), CMD_DATA, "the column of the answer"},
+    {"field-user", AT(train.field_user), CMD_DATA, "the question's column, in data of your own"},
+    {"field-assistant", AT(train.field_assistant), CMD_DATA, "the answer's column"},
     {"field-system", AT(train.field_system), CMD_DATA, "the column of the system message"},
-    {"take", AT(train.take), CMD_DATA,
-     "FIRST:END, the records to use, from 0; either may be left out"},
+    {"take", AT(train.take), CMD_DATA, "FIRST:END, the records to use, from 0; also FIRST:, :END"},
     {"max-samples", AT(train.max_samples), CMD_DATA, "use no more than the first so many; 0: all"},
-    {"template", AT(options.chat_template), CMD_TEXT,
-     "a chat template by name instead of the model's own"},
+    {"template", AT(options.chat_template), CMD_TEXT, "a template by name, not the model's own"},
     {"prompt-template", AT(options.prompt_template), CMD_TEXT,
      "text with {field} holes, the last the answer"},
     {"add-tokens", AT(options.add_tokens), CMD_TEXT, "a,b: texts that become tokens of their own"},
@@ -11167,15 +11158,13 @@ static const Option option_table[] = {
     {"max-length", AT(train.max_length), CMD_DATA, "most tokens of a sample"},
     {"truncate", AT(train.truncate), CMD_DATA,
      "of longer samples: drop (leave them out), keep-start, keep-end"},
-    {"packing", AT(train.packing), CMD_SPLIT,
-     "none, or bfd: batches of packs, filled to --max-length"},
+    {"packing", AT(train.packing), CMD_SPLIT, "none, or bfd: packs, filled to --max-length"},
     {"skip-bad-lines", SWITCH(train.skip_bad_lines), CMD_DATA, "count malformed records, go on"},
     {"val-split", AT(train.val_split), CMD_SPLIT, "share held out for evaluation"},
     {"val", AT(train.val_file), CMD_SPLIT, "a file or directory to evaluate on instead"},
     {"eval-steps", AT(train.eval_steps), CMD_TRAIN, "between evaluations; also after each epoch"},
     {"save-steps", AT(train.save_steps), CMD_TRAIN, "between checkpoints; 0: one after each epoch"},
-    {"save-total-limit", AT(train.save_total_limit), CMD_TRAIN,
-     "checkpoints kept besides the best; 0: all"},
+    {"save-total-limit", AT(train.save_total_limit), CMD_TRAIN, "how many to keep; 0: all"},
     {"resume", AT(resume), CMD_TRAIN, "a run's output directory: go on from its last checkpoint"},
     {"overwrite-output-dir", SWITCH(train.overwrite_output_dir), CMD_TRAIN, "replace a run"},
     {"logging-steps", AT(train.logging_steps), CMD_TRAIN, "steps between lines"},
@@ -11749,31 +11738,27 @@ static int run_chat(Arguments *a, qlora_model *q, qlora_error *err) {
 // ------------------------------------------------------------------------------------------- main
 
 typedef struct {
-    const char *name, *positional, *help;
-    int least, most;                        // positional arguments; most 0: any number
+    const char *name;
+    const char *positional;                 // arguments; [may be left out], any number of those...
     bool model;                             // the first is a model or adapter, to be opened
     int (*run)(Arguments *a, qlora_model *q, qlora_error *err);
+    const char *help;
 } Command;
 
 // In the order of the CMD_ bits.
 static const Command command_table[] = {
-    {"train", "MODEL DATA...", "fine-tune: learn an adapter from a dataset", 2, 0, true, run_train},
-    {"generate", "PATH [FILE]", "continue --prompt TEXT, or each line of a file", 1, 2, true,
-     run_generate},
-    {"chat", "[PATH]", "talk with a model or adapter; out/ if none is named", 0, 1, true, run_chat},
-    {"logits", "PATH", "logits of --ids to a safetensors file", 1, 1, true, run_logits},
-    {"tokenize", "MODEL", "text on standard input to token ids, and back", 1, 1, false,
-     run_tokenize},
-    {"quantize", "MODEL OUT", "write a 4-bit directory, as bitsandbytes does", 2, 2, false,
-     run_quantize},
-    {"init", "CONFIG OUT", "make a random model of the shape of a config.json", 2, 2, false,
-     run_init},
-    {"info", "PATH", "what a model or adapter directory holds", 1, 1, false, run_info},
-    {"eval", "PATH DATA...", "loss, perplexity and accuracy on a dataset", 2, 0, true, run_eval},
-    {"merge", "MODEL ADAPTER OUT", "base and adapter as one model directory", 3, 3, false,
-     run_merge},
-    {"inspect", "MODEL DATA...", "what a training would see, and what is wrong with it", 2, 0,
-     false, run_inspect}};
+    {"train", "MODEL DATA...", true, run_train, "fine-tune: learn an adapter from a dataset"},
+    {"generate", "PATH [FILE]", true, run_generate, "continue --prompt, or each line of a file"},
+    {"chat", "[PATH]", true, run_chat, "talk with a model or adapter; out/ if none is named"},
+    {"logits", "PATH", true, run_logits, "logits of --ids to a safetensors file"},
+    {"tokenize", "MODEL", false, run_tokenize, "text on standard input to token ids, and back"},
+    {"quantize", "MODEL OUT", false, run_quantize, "write a 4-bit directory, as bitsandbytes does"},
+    {"init", "CONFIG OUT", false, run_init, "make a random model of the shape of a config.json"},
+    {"info", "PATH", false, run_info, "what a model or adapter directory holds"},
+    {"eval", "PATH DATA...", true, run_eval, "loss, perplexity and accuracy on a dataset"},
+    {"merge", "MODEL ADAPTER OUT", false, run_merge, "base and adapter as one model directory"},
+    {"inspect", "MODEL DATA...", false, run_inspect,
+     "what a training would see, and what is wrong with it"}};
 enum { N_COMMANDS = sizeof command_table / sizeof *command_table };
 
 // The value that an option has now, in brackets, if it is worth showing.
@@ -11813,19 +11798,22 @@ static void print_usage(const Command *command, const Arguments *a) {
 // Options and positional arguments of a command into a. Returns 1 if only --help was asked for.
 static int parse_arguments(Arguments *a, const Command *command, char **argv, int argc,
                            qlora_error *err) {
-    int n = 0, bit = 1 << (command - command_table);
+    const char *positional = command->positional;
+    int n = 0, most = 1, least, bit = 1 << (command - command_table);
+    for (const char *c = positional; *c; c++) most += *c == ' ';
+    least = most - (strchr(positional, '[') != NULL);
+    if (strstr(positional, "...")) most = INT_MAX;
     for (int i = 2; i < argc; i++) {
         if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) return 1;
         if (strncmp(argv[i], "--", 2) == 0) {
             if (parse_option(a, bit, argv, argc, &i, err)) return -1;
-        } else if (command->most && n == command->most)
-            return fail(err, "%s: expected %s, found also %s", command->name, command->positional,
-                        argv[i]);
+        } else if (n == most)
+            return fail(err, "%s: expected %s, found also %s", command->name, positional, argv[i]);
         else argv[n++] = argv[i];           // moved to the front, which is read by then
     }
-    if (n < command->least)
-        return fail(err, "%s: expected %s; see qlora %s --help", command->name,
-                    command->positional, command->name);
+    if (n < least)
+        return fail(err, "%s: expected %s; see qlora %s --help", command->name, positional,
+                    command->name);
     for (int i = n; i < argc; i++) argv[i] = NULL;
     a->path = argv[0];
     a->data = argv[1];
