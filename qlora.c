@@ -7064,19 +7064,26 @@ typedef struct {
     Tally tally[N_TALLIES];
     qlora_error first_bad;          // what was wrong with the first malformed record
     const char *const *paths;       // of the files, the caller's
-    Buffer id_buffer, learn_buffer, sample_buffer, length_buffer;     // what the pointers point into
+    Buffer id_buffer, learn_buffer, sample_buffer, length_buffer;     // what these point into
 } Dataset;
 
-static void count(Tally *tally, size_t line, uint32_t file) {
-    if (!tally->n++) { tally->line = line; tally->file = file; }
+static void count_one(Tally *tally, const Sample *s) {
+    if (!tally->n++) { tally->line = s->line; tally->file = s->file; }
 }
 
 // ----------------------------------------------------------------------- from a record to messages
 
+// Where the messages of a record go. Their texts lie in the region.
+typedef struct { Buffer *messages; Region *region; qlora_error *err; } RecordReader;
+
+// The white space of JSON, which NUL and others are not.
+static size_t skip_space(const char *text, size_t at, size_t end) {
+    while (at < end && memchr(" \t\r\n", text[at], 4)) at++;
+    return at;
+}
+
 static bool blank(const char *text, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        if (!memchr(" \t\r\n", text[i], 4)) return false;
-    return true;
+    return skip_space(text, 0, n) == n;
 }
 
 // What the models' own templates would write elsewhere, or train in another way. To leave it out in
@@ -7084,20 +7091,19 @@ static bool blank(const char *text, size_t n) {
 static int refuse_keys(const Json *object, qlora_error *err) {
     static const char tool[] = "tool calls", media[] = "images, video and sound",
                       preference[] = "preference data (DPO, KTO)";
-    static const struct { const char *key, *what; bool may_be_bool; } rows[] = {
-        {"tools", tool, false}, {"functions", tool, false}, {"tool_calls", tool, false},
-        {"function_call", tool, false}, {"images", media, false}, {"videos", media, false},
-        {"audios", media, false}, {"chosen", preference, true}, {"rejected", preference, true},
-        {"kto_tag", preference, true}, {"label", preference, true}};
+    static const struct { const char *key, *what; } rows[] = {
+        {"tools", tool}, {"functions", tool}, {"tool_calls", tool}, {"function_call", tool},
+        {"images", media}, {"videos", media}, {"audios", media}, {"chosen", preference},
+        {"rejected", preference}, {"kto_tag", preference}, {"label", preference}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         const Json *value = json_get(object, rows[i].key);
-        bool text = json_is(value, JSON_STRING), truth = json_is(value, JSON_TRUE) ||
-                                                         json_is(value, JSON_FALSE);
-        // LLaMA-Factory writes an empty list of tools as the text "[]".
-        if (text && strcmp(rows[i].key, "label") == 0) continue;      // a class, not a verdict
-        if (value && (value->count || (rows[i].may_be_bool && truth) ||
-                      (text && strspn(value->text, "[]{} \n") != value->length)))
-            return fail(err, "\"%s\": %s are not supported", rows[i].key, rows[i].what);
+        if (!value) continue;
+        bool full = value->count > 0;
+        if (rows[i].what == preference)
+            full |= value->kind == JSON_TRUE || value->kind == JSON_FALSE;
+        if (value->kind == JSON_STRING && strcmp(rows[i].key, "label"))       // in words: a class
+            full = strspn(value->text, "[]{} \n") < value->length;     // "[]": LLaMA-Factory's none
+        if (full) return fail(err, "\"%s\": %s are not supported", rows[i].key, rows[i].what);
     }
     return 0;
 }
@@ -7111,20 +7117,28 @@ static void list_keys(char out[400], const Json *object) {
     if (!n) snprintf(out, 400, "(none)");
 }
 
-// The text of a member: an empty one if it is absent or null and need not be there. In a list of
-// parts, as OpenAI writes them, every part must be text.
-static int get_text(Message *out, const Json *object, const char *key, bool needed, Region *region,
-                    qlora_error *err) {
-    const Json *value = key ? json_get(object, key) : NULL;
-    bool absent = !value || value->kind == JSON_NULL;
-    char keys[400];
+// The text of one of the parts that OpenAI makes a text of; NULL with a message if it is no text.
+static const Json *part_text(const Json *part, const char *key, qlora_error *err) {
+    const Json *text = json_get(part, json_get(part, "text") ? "text" : "value");
+    const char *type = json_get_text(part, "type");
+    if (json_is(text, JSON_STRING) && type && strcmp(type, "text") == 0) return text;
+    fail(err, "\"%s\": expected a string or parts of type \"text\", found %s", key,
+         type ? type : "a part without \"type\"");
+    return NULL;
+}
+
+// The text of a member: a string or a list of parts; empty if it is not there and need not be.
+static int get_text(RecordReader *r, Message *out, const Json *object, const char *key,
+                    bool needed) {
+    const Json *value = key ? json_get(object, key) : NULL, *text;
+    char keys[400], *joined;
     size_t room = 1;
     out->content = "";
     out->length = 0;
-    if (absent && !needed) return 0;
+    if (!needed && (!value || value->kind == JSON_NULL)) return 0;
     if (!value) {
         list_keys(keys, object);
-        return fail(err, "expected \"%s\", found the keys %s", key, keys);
+        return fail(r->err, "expected \"%s\", found the keys %s", key, keys);
     }
     if (value->kind == JSON_STRING) {
         out->content = value->text;
@@ -7132,24 +7146,27 @@ static int get_text(Message *out, const Json *object, const char *key, bool need
         return 0;
     }
     if (value->kind != JSON_ARRAY)
-        return fail(err, "\"%s\": expected a string, found %s", key, json_kind_name(value->kind));
+        return fail(r->err, "\"%s\": expected a string, found %s", key,
+                    json_kind_name(value->kind));
     for (const Json *part = value->first; part; part = part->next) {
-        const Json *text = json_get(part, json_get(part, "text") ? "text" : "value");
-        const char *type = json_get_text(part, "type");
-        if (!json_is(text, JSON_STRING) || !type || strcmp(type, "text"))
-            return fail(err, "\"%s\": expected a string or parts of type \"text\", found %s", key,
-                        type ? type : "a part without \"type\"");
+        if (!(text = part_text(part, key, r->err))) return -1;
         room += text->length;
     }
-    char *joined = region_alloc(region, room, 1, err);
-    if (!joined) return -1;
+    if (!(joined = region_alloc(r->region, room, 1, r->err))) return -1;
     out->content = joined;
     for (const Json *part = value->first; part; part = part->next) {
-        const Json *text = json_get(part, json_get(part, "text") ? "text" : "value");
+        text = part_text(part, key, r->err);
         memcpy(joined + out->length, text->text, text->length);
         out->length += text->length;
     }
     return 0;
+}
+
+// Appends the text of a member as a message; one that need not be there only if it says something.
+static int push_text(RecordReader *r, int role, const Json *object, const char *key, bool needed) {
+    Message m = {.role = role_names[role]};
+    if (get_text(r, &m, object, key, needed)) return -1;
+    return needed || m.length ? buffer_append(r->messages, &m, sizeof m, r->err) : 0;
 }
 
 // "train": false, or OpenAI's "weight": 0 (others say loss_weight): this message is not learnt.
@@ -7158,24 +7175,25 @@ static int get_weight(Message *m, const Json *turn, qlora_error *err) {
     for (size_t i = 0; i < 3; i++) {
         const Json *value = json_get(turn, keys[i]);
         double weight;
-        if (!value || value->kind == JSON_NULL || (i == 0 && value->kind == JSON_TRUE)) continue;
-        if (i == 0 ? value->kind == JSON_FALSE : json_to_double(value, &weight) && weight == 0)
-            m->skip = true;
-        else if (i == 0 || !json_to_double(value, &weight) || weight != 1)
+        if (!value || value->kind == JSON_NULL) continue;
+        if (i == 0) weight = value->kind == JSON_TRUE ? 1 : value->kind == JSON_FALSE ? 0 : -1;
+        else if (!json_to_double(value, &weight)) weight = -1;
+        if (weight != 0 && weight != 1)
             return fail(err, "\"%s\": expected %s, found %.40s", keys[i],
                         i ? "0 or 1" : "true or false",
                         value->text ? value->text : json_kind_name(value->kind));
+        m->skip |= weight == 0;
     }
     return 0;
 }
 
 // {"role", "content"} or {"from", "value"}; roles by any of the names in use.
-static int read_turn(Message *m, const Json *turn, Region *region, qlora_error *err) {
+static int read_turn(RecordReader *r, Message *m, const Json *turn) {
     static const struct { const char *name; int role; } names[] = {
         {"user", ROLE_USER}, {"human", ROLE_USER}, {"assistant", ROLE_ASSISTANT},
         {"gpt", ROLE_ASSISTANT}, {"model", ROLE_ASSISTANT}, {"system", ROLE_SYSTEM},
         {"tool", N_ROLES}, {"function", N_ROLES}, {"function_call", N_ROLES},
-        {"observation", N_ROLES}};
+        {"observation", N_ROLES}};              // of tools
     enum { N_NAMES = sizeof names / sizeof *names };
     bool from = !json_get(turn, "role") && json_get(turn, "from");
     const char *given = json_get_text(turn, from ? "from" : "role");
@@ -7183,79 +7201,65 @@ static int read_turn(Message *m, const Json *turn, Region *region, qlora_error *
     if (!given) {
         char keys[400];
         list_keys(keys, turn);
-        return fail(err, "expected \"role\" and \"content\", or \"from\" and \"value\", found the "
-                    "keys %s", keys);
+        return fail(r->err, "expected \"role\" and \"content\", or \"from\" and \"value\", found "
+                    "the keys %s", keys);
     }
     while (i < N_NAMES && strcmp(given, names[i].name)) i++;
     if (i == N_NAMES)
-        return fail(err, "role \"%.60s\" is not supported; expected system, user (human) or "
+        return fail(r->err, "role \"%.60s\" is not supported; expected system, user (human) or "
                     "assistant (gpt)", given);
     if (names[i].role == N_ROLES)
-        return fail(err, "role \"%s\": tool calls are not supported", given);
+        return fail(r->err, "role \"%s\": tool calls are not supported", given);
     m->role = role_names[names[i].role];
-    return refuse_keys(turn, err) || get_weight(m, turn, err) ||
-           get_text(m, turn, from ? "value" : "content", true, region, err) ? -1 : 0;
-}
-
-static int read_system(Buffer *messages, const RecordFormat *format, const Json *record,
-                       Region *region, qlora_error *err) {
-    Message system = {.role = role_names[ROLE_SYSTEM]};
-    if (get_text(&system, record, format->system, false, region, err)) return -1;
-    return system.length ? buffer_append(messages, &system, sizeof system, err) : 0;
+    return refuse_keys(turn, r->err) || get_weight(m, turn, r->err) ||
+           get_text(r, m, turn, from ? "value" : "content", true) ? -1 : 0;
 }
 
 // Turns are objects, or plain strings that alternate between user and assistant.
-static int read_list(Buffer *messages, const RecordFormat *format, const Json *record,
-                     Region *region, qlora_error *err) {
+static int read_list(RecordReader *r, const RecordFormat *format, const Json *record) {
     const Json *list = json_get(record, format->list);
     size_t number = 0;
     if (list->kind != JSON_ARRAY)
-        return fail(err, "\"%s\": expected an array, found %s", format->list,
+        return fail(r->err, "\"%s\": expected an array, found %s", format->list,
                     json_kind_name(list->kind));
-    if (read_system(messages, format, record, region, err)) return -1;
-    for (const Json *turn = list->first; turn; turn = turn->next, number++) {
-        Message m = {role_names[number % 2 ? ROLE_ASSISTANT : ROLE_USER], turn->text, turn->length,
-                     false, 0};
+    if (push_text(r, ROLE_SYSTEM, record, format->system, false)) return -1;
+    for (const Json *turn = list->first; turn; turn = turn->next) {
+        Message m = {role_names[number++ % 2 ? ROLE_ASSISTANT : ROLE_USER], turn->text,
+                     turn->length, false, 0};
         qlora_error inner = {{0}};
-        if (turn->kind == JSON_OBJECT && read_turn(&m, turn, region, &inner))
-            return fail(err, "message %zu: %s", number + 1, inner.text);
+        RecordReader reader = {r->messages, r->region, &inner};
+        if (turn->kind == JSON_OBJECT && read_turn(&reader, &m, turn))
+            return fail(r->err, "message %zu: %s", number, inner.text);
         if (turn->kind != JSON_OBJECT && turn->kind != JSON_STRING)
-            return fail(err, "message %zu: expected an object or a string, found %s", number + 1,
+            return fail(r->err, "message %zu: expected an object or a string, found %s", number,
                         json_kind_name(turn->kind));
-        if (buffer_append(messages, &m, sizeof m, err)) return -1;
+        if (buffer_append(r->messages, &m, sizeof m, r->err)) return -1;
     }
     return 0;
 }
 
 // Earlier exchanges: [["question", "answer"], ...].
-static int read_history(Buffer *messages, const Json *history, qlora_error *err) {
-    static const char expected[] = "\"history\": expected pairs [user, assistant] of strings";
-    if (!history || history->kind == JSON_NULL) return 0;
-    if (history->kind != JSON_ARRAY) return fail(err, "%s", expected);
-    for (const Json *pair = history->first; pair; pair = pair->next) {
-        Message m = {.role = role_names[ROLE_USER]};
-        if (pair->kind != JSON_ARRAY || pair->count != 2) return fail(err, "%s", expected);
-        for (const Json *text = pair->first; text; text = text->next) {
-            if (text->kind != JSON_STRING) return fail(err, "%s", expected);
-            m.content = text->text;
-            m.length = text->length;
-            if (buffer_append(messages, &m, sizeof m, err)) return -1;
-            m.role = role_names[ROLE_ASSISTANT];
+static int read_history(RecordReader *r, const Json *history) {
+    bool ok = !history || history->kind == JSON_ARRAY || history->kind == JSON_NULL;
+    for (const Json *pair = history ? history->first : NULL; pair && ok; pair = pair->next) {
+        int role = ROLE_USER;
+        ok = pair->kind == JSON_ARRAY && pair->count == 2;
+        for (const Json *text = pair->first; text && ok; text = text->next, role = ROLE_ASSISTANT) {
+            Message m = {role_names[role], text->text, text->length, false, 0};
+            ok = text->kind == JSON_STRING;
+            if (ok && buffer_append(r->messages, &m, sizeof m, r->err)) return -1;
         }
     }
-    return 0;
+    return ok ? 0 : fail(r->err, "\"history\": expected pairs [user, assistant] of strings");
 }
 
 // Instruction and input make one user's message, with a newline between where both say something.
-static int read_columns(Buffer *messages, const RecordFormat *format, const Json *record,
-                        Region *region, qlora_error *err) {
+static int read_columns(RecordReader *r, const RecordFormat *format, const Json *record) {
     Message user = {.role = role_names[ROLE_USER]}, more = user;
-    Message assistant = {.role = role_names[ROLE_ASSISTANT]};
-    if (get_text(&user, record, format->user, true, region, err) ||
-        get_text(&more, record, format->more, false, region, err) ||
-        get_text(&assistant, record, format->assistant, true, region, err))
+    if (get_text(r, &user, record, format->user, true) ||
+        get_text(r, &more, record, format->more, false))
         return -1;
-    char *joined = region_alloc(region, user.length + more.length + 1, 1, err);
+    char *joined = region_alloc(r->region, user.length + more.length + 1, 1, r->err);
     if (!joined) return -1;
     memcpy(joined, user.content, user.length);
     if (user.length && more.length) {
@@ -7265,13 +7269,10 @@ static int read_columns(Buffer *messages, const RecordFormat *format, const Json
     memcpy(joined + user.length, more.content, more.length);
     user.content = joined;
     user.length += more.length;
-    return read_system(messages, format, record, region, err) ||
-                   (format->history &&
-                    read_history(messages, json_get(record, format->history), err)) ||
-                   buffer_append(messages, &user, sizeof user, err) ||
-                   buffer_append(messages, &assistant, sizeof assistant, err)
-               ? -1
-               : 0;
+    return push_text(r, ROLE_SYSTEM, record, format->system, false) ||
+           (format->history && read_history(r, json_get(record, format->history))) ||
+           buffer_append(r->messages, &user, sizeof user, r->err) ||
+           push_text(r, ROLE_ASSISTANT, record, format->assistant, true) ? -1 : 0;
 }
 
 // The first key with a text whose name sounds like one of the words, or the n-th with a text.
@@ -7303,14 +7304,14 @@ static int unknown_format(const Json *record, qlora_error *err) {
                 "with \"completion\", \"input\" with \"output\", \"text\"", keys, hint);
 }
 
-// Appends the messages of a record and says in which format it was. Their texts lie in the region.
-// Raw text is one message without a role.
-static int read_record(Buffer *messages, size_t *format, const Json *record,
-                       const DatasetOptions *o, Region *region, qlora_error *err) {
+// Reads the messages of a record and says in which format it was. Raw text is one message without
+// a role.
+static int read_record(RecordReader *r, size_t *format, const Json *record,
+                       const DatasetOptions *o) {
     RecordFormat f = o->fields;
     size_t i = N_RECORD_FORMATS;
     if (record->kind != JSON_OBJECT)
-        return fail(err, "expected an object, found %s", json_kind_name(record->kind));
+        return fail(r->err, "expected an object, found %s", json_kind_name(record->kind));
     if (!f.user)
         for (i = 0; i < N_RECORD_FORMATS; i++) {
             f = record_formats[i];
@@ -7318,26 +7319,20 @@ static int read_record(Buffer *messages, size_t *format, const Json *record,
             if (json_get(record, first) && (!f.assistant || json_get(record, f.assistant))) break;
         }
     *format = i;
-    if ((i == N_RECORD_FORMATS || !f.text) && refuse_keys(record, err)) return -1;
-    if (i == N_RECORD_FORMATS && !o->fields.user) return unknown_format(record, err);
+    if ((i == N_RECORD_FORMATS || !f.text) && refuse_keys(record, r->err)) return -1;
+    if (i == N_RECORD_FORMATS && !o->fields.user) return unknown_format(record, r->err);
     if (o->system) f.system = o->system;
-    if (f.list) return read_list(messages, &f, record, region, err);
-    if (f.user) return read_columns(messages, &f, record, region, err);
+    if (f.list) return read_list(r, &f, record);
+    if (f.user) return read_columns(r, &f, record);
     Message m = {.role = NULL};
-    return get_text(&m, record, f.text, true, region, err) ||
-           buffer_append(messages, &m, sizeof m, err) ? -1 : 0;
+    return get_text(r, &m, record, f.text, true) ||
+           buffer_append(r->messages, &m, sizeof m, r->err) ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------- from a file to records
 
 // Where a record's text lies; line_start is where the line begins on which the record begins.
 typedef struct { size_t start, end, line_start, line; } RecordPlace;
-
-// The white space of JSON, which NUL and others are not.
-static size_t skip_space(const char *text, size_t at, size_t end) {
-    while (at < end && memchr(" \t\r\n", text[at], 4)) at++;
-    return at;
-}
 
 // Moves the start, counting lines on the way.
 static void move_on(RecordPlace *place, const char *text, size_t to) {
@@ -7358,46 +7353,33 @@ static int add_record(Buffer *records, const char *text, RecordPlace *place, siz
     return 0;
 }
 
-// Cuts an array, whose '[' is at `place`, at the commas between its elements; what is inside an
-// element is for the parser to judge. *wrong is where the array itself is not well-formed, or NULL.
-// It is reported after the elements' own errors, for one of these may be the cause.
-static int split_array(Buffer *records, const char *text, size_t n, RecordPlace place,
-                       const char **wrong, qlora_error *err) {
-    size_t depth = 1, i = ++place.start;
-    bool string = false;
-    for (; i < n && depth; i++) {
-        char c = text[i];
-        if (c == '"') string = !string;
-        if (string && c == '\\') i++;
-        if (string) continue;
-        if (c == '[' || c == '{') depth++;
-        if (c == ']' || c == '}') depth--;
-        if ((depth == 0 || (depth == 1 && c == ',')) &&
-            add_record(records, text, &place, i, depth == 0 && !records->size, err))
-            return -1;
-    }
-    if (depth && add_record(records, text, &place, n, true, err)) return -1;
-    i = skip_space(text, i, n);
-    *wrong = depth ? text + n : i < n ? text + i : NULL;
-    return 0;
-}
-
-// Fills `records` with the places of all records of the text, a JSON array or lines.
+// Fills `records` with the places of all records of the text: its lines, or what stands between the
+// commas of an array; what is inside a record is for the parser to judge. *wrong is where an array
+// itself is not well-formed, or NULL. It is reported after the records' own errors, for one of
+// these may be the cause.
 static int split_file(Buffer *records, const char *text, size_t n, bool *array, const char **wrong,
                       qlora_error *err) {
-    size_t bom = starts_with(text, n, "\xEF\xBB\xBF") ? 3 : 0, first = skip_space(text, bom, n);
+    size_t bom = starts_with(text, n, "\xEF\xBB\xBF") ? 3 : 0, i = skip_space(text, bom, n);
+    size_t depth = *array = i < n && text[i] == '[';
     RecordPlace place = {.start = bom, .line_start = bom, .line = 1};
-    *wrong = NULL;
-    *array = first < n && text[first] == '[';
-    if (*array) {
-        move_on(&place, text, first);
-        return split_array(records, text, n, place, wrong, err);
+    bool string = false;
+    if (*array) move_on(&place, text, ++i);
+    for (; i < n && (depth || !*array); i++) {
+        char c = text[i];
+        bool ends = c == '\n', may_be_blank = true;
+        if (*array) {
+            if (c == '"') string = !string;
+            if (string && c == '\\') i++;
+            if (string) continue;
+            depth = depth + (c == '[' || c == '{') - (c == ']' || c == '}');
+            ends = !depth || (depth == 1 && c == ',');
+            may_be_blank = !depth && !records->size;
+        }
+        if (ends && add_record(records, text, &place, i, may_be_blank, err)) return -1;
     }
-    while (place.start <= n) {
-        const char *newline = memchr(text + place.start, '\n', n - place.start);
-        size_t end = newline ? (size_t)(newline - text) : n;
-        if (add_record(records, text, &place, end, true, err)) return -1;
-    }
+    if ((depth || !*array) && add_record(records, text, &place, n, true, err)) return -1;
+    i = skip_space(text, i, n);
+    *wrong = !*array ? NULL : depth ? text + n : i < n ? text + i : NULL;
     return 0;
 }
 
@@ -7450,15 +7432,13 @@ static int encode_plain(const Tokenizer *t, const Message *m, EncodedRecord *out
 
 // Does the text hold what the tokenizer would read as a token of the template's own?
 static bool has_control(const ChatTemplate *c, const Message *m) {
-    for (size_t i = 0; i < c->n_cuts; i++) {
-        size_t n = strlen(c->cuts[i]);
-        for (size_t at = 0; n && at + n <= m->length; at++) {
-            const char *found = memchr(m->content + at, c->cuts[i][0], m->length - n - at + 1);
-            if (!found) break;
-            if (memcmp(found, c->cuts[i], n) == 0) return true;
-            at = (size_t)(found - m->content);
+    const char *end = m->content + m->length;
+    for (size_t i = 0; i < c->n_cuts; i++)
+        for (const char *at = m->content; at < end; at++) {
+            at = memchr(at, *c->cuts[i], (size_t)(end - at));
+            if (!at) break;
+            if (starts_with(at, (size_t)(end - at), c->cuts[i])) return true;
         }
-    }
     return false;
 }
 
@@ -7503,6 +7483,7 @@ static void encode_record(void *arguments, size_t task, int thread) {
     Region region = {.allocator = job->options->allocator};
     Buffer messages = {.allocator = job->options->allocator};
     qlora_error inner = {{0}};
+    RecordReader reader = {&messages, &region, &inner};
     // The parser's text starts with the line, not with the record, so that it counts columns right.
     JsonParser p = {job->path, job->text + place->line_start, job->text + place->start,
                     job->text + place->end, place->line, 0, &region, &out->err};
@@ -7515,8 +7496,7 @@ static void encode_record(void *arguments, size_t task, int thread) {
         out->format = N_RECORD_FORMATS;
         out->bad = (job->chat->n_holes
                         ? prompt_fill(job->chat, &messages, record, &region, &inner)
-                        : read_record(&messages, &out->format, record, job->options, &region,
-                                      &inner)) ||
+                        : read_record(&reader, &out->format, record, job->options)) ||
                    encode_messages(job, (Message *)(void *)messages.data,
                                    messages.size / sizeof(Message), out, &inner);
         if (out->bad) json_fail(&p, job->text + place->start, inner.text);
@@ -7541,19 +7521,18 @@ static Kept truncate_sample(const int32_t *ids, size_t n, const DatasetOptions *
 }
 
 static int append_ids(Dataset *d, const EncodedRecord *e, Kept kept, qlora_error *err) {
-    size_t first = d->learn_buffer.size, unit = sizeof(int32_t);
+    size_t n = kept.to - kept.from, unit = sizeof *d->ids;
     if (buffer_append(&d->id_buffer, e->ids.data, kept.head * unit, err) ||
-        buffer_append(&d->id_buffer, e->ids.data + kept.from * unit, (kept.to - kept.from) * unit,
-                      err) ||
+        buffer_append(&d->id_buffer, e->ids.data + kept.from * unit, n * unit, err) ||
         buffer_append(&d->learn_buffer, e->learn.data, kept.head, err) ||
-        buffer_append(&d->learn_buffer, e->learn.data + kept.from, kept.to - kept.from, err))
+        buffer_append(&d->learn_buffer, e->learn.data + kept.from, n, err))
         return -1;
-    if (d->learn_buffer.size > first) d->learn_buffer.data[first] = 0;       // nothing predicts it
+    if (kept.head + n) d->learn_buffer.data[d->tokens] = 0;          // nothing predicts the first
     return 0;
 }
 
 // Counts what the checks ask for in a sample that was appended.
-static void count_sample(Dataset *d, Sample *s, const EncodeJob *job) {
+static void count_sample(Dataset *d, const Sample *s, const EncodeJob *job) {
     const int32_t *ids = (const int32_t *)(void *)d->id_buffer.data + s->first;
     const char *learn = d->learn_buffer.data + s->first;
     const int32_t end = job->chat->end_id, eos = job->tokenizer->eos_id;
@@ -7561,56 +7540,55 @@ static void count_sample(Dataset *d, Sample *s, const EncodeJob *job) {
     size_t ends = 0, doubled = 0;
     for (size_t i = 0; i < s->length; i++) {
         bool is_end = ids[i] >= 0 && (ids[i] == end || ids[i] == eos);
-        s->supervised += learn[i] == 1;
         ends += is_end && learn[i] == 1;
         doubled += is_end && i && ids[i - 1] == ids[i];
     }
     d->ends += ends;
-    if (!ends && (end >= 0 || eos >= 0)) count(&d->tally[TALLY_NO_END], s->line, s->file);
-    if (doubled) count(&d->tally[TALLY_DOUBLED_END], s->line, s->file);
+    if (!ends && (end >= 0 || eos >= 0)) count_one(&d->tally[TALLY_NO_END], s);
+    if (doubled) count_one(&d->tally[TALLY_DOUBLED_END], s);
     if (s->length > 1 && bos >= 0 && ids[0] == bos && ids[1] == bos && bos != end && bos != eos)
-        count(&d->tally[TALLY_DOUBLED_START], s->line, s->file);
+        count_one(&d->tally[TALLY_DOUBLED_START], s);
 }
 
 // Takes a record into the dataset, or counts why not.
 static int append_sample(Dataset *d, const EncodeJob *job, const EncodedRecord *e, size_t line,
                          qlora_error *err) {
     const DatasetOptions *o = job->options;
-    const uint32_t file = job->file;
+    Tally *tally = d->tally;
     size_t n = e->learn.size;
+    Sample s = {.first = d->tokens, .line = line, .file = job->file};
     d->records++;
     if (e->bad) {
         if (e->out_of_memory || !(o->skip_bad_lines || o->inspecting))
             return fail(err, "%s", e->err.text);
-        if (!d->tally[TALLY_BAD].n) d->first_bad = e->err;
-        count(&d->tally[TALLY_BAD], line, file);
+        if (!tally[TALLY_BAD].n) d->first_bad = e->err;
+        count_one(&tally[TALLY_BAD], &s);
         return 0;
     }
     d->formats[e->format]++;
     d->longest = max_size(d->longest, n);
     if (buffer_append(&d->length_buffer, &n, sizeof n, err)) return -1;
     Kept kept = truncate_sample((const int32_t *)(void *)e->ids.data, n, o, job->tokenizer);
-    if (n && kept.to == 0) { count(&d->tally[TALLY_TOO_LONG], line, file); return 0; }
-    Sample sample = {d->tokens, kept.head + kept.to - kept.from, 0, line, file};
-    Dataset before = *d;                              // its counts, should the sample be dropped
+    if (n && kept.to == 0) { count_one(&tally[TALLY_TOO_LONG], &s); return 0; }
     if (append_ids(d, e, kept, err)) return -1;
-    count_sample(d, &sample, job);
-    if (!sample.supervised && !o->keep_all) {
-        d->id_buffer.size = before.id_buffer.size;
-        d->learn_buffer.size = before.learn_buffer.size;
-        memcpy(d->tally, before.tally, sizeof d->tally);
-        count(&d->tally[TALLY_UNSUPERVISED], line, file);
+    s.length = kept.head + kept.to - kept.from;
+    for (size_t i = 0; i < s.length; i++) s.supervised += d->learn_buffer.data[s.first + i] == 1;
+    if (!s.supervised && !o->keep_all) {
+        d->id_buffer.size = d->tokens * sizeof *d->ids;
+        d->learn_buffer.size = d->tokens;
+        count_one(&tally[TALLY_UNSUPERVISED], &s);
         return 0;
     }
-    if (sample.length < n) count(&d->tally[TALLY_CUT], line, file);
+    count_sample(d, &s, job);
+    if (s.length < n) count_one(&tally[TALLY_CUT], &s);
     if (kept.to < n && memchr(e->learn.data + kept.to, 1, n - kept.to))
-        count(&d->tally[TALLY_CUT_ANSWER], line, file);
-    if (e->empty) count(&d->tally[TALLY_EMPTY], line, file);
-    if (e->control) count(&d->tally[TALLY_CONTROL], line, file);
+        count_one(&tally[TALLY_CUT_ANSWER], &s);
+    if (e->empty) count_one(&tally[TALLY_EMPTY], &s);
+    if (e->control) count_one(&tally[TALLY_CONTROL], &s);
     d->n++;
-    d->tokens += sample.length;
-    d->supervised += sample.supervised;
-    return buffer_append(&d->sample_buffer, &sample, sizeof sample, err);
+    d->tokens += s.length;
+    d->supervised += s.supervised;
+    return buffer_append(&d->sample_buffer, &s, sizeof s, err);
 }
 
 static bool dataset_full(const Dataset *d, const DatasetOptions *o) {
@@ -7742,21 +7720,20 @@ static int add_data_path(Buffer *paths, const char *path, int split, bool needed
 // "a:b" as in Python: records a to b-1, either may be left out.
 static int parse_take(const char *text, DatasetOptions *o, qlora_error *err) {
     size_t *out[2] = {&o->take_from, &o->take_to};
-    const char *at = text, *colon = text ? strchr(text, ':') : NULL;
-    bool ok = !text || colon;
+    const char *at = text;
+    bool ok = true;
     o->take_from = 0;
     o->take_to = SIZE_MAX;
-    for (int i = 0; i < 2 && text && ok; i++, at = colon + 1) {
-        if (i == 0 ? at == colon : !*at) continue;
-        char *end;
+    for (int i = 0; i < 2 && text && ok; i++) {
+        char *end = (char *)(uintptr_t)at;
         errno = 0;
-        unsigned long long value = strtoull(at, &end, 10);
-        ok = isdigit((unsigned char)*at) && !errno && (i ? !*end : end == colon);
-        *out[i] = (size_t)value;
+        if (isdigit((unsigned char)*at)) *out[i] = (size_t)strtoull(at, &end, 10);
+        ok = !errno && *end == (i ? 0 : ':');
+        at = end + 1;
     }
-    return ok && o->take_from < o->take_to ? 0
-               : fail(err, "take: expected FIRST:END, records by number from 0, as 0:1000 or "
-                      "1000:, found \"%s\"", text);
+    return ok && o->take_from < o->take_to
+               ? 0 : fail(err, "take: expected FIRST:END, records by number from 0, as 0:1000 or "
+                          "1000:, found \"%s\"", text);
 }
 
 // ----------------------------------------------------------------------------------------- packing
@@ -7770,8 +7747,8 @@ typedef struct {
     size_t n, n_packs;
 } SampleList;
 
-static int ascending(const void *a, const void *b) {
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+static int by_number(const void *a, const void *b) {
+    size_t x = *(const size_t *)a, y = *(const size_t *)b;
     return (x > y) - (x < y);
 }
 
@@ -7780,18 +7757,17 @@ static int ascending(const void *a, const void *b) {
 // Orders list->index pack by pack, the longest document of each first.
 static int pack_samples(SampleList *list, size_t room, Region *region, qlora_error *err) {
     size_t words = room / 64 + 1, n = list->n, n_packs = 0;
-    uint64_t *key = region_alloc(region, n, sizeof *key, err);
+    size_t *key = region_alloc(region, n, sizeof *key, err);       // room left by a sample, index
     uint64_t *free_bits = region_alloc(region, words, sizeof *free_bits, err);   // rooms there are
     uint32_t *head = region_alloc(region, room + 1, sizeof *head, err);    // packs by room, 0: none
     uint32_t *next = region_alloc(region, n + 1, sizeof *next, err);       // in the same list
     uint32_t *of = region_alloc(region, n, sizeof *of, err);               // pack of a sample
     if (!key || !free_bits || !head || !next || !of) return -1;
     for (size_t i = 0; i < n; i++)
-        key[i] = (uint64_t)(room - list->data->samples[list->index[i]].length) << 32 |
-                 list->index[i];
-    qsort(key, n, sizeof *key, ascending);
+        key[i] = (room - list->data->samples[list->index[i]].length) << 32 | list->index[i];
+    qsort(key, n, sizeof *key, by_number);
     for (size_t i = 0; i < n; i++) {
-        size_t length = room - (size_t)(key[i] >> 32), left = room, w = length / 64;
+        size_t length = room - (key[i] >> 32), left = room, w = length / 64;
         uint64_t bits = free_bits[w] & ~(uint64_t)0 << length % 64;
         while (!bits && ++w < words) bits = free_bits[w];
         uint32_t pack = (uint32_t)++n_packs;          // numbered from 1, for 0 ends a list
@@ -7825,6 +7801,7 @@ static const char *const severity_names[] = {"warning", "error"};
 
 // What a person should know before training, or what forbids it.
 typedef struct { Severity severity; const char *code; size_t n; char text[700]; } Finding;
+typedef struct { size_t n; Finding list[2 * N_TALLIES + 4]; } Findings;
 
 // For each tally: from which share of the records (or samples) on it is an error; 2: never.
 static const struct {
@@ -7851,24 +7828,23 @@ static const struct {
      "it is learnt as that token, not as its letters"},
     {"empty-answer", 1, false, "an answer is empty", "the model learns to say nothing there"}};
 
-__attribute__((format(printf, 6, 7)))
-static int add_finding(Buffer *findings, Severity severity, const char *code, size_t n,
-                       qlora_error *err, const char *format, ...) {
-    Finding f = {severity, code, n, ""};
+__attribute__((format(printf, 5, 6)))
+static void add_finding(Findings *findings, Severity severity, const char *code, size_t n,
+                        const char *format, ...) {
+    Finding *f = &findings->list[findings->n++];
     va_list args;
+    *f = (Finding){severity, code, n, ""};
     va_start(args, format);
-    vsnprintf(f.text, sizeof f.text, format, args);
+    vsnprintf(f->text, sizeof f->text, format, args);
     va_end(args);
-    return buffer_append(findings, &f, sizeof f, err);
 }
 
-// Appends what the counts of a dataset say. `which` is put before each, as "held-out data: ".
-static int check_counts(Buffer *findings, const Dataset *d, const DatasetOptions *o,
-                        const char *which, qlora_error *err) {
+// What the counts of a dataset say. `which` is put before each, as "held-out data: ".
+static void check_counts(Findings *findings, const Dataset *d, const DatasetOptions *o,
+                         const char *which) {
     qlora_error text = {{0}};
-    if (dataset_usable(d, o, &text) &&
-        add_finding(findings, ERROR, "nothing-to-learn", 0, err, "%s%s", which, text.text))
-        return -1;
+    if (dataset_usable(d, o, &text))
+        add_finding(findings, ERROR, "nothing-to-learn", 0, "%s%s", which, text.text);
     for (int i = 0; i < N_TALLIES; i++) {
         const Tally *tally = &d->tally[i];
         size_t all = checks[i].of_records ? d->records : d->n;
@@ -7876,69 +7852,67 @@ static int check_counts(Buffer *findings, const Dataset *d, const DatasetOptions
         bool error = i == TALLY_BAD ? !o->skip_bad_lines
                                     : (double)tally->n >= checks[i].error_share * (double)all;
         const char *cure = i == TALLY_BAD ? d->first_bad.text : checks[i].cure;
-        if (add_finding(findings, error ? ERROR : WARNING, checks[i].code, tally->n, err,
-                        "%s%zu of %zu %s: %s (the first: %s:%zu)%s%s", which, tally->n, all,
-                        checks[i].of_records ? "records" : "samples", checks[i].what,
-                        d->paths[tally->file], tally->line, cure ? "; " : "", cure ? cure : ""))
-            return -1;
+        add_finding(findings, error ? ERROR : WARNING, checks[i].code, tally->n,
+                    "%s%zu of %zu %s: %s (the first: %s:%zu)%s%s", which, tally->n, all,
+                    checks[i].of_records ? "records" : "samples", checks[i].what,
+                    d->paths[tally->file], tally->line, cure ? "; " : "", cure ? cure : "");
     }
-    return 0;
 }
 
-// FNV-1a.
-static uint64_t fnv_hash(uint64_t hash, const void *data, size_t n) {
-    const unsigned char *bytes = data;
-    for (size_t i = 0; i < n; i++) hash = (hash ^ bytes[i]) * 0x100000001B3u;
+// Runs over 8-byte words (the last one padded), which is fast enough for gigabytes.
+static uint64_t checksum(uint64_t hash, const void *data, size_t n) {
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t word = 0;
+        memcpy(&word, (const char *)data + i, min_size(8, n - i));
+        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 29;
+    }
     return hash;
 }
 
-typedef struct { uint64_t hash; const Dataset *data; uint32_t index; bool held; } SampleHash;
+typedef struct { uint64_t hash; const Sample *sample; bool held; } SampleHash;
 
-// Equal samples stand together, those to learn from first.
+// Equal samples stand together, those to learn from first, then by their place.
 static int by_hash(const void *a, const void *b) {
     const SampleHash *x = a, *y = b;
     if (x->hash != y->hash) return x->hash < y->hash ? -1 : 1;
     if (x->held != y->held) return x->held ? 1 : -1;
-    return (x->index > y->index) - (x->index < y->index);
+    return (x->sample > y->sample) - (x->sample < y->sample);
 }
 
-static bool same_sample(const SampleHash *a, const SampleHash *b) {
-    const Sample *x = &a->data->samples[a->index], *y = &b->data->samples[b->index];
-    return a->hash == b->hash && x->length == y->length &&
-           memcmp(a->data->ids + x->first, b->data->ids + y->first,
-                  x->length * sizeof(int32_t)) == 0;
-}
-
-// Samples that are there twice, and held-out ones that are also learnt from.
-static int check_duplicates(Buffer *findings, const SampleList *train, const SampleList *held,
-                            Region *region, qlora_error *err) {
+// Samples that are there twice, and held-out ones that are also learnt from: by a hash of 64 bits,
+// of which two in a billion samples are equal by chance once in forty times.
+static int check_duplicates(Findings *findings, const SampleList *train, const SampleList *held,
+                            const qlora_allocator *allocator, qlora_error *err) {
     const SampleList *lists[2] = {train, held};
-    size_t n = 0, n_hashes = train->n + held->n;
+    size_t n = 0;
     Tally twice = {0}, overlap = {0};
-    SampleHash *h = region_alloc(region, n_hashes, sizeof *h, err);
+    SampleHash *h = mem_alloc(allocator, train->n + held->n, sizeof *h, err);
     if (!h) return -1;
     for (int k = 0; k < 2; k++)
         for (size_t i = 0; i < lists[k]->n; i++) {
             const Dataset *d = lists[k]->data;
             const Sample *s = &d->samples[lists[k]->index[i]];
-            h[n++] = (SampleHash){fnv_hash(0xCBF29CE484222325u, d->ids + s->first,
-                                           s->length * sizeof *d->ids), d, lists[k]->index[i], k};
+            h[n++] = (SampleHash){checksum(s->length, d->ids + s->first,
+                                           s->length * sizeof *d->ids), s, k};
         }
     qsort(h, n, sizeof *h, by_hash);
     for (size_t i = 1, first = 0; i < n; i++) {
-        const Sample *s = &h[i].data->samples[h[i].index];
-        if (!same_sample(&h[i], &h[first])) first = i;
-        else if (h[i].held && !h[first].held) count(&overlap, s->line, s->file);
-        else if (!h[i].held) count(&twice, s->line, s->file);
+        const Sample *s = h[i].sample;
+        if (h[i].hash != h[first].hash) first = i;
+        else if (h[i].held && !h[first].held) count_one(&overlap, s);
+        else if (!h[i].held) count_one(&twice, s);
     }
-    if (twice.n && add_finding(findings, WARNING, "duplicates", twice.n, err, "%zu of %zu samples "
-                               "to learn from are copies of others (one: %s:%zu)", twice.n,
-                               train->n, train->data->paths[twice.file], twice.line))
-        return -1;
-    return overlap.n && add_finding(findings, WARNING, "overlap", overlap.n, err, "%zu of %zu "
-                                    "held-out samples are also learnt from (one: %s:%zu): the "
-                                    "held-out loss looks better than it is", overlap.n, held->n,
-                                    held->data->paths[overlap.file], overlap.line) ? -1 : 0;
+    mem_free(allocator, h, n, sizeof *h);
+    if (twice.n)
+        add_finding(findings, WARNING, "duplicates", twice.n, "%zu of %zu samples to learn from "
+                    "are copies of others (one: %s:%zu)", twice.n, train->n,
+                    train->data->paths[twice.file], twice.line);
+    if (overlap.n)
+        add_finding(findings, WARNING, "overlap", overlap.n, "%zu of %zu held-out samples are also "
+                    "learnt from (one: %s:%zu): the held-out loss looks better than it is",
+                    overlap.n, held->n, held->data->paths[overlap.file], overlap.line);
+    return 0;
 }
 // =================================================================================================
 //  13. Adapters, and writing models
@@ -9212,17 +9186,20 @@ qlora_train_options qlora_default_train_options(void) {
         .seed = 42};
 }
 
+static const char *const quant_names[] = {"none", "nf4", "fp4"};      // by qlora_quant
+
 typedef struct {
     qlora_model *q;
     const qlora_train_options *options;
     DatasetOptions how;                     // the data is read
     bool packing;                           // batches count packs, not samples
     Buffer paths, val_paths;                // of the files: const char *
-    Dataset data, val_data;                 // val_data: of its own files, else empty
-    SampleList train, val;
-    Buffer findings;                        // what the checks of the data found
+    Dataset data, val_data;                 // val_data: of files of its own, else empty
+    SampleList train, val;                  // val: held out
+    Findings findings;                      // of the checks of the data
     Session session;
     Schedule schedule;
+    size_t per_step;                        // packs of a step
     size_t steps_per_epoch, steps, warmup;
     size_t step;                            // optimiser steps done
     bool evaluated;                         // what is due after them is in the log
@@ -9230,21 +9207,20 @@ typedef struct {
     size_t best_step;                       // of the checkpoint with the least held-out loss
     double best_loss;                       // INFINITY before the first evaluation
     uint32_t *shuffled;                     // (train.n_packs) this epoch's permutation of the packs
-    uint32_t *order;                        // (train.n) and of their samples,
-    size_t *pack;                           // (train.n_packs + 1) where each pack begins in it
+    SampleList epoch;                       // the samples in that order
     size_t T, S, n_spans;                   // the most a micro-batch can have, samples too
     // Steps whose loss and norm have not been looked at yet: on the CPU none, on a GPU those since
     // the last line of the log, so that no step waits for it.
     size_t window, n_pending;               // the most there can be, how many there are
     qlora_progress *pending;                // (window)
-    StepRecord *records, *seen;             // (window) the device's, the host's
+    StepRecord *records, *seen;             // (window) on the device, on the host
     real *nll;                              // (S) what an evaluation looks at, on the host
     uint8_t *hit;                           // (S)
     Buffer log;                             // text of log.jsonl
-    double log_written, started, window_began;  // seconds
+    Buffer checkpoints;                     // list_checkpoints: their steps (size_t), ascending
+    double log_written, window_began;       // seconds
     char settings[1024];                    // all that decides the result, as text
     Region region;
-    const char *path;
     qlora_error *err;
 } Trainer;
 
@@ -9268,19 +9244,15 @@ static int check_train_options(const qlora_train_options *o, qlora_error *err) {
     return 0;
 }
 
-static int find_name(const char *const *names, size_t n, const char *name, const char *option,
-                     qlora_error *err) {
-    for (size_t i = 0; i < n; i++)
-        if (strcmp(names[i], name) == 0) return (int)i;
+// Which of the names an option has.
+static int choose(const char *const *names, size_t n, const char *name, const char *option,
+                  int *out, qlora_error *err) {
+    for (*out = 0; (size_t)*out < n; ++*out)
+        if (strcmp(names[*out], name) == 0) return 0;
     char list[256] = "";
     for (size_t i = 0; i < n; i++)
         snprintf(list + strlen(list), sizeof list - strlen(list), "%s%s", i ? ", " : "", names[i]);
     return fail(err, "%s: expected one of %s, found %s", option, list, name);
-}
-
-static int descending(const void *a, const void *b) {
-    size_t x = *(const size_t *)a, y = *(const size_t *)b;
-    return (x < y) - (x > y);
 }
 
 // The most tokens, supervised tokens and samples that any `batch` packs of one list have together.
@@ -9297,8 +9269,9 @@ static int largest_batch(Trainer *t, const SampleList *list, size_t batch) {
                 sizes[p] += kind == 0 ? sample->length : kind == 1 ? sample->supervised : 1;
             }
         }
-        qsort(sizes, list->n_packs, sizeof *sizes, descending);
-        for (size_t p = 0; p < min_size(batch, list->n_packs); p++) sum += sizes[p];
+        qsort(sizes, list->n_packs, sizeof *sizes, by_number);
+        for (size_t p = 0; p < min_size(batch, list->n_packs); p++)
+            sum += sizes[list->n_packs - 1 - p];
         *most[kind] = max_size(*most[kind], sum);
     }
     return 0;
@@ -9319,15 +9292,14 @@ static void shuffle(uint32_t *order, size_t n, uint64_t seed, size_t epoch) {
 // The packs of an epoch in their order, and the samples pack by pack.
 static void order_epoch(Trainer *t, size_t epoch) {
     const SampleList *list = &t->train;
-    size_t n = 0;
+    t->epoch.n = t->epoch.n_packs = 0;
     shuffle(t->shuffled, list->n_packs, t->options->seed, epoch);
     for (size_t p = 0; p < list->n_packs; p++) {
         size_t pack = t->shuffled[p];
-        t->pack[p] = n;
         for (size_t i = list->pack[pack]; i < list->pack[pack + 1]; i++)
-            t->order[n++] = list->index[i];
+            t->epoch.index[t->epoch.n++] = list->index[i];
+        t->epoch.pack[++t->epoch.n_packs] = t->epoch.n;
     }
-    t->pack[list->n_packs] = n;
 }
 
 // Lays n samples end to end. `ordinal` numbers them within the step.
@@ -9372,20 +9344,21 @@ static double now_seconds(void) {
 }
 
 // What makes a step's loss or gradient useless is reported with the samples it came from.
-static int not_finite(Trainer *t, const char *what, size_t step, const uint32_t *samples,
-                      size_t n) {
+static int not_finite(Trainer *t, const char *what, size_t step) {
+    const SampleList *list = &t->epoch;
+    size_t pack = step % t->steps_per_epoch * t->per_step;
+    size_t end = list->pack[min_size(pack + t->per_step, list->n_packs)];
     char lines[400] = "";
     uint32_t file = UINT32_MAX;             // named where it changes
-    for (size_t i = 0; i < n && strlen(lines) < 300; i++) {
-        const Sample *sample = &t->data.samples[samples[i]];
-        bool named = sample->file == file;
+    for (size_t i = list->pack[pack]; i < end && strlen(lines) < 300; i++) {
+        const Sample *sample = &t->data.samples[list->index[i]];
+        snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%s%s%zu",
+                 *lines ? ", " : "", sample->file == file ? "" : t->data.paths[sample->file],
+                 sample->file == file ? "" : " ", sample->line);
         file = sample->file;
-        snprintf(lines + strlen(lines), sizeof lines - strlen(lines), "%s%s%s%zu", i ? ", " : "",
-                 named ? "" : t->data.paths[file], named ? "" : " ", sample->line);
     }
-    return fail(t->err,
-                "step %zu: the %s is not a finite number and was not applied; samples of lines %s; "
-                "try a lower --learning-rate or --compute f32", step + 1, what, lines);
+    return fail(t->err, "step %zu: the %s is not a finite number and was not applied; samples of "
+                "lines %s; try a lower --learning-rate or --compute f32", step + 1, what, lines);
 }
 
 static bool should_stop(const Trainer *t) {
@@ -9409,7 +9382,7 @@ enum { MAX_PENDING = 1024 };
 // One optimiser step over the n packs of this epoch that begin with pack[0]. Nothing is changed
 // when it is stopped, or when its loss or gradient is not finite, which read_back finds out.
 static int train_step(Trainer *t, size_t step, const size_t *pack, size_t n, qlora_progress *p) {
-    const uint32_t *samples = t->order + pack[0];
+    const uint32_t *samples = t->epoch.index + pack[0];
     const qlora_train_options *o = t->options;
     Transformer *m = &t->q->transformer;
     Device *dev = m->dev;
@@ -9442,42 +9415,42 @@ static int train_step(Trainer *t, size_t step, const size_t *pack, size_t n, qlo
 
 // -------------------------------------------------------------------------------------- evaluation
 
-// Sums over supervised tokens, in the order of the list: the same for every batch size.
-typedef struct { double nll, squares; size_t tokens, hits; } Score;
-
-static int evaluate(Trainer *t, const SampleList *list, Score *score) {
-    const Workspace *w = &t->session.w;
+// Scores the samples. Sums go over the supervised tokens in the order of the list: the same for
+// every batch size.
+static int evaluate(Trainer *t, const SampleList *list, qlora_score *score) {
+    Workspace *w = &t->session.w;
     Device *dev = &t->q->device;
-    size_t batch = t->options->per_device_train_batch_size;
-    *score = (Score){0};
+    size_t batch = t->options->per_device_train_batch_size, hits = 0;
+    double sum = 0, squares = 0;
+    *score = (qlora_score){.samples = list->n};
     for (size_t at = 0; at < list->n; at += batch) {
         LabelledBatch labelled = make_batch(t, list->data, list->index + at,
                                             min_size(batch, list->n - at), 0, 0, false);
-        loss_and_gradients(&t->q->transformer, &t->session.w, &labelled, NULL, 0, false);
+        loss_and_gradients(&t->q->transformer, w, &labelled, NULL, 0, false);
         size_t S = labelled.rows.T;
         const real *nll = seen(dev, t->nll, w->nll, S * sizeof *nll);
         const uint8_t *hit = seen(dev, t->hit, w->hit, S);
         if (dev->ops->check(dev, t->err)) return -1;
         for (size_t s = 0; s < S; s++) {
-            score->nll += (double)nll[s];
-            score->squares += (double)nll[s] * (double)nll[s];
-            score->hits += hit[s];
+            sum += (double)nll[s];
+            squares += (double)nll[s] * (double)nll[s];
+            hits += hit[s];
         }
         score->tokens += S;
         if (should_stop(t)) return STOPPED;
     }
+    double n = (double)score->tokens;
+    score->loss = sum / n;
+    score->perplexity = exp(score->loss);
+    score->accuracy = (double)hits / n;
+    // Of the mean over tokens, as if they were independent.
+    if (n > 1)
+        score->standard_error = sqrt(fmax(0, squares / n - score->loss * score->loss) / (n - 1));
     return 0;
 }
 
-static double mean_loss(const Score *s) { return s->nll / (double)s->tokens; }
-
-// Of the mean over tokens, as if they were independent.
-static double standard_error(const Score *s) {
-    double n = (double)s->tokens, mean = s->nll / n;
-    return n > 1 ? sqrt(fmax(0, s->squares / n - mean * mean) / (n - 1)) : 0;
-}
-
-static int collect_answer(void *user, const char *utf8, size_t n) {
+// A text callback: appends to the Buffer `user`.
+static int collect_text(void *user, const char *utf8, size_t n) {
     return buffer_append(user, utf8, n, NULL) ? 1 : 0;
 }
 
@@ -9510,15 +9483,13 @@ static int show_sample(Trainer *t, const SampleList *list, size_t i, const char 
     int bad = tokenizer_decode(tokenizer, ids, start, false, &question, t->err) ||
               buffer_append(&question, "", 1, t->err) ||
               tokenizer_decode(tokenizer, ids + start, end - start, true, &expected, t->err) ||
-              buffer_append(&expected, "", 1, t->err) ||
-              qlora_generate(t->q, ids, start, &how, collect_answer, &answer, NULL, NULL, t->err) ||
-              buffer_append(&answer, "", 1, t->err);
+              qlora_generate(t->q, ids, start, &how, collect_text, &answer, NULL, NULL, t->err);
     if (!bad) {
         last_question(&t->q->chat, &question);
         tell(t->options, "  %s, %s:%zu: %.400s", kind, list->data->paths[sample->file],
              sample->line, question.data);
-        tell(t->options, "    expected: %.400s", expected.data);
-        tell(t->options, "    answers:  %.400s", answer.data);
+        tell(t->options, "    expected: %.*s", (int)min_size(expected.size, 400), expected.data);
+        tell(t->options, "    answers:  %.*s", (int)min_size(answer.size, 400), answer.data);
     }
     buffer_free(&question);
     buffer_free(&expected);
@@ -9544,73 +9515,74 @@ static int write_log(Trainer *t, bool now) {
     return path ? write_file(path, t->log.data ? t->log.data : "", t->log.size, t->err) : -1;
 }
 
-// The next line of the log as JSON, in the region; NULL at the end. *at is where it begins.
-static const Json *next_log_line(const Trainer *t, size_t *at, Region *region) {
-    const char *line = t->log.data + *at, *end;
-    if (*at >= t->log.size || !(end = memchr(line, '\n', t->log.size - *at))) return NULL;
-    *at += (size_t)(end - line) + 1;
-    return json_parse(line, (size_t)(end - line), "log.jsonl", 1, region, t->err);
+// The next line of a text, which *at moves behind; NULL at the end.
+static const char *next_line(const Buffer *text, size_t *at, size_t *n) {
+    if (*at >= text->size) return NULL;
+    const char *line = text->data + *at, *end = memchr(line, '\n', text->size - *at);
+    *n = end ? (size_t)(end - line) : text->size - *at;
+    *at += *n + 1;
+    return line;
 }
 
-// The polyline of one curve, from the lines of the log that have the key.
-static int plot_curve(Trainer *t, Buffer *svg, const char *key, const char *colour,
-                      double highest) {
+// Goes through the values that the log has for the key: without `svg` for the highest of them, with
+// it to append them as the points of a curve.
+static int plot_values(Trainer *t, Buffer *svg, const char *key, double *highest) {
     Region region = {.allocator = &t->q->allocator};
-    const Json *line;
-    double step, loss;
-    size_t at = 0;
-    int bad = buffer_printf(svg, t->err, "<polyline fill=\"none\" stroke=\"%s\" points=\"", colour);
-    while (!bad && (line = next_log_line(t, &at, &region)) != NULL) {
-        if (json_to_double(json_get(line, key), &loss) &&
-            json_to_double(json_get(line, "step"), &step))
-            bad = buffer_printf(svg, t->err, "%.1f,%.1f ", 50 + 730 * step / (double)t->steps,
-                                370 - 340 * loss / highest);
+    const char *line;
+    double step, value;
+    size_t n;
+    int bad = 0;
+    for (size_t at = 0; !bad && (line = next_line(&t->log, &at, &n)) != NULL;) {
+        const Json *json = json_parse(line, n, "log.jsonl", 1, &region, t->err);
+        if (!json) bad = -1;
+        else if (json_to_double(json_get(json, key), &value) &&
+                 json_to_double(json_get(json, "step"), &step)) {
+            if (!svg) *highest = fmax(*highest, value);
+            else bad = buffer_printf(svg, t->err, "%.1f,%.1f ", 50 + 730 * step / (double)t->steps,
+                                     370 - 340 * value / *highest);
+        }
         region_free(&region);
     }
-    region_free(&region);
-    return bad || buffer_printf(svg, t->err, "\"/>\n") ? -1 : 0;
-}
-
-static double highest_loss(const Trainer *t) {
-    Region region = {.allocator = &t->q->allocator};
-    const Json *line;
-    double loss, highest = 1e-3;
-    for (size_t at = 0; (line = next_log_line(t, &at, &region)) != NULL; region_free(&region)) {
-        if (json_to_double(json_get(line, "loss"), &loss)) highest = fmax(highest, loss);
-        if (json_to_double(json_get(line, "eval_loss"), &loss)) highest = fmax(highest, loss);
-    }
-    region_free(&region);
-    return highest;
+    return bad;
 }
 
 static int write_plot(Trainer *t) {
-    double highest = highest_loss(t);
+    static const struct { const char *key, *name, *colour; } curves[] = {
+        {"loss", "training loss", "steelblue"}, {"eval_loss", "held-out loss", "firebrick"}};
+    double highest = 1e-3;
     Buffer svg = {.allocator = &t->q->allocator};
     const char *path = path_join(&t->region, t->options->output_dir, "loss.svg", t->err);
-    int bad = !path || buffer_printf(&svg, t->err,
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"800\" height=\"400\" "
-        "font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"800\" height=\"400\" "
-        "fill=\"white\"/>\n<path d=\"M50 20V370H780\" fill=\"none\" stroke=\"black\"/>\n"
-        "<text x=\"10\" y=\"34\">%.2f</text><text x=\"30\" y=\"374\">0</text>"
-        "<text x=\"750\" y=\"390\">step %zu</text>\n<text x=\"600\" y=\"30\" fill=\"steelblue\">"
-        "training loss</text><text x=\"600\" y=\"46\" fill=\"firebrick\">held-out loss</text>\n",
-        highest, t->steps) ||
-        plot_curve(t, &svg, "loss", "steelblue", highest) ||
-        plot_curve(t, &svg, "eval_loss", "firebrick", highest) ||
-        buffer_printf(&svg, t->err, "</svg>\n") || write_file(path, svg.data, svg.size, t->err);
+    int bad = !path || plot_values(t, NULL, "loss", &highest) ||
+              plot_values(t, NULL, "eval_loss", &highest) ||
+              buffer_printf(&svg, t->err,
+                            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"800\" "
+                            "height=\"400\" font-family=\"sans-serif\" font-size=\"12\">\n"
+                            "<rect width=\"800\" height=\"400\" fill=\"white\"/>\n"
+                            "<path d=\"M50 20V370H780\" fill=\"none\" stroke=\"black\"/>\n"
+                            "<text x=\"10\" y=\"34\">%.2f</text><text x=\"30\" y=\"374\">0</text>"
+                            "<text x=\"750\" y=\"390\">step %zu</text>\n", highest, t->steps);
+    for (int k = 0; k < 2; k++)
+        bad = bad ||
+              buffer_printf(&svg, t->err, "<text x=\"600\" y=\"%d\" fill=\"%s\">%s</text>\n"
+                            "<polyline fill=\"none\" stroke=\"%s\" points=\"", 30 + 16 * k,
+                            curves[k].colour, curves[k].name, curves[k].colour) ||
+              plot_values(t, &svg, curves[k].key, &highest) ||
+              buffer_printf(&svg, t->err, "\"/>\n");
+    bad = bad || buffer_printf(&svg, t->err, "</svg>\n") ||
+          write_file(path, svg.data, svg.size, t->err);
     buffer_free(&svg);
     return bad ? -1 : 0;
 }
 
-// A hash of what is trained on: ids, masks and lengths.
+// Of what is trained on: ids, masks and lengths.
 static uint64_t data_hash(const Trainer *t) {
-    uint64_t hash = 0xCBF29CE484222325u;
+    uint64_t hash = 1;
     const Dataset *sets[2] = {&t->data, &t->val_data};
     for (int i = 0; i < 2; i++) {
-        hash = fnv_hash(hash, sets[i]->ids, sets[i]->tokens * sizeof(int32_t));
-        hash = fnv_hash(hash, sets[i]->learn, sets[i]->tokens);
+        hash = checksum(hash, sets[i]->ids, sets[i]->tokens * sizeof(int32_t));
+        hash = checksum(hash, sets[i]->learn, sets[i]->tokens);
         for (size_t k = 0; k < sets[i]->n; k++)
-            hash = fnv_hash(hash, &sets[i]->samples[k].length, sizeof(size_t));
+            hash = checksum(hash, &sets[i]->samples[k].length, sizeof(size_t));
     }
     return hash;
 }
@@ -9628,113 +9600,98 @@ static void describe_settings(Trainer *t) {
              o->lora_r, (double)o->lora_alpha, (double)o->lora_dropout, o->target_modules,
              (double)o->learning_rate, o->lr_scheduler_type, t->warmup, (double)o->max_grad_norm,
              (double)o->weight_decay, t->steps,
-             o->per_device_train_batch_size * o->gradient_accumulation_steps,
-             (unsigned long long)o->seed, (int)w->dtype, w->absmax8 != NULL,
+             t->per_step, (unsigned long long)o->seed, (int)w->dtype, w->absmax8 != NULL,
              t->q->device.act == DT_BF16 ? "bf16" : "f32", t->packing ? t->how.max_length : 0,
              (unsigned long long)data_hash(t));
 }
 
-static int write_paths(Buffer *b, const Buffer *paths, qlora_error *err) {
-    const char *const *path = (const char *const *)(const void *)paths->data;
-    int bad = 0;
-    for (size_t i = 0; i < paths->size / sizeof *path && !bad; i++)
-        bad = buffer_printf(b, err, i ? ", " : "[") ||
-              json_write_string(b, path[i], strlen(path[i]), err);
-    return bad || buffer_printf(b, err, "]") ? -1 : 0;
+// A Buffer of paths as an array.
+static const char *const *path_list(const Buffer *paths) {
+    return (const char *const *)(const void *)paths->data;
 }
 
 // Enough to repeat the run, and to open the adapter in the quantisation it was trained in.
 static int write_run(Trainer *t, const char *directory) {
     const qlora_train_options *o = t->options;
     const Weight *w = &t->q->transformer.layers[0].linear[0].weight;
-    const char *quant = w->dtype == DT_NF4 ? "nf4" : w->dtype == DT_FP4 ? "fp4" : "none";
-    const char *command = o->command_line ? o->command_line : "";
+    qlora_quant quant = w->dtype == DT_NF4 ? QLORA_QUANT_NF4
+                      : w->dtype == DT_FP4 ? QLORA_QUANT_FP4 : QLORA_QUANT_NONE;
+    const struct { const char *key, *text; } texts[] = {
+        {"version", QLORA_VERSION}, {"command", o->command_line ? o->command_line : ""},
+        {"model", t->q->directory}, {"template", t->q->chat.row->name},
+        {"quant", quant_names[quant]}, {"settings", t->settings}};
     const char *path = path_join(&t->region, directory, "run.json", t->err);
+    const char *const *data = path_list(&t->paths);
     Buffer b = {.allocator = &t->q->allocator};
-    int bad = !path || buffer_printf(&b, t->err, "{\n  \"version\": \"%s\",\n  \"command\": ",
-                                     QLORA_VERSION) ||
-              json_write_string(&b, command, strlen(command), t->err) ||
-              buffer_printf(&b, t->err, ",\n  \"model\": ") ||
-              json_write_string(&b, t->q->directory, strlen(t->q->directory), t->err) ||
-              buffer_printf(&b, t->err, ",\n  \"data\": ") ||
-              write_paths(&b, &t->paths, t->err) ||
-              buffer_printf(&b, t->err, ",\n  \"template\": \"%s\",\n  \"quant\": \"%s\",\n"
-                            "  \"double_quant\": %s,\n  \"seed\": %llu,\n  \"settings\": ",
-                            t->q->chat.row->name, quant, w->absmax8 ? "true" : "false",
-                            (unsigned long long)o->seed) ||
-              json_write_string(&b, t->settings, strlen(t->settings), t->err) ||
-              buffer_printf(&b, t->err, "\n}\n") || write_file(path, b.data, b.size, t->err);
+    int bad = !path || buffer_printf(&b, t->err, "{\n");
+    for (size_t i = 0; i < sizeof texts / sizeof *texts && !bad; i++)
+        bad = buffer_printf(&b, t->err, "  \"%s\": ", texts[i].key) ||
+              json_write_string(&b, texts[i].text, strlen(texts[i].text), t->err) ||
+              buffer_printf(&b, t->err, ",\n");
+    for (size_t i = 0; i < t->paths.size / sizeof *data && !bad; i++)
+        bad = buffer_printf(&b, t->err, i ? ", " : "  \"data\": [") ||
+              json_write_string(&b, data[i], strlen(data[i]), t->err);
+    bad = bad || buffer_printf(&b, t->err, "],\n  \"double_quant\": %s,\n  \"seed\": %llu\n}\n",
+                               w->absmax8 ? "true" : "false", (unsigned long long)o->seed) ||
+          write_file(path, b.data, b.size, t->err);
     buffer_free(&b);
     return bad ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------------------- checkpoints
 //
-// checkpoint-N is a complete adapter directory and state.bin: magic, version, a JSON header, the
-// log so far, parameters and both moments (float32), and a checksum over all of it. The directory
-// is filled under another name and renamed when everything in it is on the disk. Since all random
-// numbers are functions of seed and step, nothing else is needed to go on as if never stopped.
+// checkpoint-N is a complete adapter directory and state.bin: StateHead, a text (a line of JSON,
+// then the log so far), parameters and both moments (float32), and a checksum over all of it. Each
+// part is a multiple of 8 bytes long, as the checksum wants it. The directory is filled under
+// another name and renamed when everything in it is on the disk. Since all random numbers are
+// functions of seed and step, nothing else is needed to go on as if never stopped.
 
-static const char state_magic[8] = {'Q', 'L', 'O', 'R', 'A', 'C', 'K', '1'};
+typedef struct { char magic[8]; uint64_t text; } StateHead;           // text: its bytes
+static const char state_magic[8] = {'Q', 'L', 'O', 'R', 'A', 'C', 'K', '2'};
 
 typedef struct { Writer w; uint64_t hash; } StateWriter;
-
-// The checksum runs over 8-byte words (the last one padded), which is fast enough for gigabytes.
-static uint64_t checksum(uint64_t hash, const void *data, size_t n) {
-    for (size_t i = 0; i < n; i += 8) {
-        uint64_t word = 0;
-        memcpy(&word, (const char *)data + i, min_size(8, n - i));
-        hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
-        hash ^= hash >> 29;
-    }
-    return hash;
-}
 
 static int state_write(StateWriter *s, const void *data, size_t n) {
     s->hash = checksum(s->hash, data, n);
     return writer_write(&s->w, data, n);
 }
 
-static int state_write_block(StateWriter *s, const void *data, size_t n) {
-    uint64_t length = n;
-    return state_write(s, &length, sizeof length) || state_write(s, data, n) ? -1 : 0;
-}
-
-// The same for n values of the device.
 static int state_write_values(StateWriter *s, Device *dev, const real *values, size_t n) {
-    uint64_t length = n * sizeof *values;
     real room[PIECE];
-    int bad = state_write(s, &length, sizeof length);
+    int bad = 0;
     for (size_t at = 0; at < n && !bad; at += PIECE) {
         size_t bytes = min_size(PIECE, n - at) * sizeof *room;
         const real *here = seen(dev, room, values + at, bytes);
         bad = dev->ops->check(dev, s->w.err) || state_write(s, here, bytes);
     }
-    return bad ? -1 : 0;
+    return bad;
 }
 
 static int write_state(Trainer *t, const char *path) {
     const Transformer *m = &t->q->transformer;
     StateWriter s = {.hash = 1};
-    Buffer header = {.allocator = &t->q->allocator};
+    StateHead head;
+    Buffer text = {.allocator = &t->q->allocator};
     double best = isfinite(t->best_loss) ? t->best_loss : -1;
-    int bad = buffer_printf(&header, t->err,
-                            "{\"step\": %zu, \"evaluated\": %s, \"best_step\": %zu, "
-                            "\"best_loss\": %.17g, \"settings\": ",
-                            t->step, t->evaluated ? "true" : "false", t->best_step, best) ||
-              json_write_string(&header, t->settings, strlen(t->settings), t->err) ||
-              buffer_append(&header, "}", 1, t->err) || writer_open(&s.w, path, t->err);
+    int bad = buffer_printf(&text, t->err, "{\"step\": %zu, \"evaluated\": %s, \"best_step\": %zu, "
+                            "\"best_loss\": %.17g, \"settings\": ", t->step,
+                            t->evaluated ? "true" : "false", t->best_step, best) ||
+              json_write_string(&text, t->settings, strlen(t->settings), t->err);
+    size_t more = text.size + 2 + t->log.size;
+    bad = bad || buffer_printf(&text, t->err, "%*s}\n", (int)(round_up(more, 8) - more), "") ||
+          buffer_append(&text, t->log.data, t->log.size, t->err) ||
+          writer_open(&s.w, path, t->err);
     if (!bad) {
-        bad = state_write(&s, state_magic, sizeof state_magic) ||
-              state_write_block(&s, header.data, header.size) ||
-              state_write_block(&s, t->log.data ? t->log.data : "", t->log.size) ||
+        memcpy(head.magic, state_magic, sizeof state_magic);
+        head.text = text.size;
+        bad = state_write(&s, &head, sizeof head) || state_write(&s, text.data, text.size) ||
               state_write_values(&s, m->dev, m->parameters, m->n_parameters) ||
               state_write_values(&s, m->dev, m->moment1, m->n_parameters) ||
               state_write_values(&s, m->dev, m->moment2, m->n_parameters) ||
               writer_write(&s.w, &s.hash, sizeof s.hash);
         bad = writer_close(&s.w, bad);
     }
-    buffer_free(&header);
+    buffer_free(&text);
     return bad ? -1 : 0;
 }
 
@@ -9759,17 +9716,13 @@ static void remove_directory(const char *path, Region *region) {
     rmdir(path);
 }
 
-static int by_number(const void *a, const void *b) {
-    size_t x = *(const size_t *)a, y = *(const size_t *)b;
-    return (x > y) - (x < y);
-}
-
-// The numbers of all checkpoint-N in the output directory, ascending. Also removes what a killed
-// run left half done.
-static int list_checkpoints(Trainer *t, const char *directory, Buffer *numbers) {
+// Fills t->checkpoints. Also removes what a killed run left half done.
+static int list_checkpoints(Trainer *t) {
+    const char *directory = t->options->output_dir;
     DIR *open_directory = opendir(directory);
     struct dirent *entry;
     int bad = 0;
+    t->checkpoints.size = 0;
     while (open_directory && !bad && (entry = readdir(open_directory)) != NULL) {
         char *end;
         if (strncmp(entry->d_name, "checkpoint-", 11)) continue;
@@ -9777,11 +9730,11 @@ static int list_checkpoints(Trainer *t, const char *directory, Buffer *numbers) 
         if (strcmp(end, ".tmp") == 0) {
             const char *left = path_join(&t->region, directory, entry->d_name, t->err);
             if (left) remove_directory(left, &t->region);
-        } else if (!*end) bad = buffer_append(numbers, &step, sizeof step, t->err);
+        } else if (!*end) bad = buffer_append(&t->checkpoints, &step, sizeof step, t->err);
     }
     if (open_directory) closedir(open_directory);
-    if (numbers->size)
-        qsort(numbers->data, numbers->size / sizeof(size_t), sizeof(size_t), by_number);
+    if (t->checkpoints.size)
+        qsort(t->checkpoints.data, t->checkpoints.size / sizeof(size_t), sizeof(size_t), by_number);
     return bad;
 }
 
@@ -9791,19 +9744,15 @@ static const char *checkpoint_path(Trainer *t, size_t step, const char *suffix) 
     return path_join(&t->region, t->options->output_dir, name, t->err);
 }
 
-// Keeps the newest save_total_limit checkpoints, and always the best one.
-static int remove_old_checkpoints(Trainer *t) {
-    Buffer numbers = {.allocator = &t->q->allocator};
-    if (!t->options->save_total_limit) return 0;
-    int bad = list_checkpoints(t, t->options->output_dir, &numbers);
-    const size_t *steps = (const size_t *)(const void *)numbers.data;
-    size_t n = numbers.size / sizeof *steps, keep = t->options->save_total_limit;
-    for (size_t i = 0; !bad && i + keep < n; i++) {
+// Removes all checkpoints but the newest `keep` and the best one.
+static int remove_checkpoints(Trainer *t, size_t keep) {
+    if (list_checkpoints(t)) return -1;
+    const size_t *steps = (const size_t *)(const void *)t->checkpoints.data;
+    for (size_t n = t->checkpoints.size / sizeof *steps, i = 0; i + keep < n; i++) {
         const char *path = checkpoint_path(t, steps[i], "");
         if (path && steps[i] != t->best_step) remove_directory(path, &t->region);
     }
-    buffer_free(&numbers);
-    return bad;
+    return 0;
 }
 
 static int save_checkpoint(Trainer *t) {
@@ -9819,55 +9768,46 @@ static int save_checkpoint(Trainer *t) {
     }
     sync_directory(path);
     t->saved_step = t->step;
-    return remove_old_checkpoints(t) || write_log(t, true);
+    size_t limit = t->options->save_total_limit;
+    return (limit && remove_checkpoints(t, limit)) || write_log(t, true);
 }
 
-// Reads one block of known or bounded length; false when the file ends or is damaged.
-static bool state_read(const File *file, size_t *at, void *out, size_t n, uint64_t *hash) {
-    if (n > file->size - *at || file_read(file, out, n, *at, NULL)) return false;
-    *hash = checksum(*hash, out, n);
-    *at += n;
-    return true;
-}
+// What a state file says; the pointers point into `file`.
+typedef struct {
+    Buffer file;
+    const Json *header;
+    const char *log, *values;
+    size_t log_size, values_size;
+} State;
 
-static bool state_read_block(const File *file, size_t *at, char **out, size_t *n, Region *region,
-                             uint64_t *hash) {
-    uint64_t length;
-    if (!state_read(file, at, &length, sizeof length, hash) || length > file->size - *at)
-        return false;
-    *n = (size_t)length;
-    *out = region_alloc(region, *n + 1, 1, NULL);
-    return *out && state_read(file, at, *out, *n, hash);
-}
-
-typedef struct { const Json *header; char *log, *values[3]; size_t log_size, value_size; } State;
-
-// Reads a state file completely before anything of it is used. False if any byte is wrong.
+// False if any byte of the file is wrong.
 static bool read_state(const char *path, State *state, Region *region) {
-    File file;
-    char magic[8], *header;
-    size_t at = 0, n;
-    uint64_t hash = 1, stored;
-    if (file_open(&file, path, NULL)) return false;
-    bool ok = state_read(&file, &at, magic, sizeof magic, &hash) &&
-              memcmp(magic, state_magic, sizeof magic) == 0 &&
-              state_read_block(&file, &at, &header, &n, region, &hash) &&
-              (state->header = json_parse(header, n, path, 1, region, NULL)) != NULL &&
-              state_read_block(&file, &at, &state->log, &state->log_size, region, &hash);
-    for (int i = 0; ok && i < 3; i++) {
-        ok = state_read_block(&file, &at, &state->values[i], &n, region, &hash) &&
-             (i == 0 || n == state->value_size);
-        state->value_size = n;
-    }
-    ok = ok && file.size - at == sizeof stored &&
-         !file_read(&file, &stored, sizeof stored, at, NULL) && stored == hash;
-    file_close(&file);
-    return ok;
+    StateHead head;
+    uint64_t stored;
+    if (read_whole_file(path, SIZE_MAX / 4, &state->file, NULL) ||
+        state->file.size < sizeof head + sizeof stored)
+        return false;
+    const char *data = state->file.data, *text = data + sizeof head;
+    size_t room = state->file.size - sizeof head - sizeof stored;
+    memcpy(&head, data, sizeof head);
+    memcpy(&stored, text + room, sizeof stored);
+    if (memcmp(head.magic, state_magic, sizeof state_magic) || head.text > room ||
+        checksum(1, data, sizeof head + room) != stored)
+        return false;
+    const char *newline = memchr(text, '\n', (size_t)head.text);
+    if (!newline) return false;
+    state->values = text + head.text;
+    state->values_size = room - (size_t)head.text;
+    state->log = newline + 1;
+    state->log_size = (size_t)(state->values - state->log);
+    state->header = json_parse(text, (size_t)(newline - text), path, 1, region, NULL);
+    return state->header != NULL;
 }
 
 // Continues from a state if it belongs to this run.
 static int apply_state(Trainer *t, const State *state, const char *path) {
     Transformer *m = &t->q->transformer;
+    size_t bytes = m->n_parameters * sizeof(real);
     const char *settings = json_get_text(state->header, "settings");
     if (!settings || strcmp(settings, t->settings)) {
         size_t i = 0;
@@ -9878,36 +9818,35 @@ static int apply_state(Trainer *t, const State *state, const char *path) {
                     "with the same ones",
                     path, settings ? settings + i : "none", t->settings + i);
     }
-    if (state->value_size != m->n_parameters * sizeof(real) ||
+    if (state->values_size != 3 * bytes ||
         !json_to_size(json_get(state->header, "step"), &t->step) || t->step > t->steps ||
         !json_to_size(json_get(state->header, "best_step"), &t->best_step))
         return fail(t->err, "%s: does not fit this model", path);
     t->evaluated = json_get_bool(state->header, "evaluated", true);
     json_to_double(json_get(state->header, "best_loss"), &t->best_loss);
     if (t->best_loss < 0) t->best_loss = INFINITY;
-    upload(m->dev, m->parameters, state->values[0], state->value_size);
-    upload(m->dev, m->moment1, state->values[1], state->value_size);
-    upload(m->dev, m->moment2, state->values[2], state->value_size);
+    upload(m->dev, m->parameters, state->values, bytes);
+    upload(m->dev, m->moment1, state->values + bytes, bytes);
+    upload(m->dev, m->moment2, state->values + 2 * bytes, bytes);
     t->saved_step = t->step;
     return buffer_append(&t->log, state->log, state->log_size, t->err);
 }
 
 // Goes on from the newest good checkpoint; damaged ones are passed over, and said so.
 static int resume(Trainer *t) {
-    Buffer numbers = {.allocator = &t->q->allocator};
-    int bad = list_checkpoints(t, t->options->output_dir, &numbers);
-    const size_t *steps = (const size_t *)(const void *)numbers.data;
-    for (size_t i = numbers.size / sizeof *steps; !bad && i-- > 0;) {
+    int bad = list_checkpoints(t);
+    const size_t *steps = (const size_t *)(const void *)t->checkpoints.data;
+    bool good = false;
+    for (size_t i = t->checkpoints.size / sizeof *steps; !bad && !good && i-- > 0;) {
         Region region = {.allocator = &t->q->allocator};
-        State state = {0};
+        State state = {.file.allocator = &t->q->allocator};
         const char *path = checkpoint_path(t, steps[i], "/state.bin");
-        bool good = path && read_state(path, &state, &region);
+        good = path && read_state(path, &state, &region);
         if (good) bad = apply_state(t, &state, path);
         else if (path) tell(t->options, "%s is damaged; trying the checkpoint before it", path);
+        buffer_free(&state.file);
         region_free(&region);
-        if (good) break;
     }
-    buffer_free(&numbers);
     if (!bad && t->step) tell(t->options, "resuming after step %zu of %zu", t->step, t->steps);
     else if (!bad) tell(t->options, "no checkpoint in %s yet: starting at the beginning",
                         t->options->output_dir);
@@ -9931,8 +9870,7 @@ static int log_step(Trainer *t, const qlora_progress *p) {
 // to this epoch.
 static int read_back(Trainer *t) {
     Device *dev = &t->q->device;
-    size_t n = t->n_pending, per_step = t->options->per_device_train_batch_size *
-                                        t->options->gradient_accumulation_steps;
+    size_t n = t->n_pending;
     if (!n) return 0;
     t->n_pending = 0;
     dev->ops->download(dev, t->seen, t->records, n * sizeof *t->seen);
@@ -9942,15 +9880,11 @@ static int read_back(Trainer *t) {
     for (size_t i = 0; i < n; i++) {
         const StepRecord *record = &t->seen[i];
         qlora_progress *p = &t->pending[i];
-        size_t step = p->step - 1, first = step % t->steps_per_epoch * per_step;
         p->loss = record->loss / (double)p->supervised;
         p->grad_norm = sqrt(record->squares);
         p->seconds = seconds;
         if (record->refused)
-            return not_finite(t, isfinite(record->loss) ? "gradient" : "loss", step,
-                              t->order + t->pack[first],
-                              t->pack[min_size(first + per_step, t->train.n_packs)] -
-                                  t->pack[first]);
+            return not_finite(t, isfinite(record->loss) ? "gradient" : "loss", p->step - 1);
         if (log_step(t, p)) return -1;
     }
     return 0;
@@ -9958,21 +9892,20 @@ static int read_back(Trainer *t) {
 
 // Scores the held-out samples, if there are any, and remembers the best step.
 static int evaluate_and_log(Trainer *t) {
-    Score score;
+    qlora_score s;
     if (!t->val.n) return 0;
-    int stopped = evaluate(t, &t->val, &score);
+    int stopped = evaluate(t, &t->val, &s);
     if (stopped) return stopped;
-    double loss = mean_loss(&score), accuracy = (double)score.hits / (double)score.tokens;
     tell(t->options,
-         "held-out loss %.4f +- %.4f, perplexity %.2f, %.1f %% of tokens right (step %zu)", loss,
-         standard_error(&score), exp(loss), 100 * accuracy, t->step);
-    if (loss < t->best_loss && t->step) {
-        t->best_loss = loss;
+         "held-out loss %.4f +- %.4f, perplexity %.2f, %.1f %% of tokens right (step %zu)", s.loss,
+         s.standard_error, s.perplexity, 100 * s.accuracy, t->step);
+    if (s.loss < t->best_loss && t->step) {
+        t->best_loss = s.loss;
         t->best_step = t->step;
     }
     return buffer_printf(&t->log, t->err, "{\"step\": %zu, \"epoch\": %.4f, \"eval_loss\": %.6f, "
                          "\"eval_mean_token_accuracy\": %.6f}\n", t->step,
-                         (double)t->step / (double)t->steps_per_epoch, loss, accuracy);
+                         (double)t->step / (double)t->steps_per_epoch, s.loss, s.accuracy);
 }
 
 // Stopping keeps the last completed step.
@@ -10002,13 +9935,11 @@ static int after_step(Trainer *t) {
 }
 
 static int train_loop(Trainer *t) {
-    const qlora_train_options *o = t->options;
-    size_t per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
     size_t epoch = SIZE_MAX;
     int bad;
     while (!(bad = after_step(t)) && t->step < t->steps) {
-        size_t first = t->step % t->steps_per_epoch * per_step;
-        size_t n = min_size(per_step, t->train.n_packs - first);
+        size_t first = t->step % t->steps_per_epoch * t->per_step;
+        size_t n = min_size(t->per_step, t->train.n_packs - first);
         qlora_progress p = {.step = t->step + 1, .steps = t->steps,
                             .epoch = (double)(t->step + 1) / (double)t->steps_per_epoch};
         if (t->step / t->steps_per_epoch != epoch) {
@@ -10016,7 +9947,7 @@ static int train_loop(Trainer *t) {
             order_epoch(t, epoch);
         }
         if (!t->n_pending) t->window_began = now_seconds();
-        bad = train_step(t, t->step, t->pack + first, n, &p);
+        bad = train_step(t, t->step, t->epoch.pack + first, n, &p);
         if (bad) break;
         t->step++;
         t->evaluated = false;
@@ -10062,48 +9993,38 @@ static int split_samples(Trainer *t) {
 static int prepare_training(Trainer *t) {
     const qlora_train_options *o = t->options;
     size_t batch = min_size(o->per_device_train_batch_size, max_size(t->train.n, t->val.n));
-    size_t per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
-    t->steps_per_epoch = ceil_div(t->train.n_packs, per_step);
+    t->per_step = o->per_device_train_batch_size * o->gradient_accumulation_steps;
+    t->steps_per_epoch = ceil_div(t->train.n_packs, t->per_step);
     double steps = ceil(o->num_train_epochs * (double)t->steps_per_epoch - 1e-9);
     t->steps = o->max_steps ? o->max_steps : (size_t)fmin(steps, 1e9);
     t->warmup = (size_t)ceil((double)o->warmup_ratio * (double)t->steps - 1e-9);
     t->best_loss = INFINITY;
-    if (largest_batch(t, &t->train, batch) || largest_batch(t, &t->val, batch)) return -1;
+    t->window = t->q->device.ops->host ? 1 : min_size(o->logging_steps, MAX_PENDING);
+    if (largest_batch(t, &t->train, batch) || largest_batch(t, &t->val, batch) ||
+        new_list(t, &t->epoch, &t->data, t->train.n))
+        return -1;
     t->shuffled = region_alloc(&t->region, t->train.n_packs, sizeof *t->shuffled, t->err);
-    t->order = region_alloc(&t->region, t->train.n, sizeof *t->order, t->err);
-    t->pack = region_alloc(&t->region, t->train.n_packs + 1, sizeof *t->pack, t->err);
     t->nll = region_alloc(&t->region, t->S, sizeof *t->nll, t->err);
     t->hit = region_alloc(&t->region, t->S, 1, t->err);
-    t->window = t->q->device.ops->host ? 1 : min_size(o->logging_steps, MAX_PENDING);
     t->pending = region_alloc(&t->region, t->window, sizeof *t->pending, t->err);
     t->seen = region_alloc(&t->region, t->window, sizeof *t->seen, t->err);
-    return t->shuffled && t->order && t->pack && t->nll && t->hit && t->pending && t->seen ? 0 : -1;
+    return t->shuffled && t->nll && t->hit && t->pending && t->seen ? 0 : -1;
 }
 
 // Before anything long begins: can the output be written, and is nothing of the user's overwritten?
 static int check_output(Trainer *t) {
     const qlora_train_options *o = t->options;
-    Buffer numbers = {.allocator = &t->q->allocator};
     if (!o->output_dir) return 0;
     if (make_directory(o->output_dir, t->err)) return -1;
     const char *path = path_join(&t->region, o->output_dir, "adapter_model.safetensors", t->err);
-    int bad = !path || list_checkpoints(t, o->output_dir, &numbers);
-    bool taken = !bad && (file_exists(path) || numbers.size);
-    const size_t *steps = (const size_t *)(const void *)numbers.data;
-    if (taken && o->overwrite_output_dir)
-        for (size_t i = 0; i < numbers.size / sizeof *steps; i++) {
-            const char *old = checkpoint_path(t, steps[i], "");
-            if (old) remove_directory(old, &t->region);
-        }
-    else if (taken && !o->resume)
-        bad = fail(t->err,
-                   "%s: there is a run in this directory already; continue it with --resume %s, "
-                   "choose another with --output, or give --overwrite-output-dir",
-                   o->output_dir, o->output_dir);
-    if (!bad && access(o->output_dir, W_OK))
-        bad = fail(t->err, "%s: cannot write here: %s", o->output_dir, strerror(errno));
-    buffer_free(&numbers);
-    return bad ? -1 : 0;
+    if (!path || list_checkpoints(t)) return -1;
+    if (o->overwrite_output_dir && remove_checkpoints(t, 0)) return -1;
+    if (!o->overwrite_output_dir && !o->resume && (file_exists(path) || t->checkpoints.size))
+        return fail(t->err, "%s: there is a run in this directory already; continue it with "
+                    "--resume %s, choose another with --output, or give --overwrite-output-dir",
+                    o->output_dir, o->output_dir);
+    return access(o->output_dir, W_OK)
+               ? fail(t->err, "%s: cannot write here: %s", o->output_dir, strerror(errno)) : 0;
 }
 
 // The adapter, and checkpoints of four times its size, must find room.
@@ -10115,28 +10036,24 @@ static int check_disk(Trainer *t) {
     if (!o->output_dir || statvfs(o->output_dir, &disk)) return 0;
     double need = (double)t->q->transformer.n_parameters * 4 * (4 * (double)saves + 1);
     double room = (double)disk.f_bavail * (double)disk.f_frsize;
-    if (need <= room) return 0;
-    return fail(t->err,
-                "%s: %.0f MB are free, but %zu checkpoints and the adapter need %.0f MB; save less "
-                "often (--save-steps) or keep fewer (--save-total-limit)",
-                o->output_dir, room * 1e-6, saves, need * 1e-6);
+    return need <= room
+               ? 0 : fail(t->err, "%s: %.0f MB are free, but %zu checkpoints and the adapter need "
+                          "%.0f MB; save less often (--save-steps) or keep fewer "
+                          "(--save-total-limit)", o->output_dir, room * 1e-6, saves, need * 1e-6);
 }
 
 // The finding after this one, or the first; NULL at the end.
 static const Finding *next_finding(const Trainer *t, const Finding *f) {
-    const Finding *first = (const Finding *)(const void *)t->findings.data;
-    f = f ? f + 1 : first;
-    return f == first + t->findings.size / sizeof *f ? NULL : f;
+    f = f ? f + 1 : t->findings.list;
+    return f < t->findings.list + t->findings.n ? f : NULL;
 }
 
 static void tell_plan(const Trainer *t) {
     const qlora_train_options *o = t->options;
     const Dataset *d = &t->data;
     if (*t->q->note) tell(o, "%s", t->q->note);
-    tell(
-        o,
-        "data: %zu samples (%zu held out), %zu tokens, %zu supervised, %zu ends of turn among them",
-        d->n, t->val.n, d->tokens, d->supervised, d->ends);
+    tell(o, "data: %zu samples (%zu held out), %zu tokens, %zu supervised, %zu ends of turn among "
+         "them", d->n, t->val.n, d->tokens, d->supervised, d->ends);
     for (const Finding *f = next_finding(t, NULL); f; f = next_finding(t, f))
         tell(o, "  %s: %s", severity_names[f->severity], f->text);
     if (t->packing)
@@ -10144,10 +10061,10 @@ static void tell_plan(const Trainer *t) {
              t->train.n_packs, t->how.max_length);
     tell(o, "adapter: r %zu, alpha %g on %s: %zu parameters", o->lora_r, (double)o->lora_alpha,
          o->target_modules, count_parameters(&t->q->transformer));
-    tell(o,
-         "steps: %zu of %zu x %zu %s, %zu an epoch; learning rate %g, %s, %zu steps of warmup",
+    tell(o, "steps: %zu of %zu x %zu %s, %zu an epoch; learning rate %g, %s, %zu steps of warmup",
          t->steps, o->per_device_train_batch_size, o->gradient_accumulation_steps,
-         t->packing ? "packs" : "samples", t->steps_per_epoch, (double)o->learning_rate, o->lr_scheduler_type, t->warmup);
+         t->packing ? "packs" : "samples", t->steps_per_epoch, (double)o->learning_rate,
+         o->lr_scheduler_type, t->warmup);
     tell(o, "memory: %zu MB weights, %zu MB activations (%zu of %zu layers kept, %zu recomputed)",
          t->q->weight_bytes >> 20, t->session.bytes >> 20, t->session.w.kept,
          t->q->transformer.config.L, t->q->transformer.config.L - t->session.w.kept);
@@ -10159,10 +10076,11 @@ static int read_data_options(Trainer *t) {
     const qlora_train_options *o = t->options;
     const char *masks[N_MASK_ROWS];
     for (size_t i = 0; i < N_MASK_ROWS; i++) masks[i] = mask_rows[i].name;
-    int mask = find_name(masks, N_MASK_ROWS, o->mask, "mask", t->err);
-    int truncate = mask < 0 ? -1 : find_name(truncate_names, 3, o->truncate, "truncate", t->err);
-    int packing = truncate < 0 ? -1 : find_name(packings, 2, o->packing, "packing", t->err);
-    if (packing < 0) return -1;
+    int mask, truncate, packing;
+    if (choose(masks, N_MASK_ROWS, o->mask, "mask", &mask, t->err) ||
+        choose(truncate_names, 3, o->truncate, "truncate", &truncate, t->err) ||
+        choose(packings, 2, o->packing, "packing", &packing, t->err))
+        return -1;
     if (!o->field_user != !o->field_assistant)
         return fail(t->err, "field-user and field-assistant: expected both or none");
     t->packing = packing == 1;
@@ -10177,11 +10095,16 @@ static int read_data_options(Trainer *t) {
     return parse_take(o->take, &t->how, t->err);
 }
 
+static int read_files(Trainer *t, Dataset *d, const Buffer *paths, const DatasetOptions *how) {
+    return dataset_open(d, path_list(paths), paths->size / sizeof(char *), &t->q->chat,
+                        t->q->tokenizer, how, t->err);
+}
+
 // Finds, reads and splits the data. Scoring wants the test split of a directory, training the
 // others.
 static int open_data(Trainer *t, const char *data, bool scoring) {
     const qlora_train_options *o = t->options;
-    const qlora_model *q = t->q;
+    DatasetOptions all = t->how;            // of held-out files
     int split = scoring ? SPLIT_TEST : SPLIT_TRAIN, bad = 0;
     for (size_t i = 0; data && !bad; data = o->more_data ? o->more_data[i++] : NULL) {
         bad = add_data_path(&t->paths, data, split, true, &t->region, t->err);
@@ -10190,29 +10113,18 @@ static int open_data(Trainer *t, const char *data, bool scoring) {
     }
     if (!bad && !scoring && o->val_file)
         bad = add_data_path(&t->val_paths, o->val_file, SPLIT_VALID, true, &t->region, t->err);
-    if (bad || dataset_open(&t->data, (const char *const *)(void *)t->paths.data,
-                            t->paths.size / sizeof(char *), &q->chat, q->tokenizer, &t->how,
-                            t->err))
-        return -1;
-    DatasetOptions how = t->how;
-    how.take_from = 0;
-    how.take_to = how.max_samples = SIZE_MAX;
-    if (t->val_paths.size &&
-        dataset_open(&t->val_data, (const char *const *)(void *)t->val_paths.data,
-                     t->val_paths.size / sizeof(char *), &q->chat, q->tokenizer, &how, t->err))
-        return -1;
-    return split_samples(t);
+    all.take_from = 0;
+    all.take_to = all.max_samples = SIZE_MAX;
+    return bad || read_files(t, &t->data, &t->paths, &t->how) ||
+           read_files(t, &t->val_data, &t->val_paths, &all) || split_samples(t) ? -1 : 0;
 }
 
 // Fills t->findings with what speaks against training on this data.
 static int check_data(Trainer *t) {
-    Region scratch = {.allocator = &t->q->allocator};
-    int bad = check_counts(&t->findings, &t->data, &t->how, "", t->err) ||
-              (t->val_paths.size &&
-               check_counts(&t->findings, &t->val_data, &t->how, "held-out data: ", t->err)) ||
-              check_duplicates(&t->findings, &t->train, &t->val, &scratch, t->err);
-    region_free(&scratch);
-    return bad ? -1 : 0;
+    check_counts(&t->findings, &t->data, &t->how, "");
+    if (t->val_paths.size)
+        check_counts(&t->findings, &t->val_data, &t->how, "held-out data: ");
+    return check_duplicates(&t->findings, &t->train, &t->val, &t->q->allocator, t->err);
 }
 
 // Fails with the first of the findings that is an error.
@@ -10227,29 +10139,30 @@ static void trainer_close(Trainer *t) {
     dataset_close(&t->val_data);
     buffer_free(&t->paths);
     buffer_free(&t->val_paths);
-    buffer_free(&t->findings);
     buffer_free(&t->log);
+    buffer_free(&t->checkpoints);
     region_free(&t->region);
+}
+
+static int open_session(Trainer *t) {
+    SessionShape shape = {.T = t->T, .S = t->S, .n_spans = t->n_spans, .max_span = t->T,
+                          .training = true};
+    return session_open(&t->session, t->q, shape, t->err);
 }
 
 // The run itself, when all is checked.
 static int run_training(Trainer *t) {
     const qlora_train_options *o = t->options;
-    SessionShape shape = {.T = t->T, .S = t->S, .n_spans = t->n_spans, .max_span = t->T,
-                          .training = true};
     Device *dev = &t->q->device;
     size_t bytes = t->window * sizeof *t->records;
-    if (session_open(&t->session, t->q, shape, t->err)) return -1;
+    if (open_session(t)) return -1;
     tell_plan(t);
     describe_settings(t);
     t->records = dev->ops->allocate(dev, bytes, t->err);
     int bad = !t->records || check_disk(t) || (o->output_dir && write_run(t, o->output_dir)) ||
-                      (o->resume && resume(t))
-                  ? -1
-                  : 0;
-    if (!bad) bad = train_loop(t);
-    if (!bad && o->output_dir)
-        bad = save_outputs(t, o->output_dir) || write_log(t, true) || write_plot(t) ? -1 : 0;
+              (o->resume && resume(t)) || train_loop(t) ||
+              (o->output_dir &&
+               (save_outputs(t, o->output_dir) || write_log(t, true) || write_plot(t)));
     dev->ops->release(dev, t->records, bytes);
     session_close(&t->session);
     return bad;
@@ -10258,15 +10171,17 @@ static int run_training(Trainer *t) {
 static Trainer new_trainer(qlora_model *q, const qlora_train_options *o, qlora_error *err) {
     const qlora_allocator *a = &q->allocator;
     return (Trainer){.q = q, .options = o, .err = err, .region.allocator = a, .log.allocator = a,
-                     .paths.allocator = a, .val_paths.allocator = a, .findings.allocator = a};
+                     .paths.allocator = a, .val_paths.allocator = a,
+                     .checkpoints.allocator = a};
 }
 
 int qlora_train(qlora_model *q, const char *data, const qlora_train_options *options,
                 qlora_error *err) {
     qlora_train_options o = options ? *options : qlora_default_train_options();
     Trainer t = new_trainer(q, &o, err);
-    int schedule = find_name(schedule_names, 4, o.lr_scheduler_type, "lr_scheduler_type", err);
-    if (schedule < 0 || check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err))
+    int schedule;
+    if (choose(schedule_names, 4, o.lr_scheduler_type, "lr_scheduler_type", &schedule, err) ||
+        check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err))
         return -1;
     t.schedule = (Schedule)schedule;
     q->lora_dropout = o.lora_dropout;
@@ -10302,30 +10217,20 @@ int qlora_evaluate(qlora_model *q, const char *data, const qlora_train_options *
                    qlora_score *result, qlora_error *err) {
     qlora_train_options o = options ? *options : qlora_default_train_options();
     Trainer t = new_trainer(q, &o, err);
-    Score score;
     size_t bytes = 0;
     o.val_split = 0;
     o.packing = "none";
     *result = (qlora_score){0};
-    if (check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err)) return -1;
-    int bad = open_data(&t, data, true) || dataset_usable(&t.data, &t.how, err) ||
-              prepare_training(&t) || supervised_bytes(&t, &bytes);
+    int bad = check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err) ||
+              open_data(&t, data, true) || dataset_usable(&t.data, &t.how, err) ||
+              prepare_training(&t) || supervised_bytes(&t, &bytes) || open_session(&t);
     if (!bad) {
-        SessionShape shape = {.T = t.T, .S = t.S, .n_spans = t.n_spans, .max_span = t.T,
-                              .training = true};
-        bad = session_open(&t.session, q, shape, err);
-        if (!bad) {
-            bad = evaluate(&t, &t.train, &score);
-            session_close(&t.session);
-            if (bad == STOPPED) bad = fail(err, "stopped while scoring");
-        }
+        bad = evaluate(&t, &t.train, result);
+        session_close(&t.session);
+        if (bad == STOPPED) bad = fail(err, "stopped while scoring");
     }
-    if (!bad) {
-        double loss = mean_loss(&score);
-        *result = (qlora_score){loss, standard_error(&score), exp(loss),
-                                bytes ? score.nll / log(2) / (double)bytes : 0,
-                                (double)score.hits / (double)score.tokens, score.tokens, t.train.n};
-    }
+    if (!bad && bytes)
+        result->bits_per_byte = result->loss * (double)result->tokens / log(2) / (double)bytes;
     trainer_close(&t);
     return bad ? -1 : 0;
 }
@@ -10671,35 +10576,48 @@ int qlora_chat(qlora_model *q, const qlora_message *messages, size_t n, const ql
 }
 // =================================================================================================
 //  16. What a person sees
+//
+//  Everything the program prints, as text or as JSON. Texts from files and models may hold control
+//  characters, which must not drive a terminal, and bytes that JSON does not allow; two functions
+//  stand between them and the output.
 // =================================================================================================
 #ifdef QLORA_MAIN
 
-// Text from files and models may hold control characters, which must not drive the terminal: all
-// but newline and tab are shown escaped.
-static void print_safely(FILE *out, const char *text, size_t n) {
+// All but newline and tab of what is no harmless character is shown as \xHH.
+static void print_safely(const char *text, size_t n) {
     for (size_t i = 0; i < n;) {
         size_t bytes = text[i] == '\n' || text[i] == '\t' ? 1 : harmless_bytes(text + i, n - i);
-        if (bytes) fwrite(text + i, 1, bytes, out);
-        else fprintf(out, "\\x%02X", (unsigned char)text[i]);
+        if (bytes) fwrite(text + i, 1, bytes, stdout);
+        else printf("\\x%02X", (unsigned char)text[i]);
         i += bytes ? bytes : 1;
     }
 }
 
-static void print_duration(double seconds) {
-    unsigned long s = (unsigned long)(seconds + 0.5);
-    if (s >= 3600) printf("%lu:%02lu:%02lu", s / 3600, s / 60 % 60, s % 60);
-    else printf("%lu:%02lu", s / 60, s % 60);
+// A JSON string, valid whatever bytes the text has: what is no UTF-8 becomes U+FFFD.
+static void print_json(const char *text, size_t n) {
+    putchar('"');
+    for (size_t i = 0; i < n;) {
+        uint32_t code;
+        size_t bytes = utf8_decode(text + i, n - i, &code);
+        if (!bytes) printf("\xEF\xBF\xBD");
+        else if (code == '"' || code == '\\') printf("\\%c", (int)code);
+        else if (code == '\n') printf("\\n");
+        else if (code < 0x20) printf("\\u%04x", (unsigned)code);
+        else fwrite(text + i, 1, bytes, stdout);
+        i += bytes ? bytes : 1;
+    }
+    putchar('"');
 }
 
-// Most memory this process has had, in MB.
-static size_t peak_memory(void) {
-    struct rusage usage;
-    getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
-    return (size_t)usage.ru_maxrss >> 20;                     // bytes there, KiB elsewhere
-#else
-    return (size_t)usage.ru_maxrss >> 10;
-#endif
+static void print_either(bool json, const char *text) {
+    if (json) print_json(text, strlen(text));
+    else print_safely(text, strlen(text));
+}
+
+static const char *comma(size_t i) { return i ? ", " : ""; }
+
+static double percent(size_t part, size_t all) {
+    return all ? 100 * (double)part / (double)all : 0;
 }
 
 // On a terminal a bar that is drawn over itself; elsewhere a line for each step.
@@ -10714,34 +10632,43 @@ static void close_bar(ProgressView *view) {
     view->open = false;
 }
 
+// Most memory this process ever held, in MB.
+static size_t peak_memory(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (size_t)usage.ru_maxrss >> 20;                     // bytes there, KiB elsewhere
+#else
+    return (size_t)usage.ru_maxrss >> 10;
+#endif
+}
+
 static void print_progress(void *user, const qlora_progress *p) {
-    enum { WIDTH = 24 };
+    static const char bar[] = "========================>                        ";
+    enum { WIDTH = sizeof bar / 2 - 1 };
     ProgressView *view = user;
     if (!view->first) {
         view->first = p->step;
         view->start = now_seconds() - p->seconds;
     }
     double elapsed = now_seconds() - view->start;
-    double left = elapsed / (double)(p->step - view->first + 1) * (double)(p->steps - p->step);
-    if (view->terminal) {
-        size_t full = WIDTH * p->step / p->steps;
-        printf("\r\033[K[");
-        for (size_t i = 0; i < WIDTH; i++) putchar(i < full ? '=' : i == full ? '>' : ' ');
-        printf("] ");
-    } else printf("step ");
-    printf("%zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  %zu MB  ", p->step,
-           p->steps, p->epoch, p->loss, p->grad_norm, p->learning_rate,
-           (double)p->tokens / p->seconds, peak_memory());
-    print_duration(left);
-    printf(" left");
+    unsigned long left = (unsigned long)(elapsed / (double)(p->step - view->first + 1) *
+                                         (double)(p->steps - p->step) + 0.5);
+    if (view->terminal) printf("\r\033[K[%.*s] ", WIDTH, bar + WIDTH - WIDTH * p->step / p->steps);
+    else printf("step ");
+    printf("%zu/%zu  epoch %.2f  loss %.4f  grad %.3f  lr %.2e  %.0f tokens/s  %zu MB  "
+           "%lu:%02lu:%02lu left", p->step, p->steps, p->epoch, p->loss, p->grad_norm,
+           p->learning_rate, (double)p->tokens / p->seconds, peak_memory(), left / 3600,
+           left / 60 % 60, left % 60);
     view->open = view->terminal && p->step < p->steps;
     if (!view->open) printf("\n");
     fflush(stdout);
 }
 
+// A line of the library's; `user` is a ProgressView or NULL.
 static void print_message(void *user, const char *line) {
     if (user) close_bar(user);
-    print_safely(stdout, line, strlen(line));
+    print_safely(line, strlen(line));
     printf("\n");
     fflush(stdout);
 }
@@ -10763,371 +10690,294 @@ static void print_banner(const qlora_model *q) {
 // ----------------------------------------------------------------------------------------- inspect
 //
 // What a training would see. The data is read, split and checked by the trainer's own code; only
-// the weights are never opened.
+// the weights are never opened. Each function prints its part of the report, as text or as JSON.
 
-enum { MAX_BINS = 14, MAX_LIMITS = 20 };
+// What the records were recognised by, as "messages" or "prompt" and "completion".
+static void print_format(const Trainer *t, size_t format, bool json) {
+    bool known = format < N_RECORD_FORMATS;
+    const RecordFormat *f = known ? &record_formats[format] : &t->how.fields;
+    const char *name = known ? f->name : f->user ? "--field-*" : "--prompt-template";
+    const char *first = f->list ? f->list : f->text ? f->text : f->user;
+    if (json) {
+        printf("\"%s\": %zu", name, t->data.formats[format]);
+        return;
+    }
+    printf("  %zu records are %s, recognised by ", t->data.formats[format], name);
+    if (first) print_json(first, strlen(first));
+    else printf("its fields");
+    if (first && f->assistant) {
+        printf(" and ");
+        print_json(f->assistant, strlen(f->assistant));
+    }
+    printf("\n");
+}
 
-// The lengths of all records in tokens, before truncation.
-typedef struct {
-    size_t *sorted, n;
-    size_t width, bins[MAX_BINS], n_bins;   // a histogram; the last bin has no upper end
-    size_t limits[MAX_LIMITS], over[MAX_LIMITS], n_limits;
-    size_t suggested, fit;                  // a --max-length, and how many samples it holds
-} Lengths;
+static void print_source(const Trainer *t, bool json) {
+    const qlora_model *q = t->q;
+    const Dataset *d = &t->data;
+    size_t n_formats = 0;
+    // The last format is raw text; n_lengths counts the records of all.
+    bool raw_text = d->n_lengths && d->formats[N_RECORD_FORMATS - 1] == d->n_lengths;
+    const char *origin = raw_text ? "not used, the data is raw text"
+                       : q->chat.own ? "recognised in the model's own chat template"
+                       : q->options.chat_template || q->options.prompt_template
+                           ? "as asked for" : "the model has no chat template of its own";
+    printf(json ? "{\"model\": " : "model: ");
+    print_either(json, q->directory);
+    if (!json) printf(": %s, context %zu\n", q->transformer.config.architecture->type,
+                      q->transformer.config.context);
+    printf(json ? ", \"template\": \"%s\", \"template_origin\": \"%s\", \"template_note\": "
+                : "template: %s, %s\n", q->chat.row->name, origin);
+    if (json || !raw_text) print_either(json, q->note);
+    if (json) printf(", \"files\": [");
+    for (size_t i = 0; i < t->paths.size / sizeof *d->paths; i++) {
+        printf("%s", json ? comma(i) : "data: ");
+        print_either(json, d->paths[i]);
+        if (!json) printf("\n");
+    }
+    if (json) printf("], \"formats\": {");
+    for (size_t i = 0; i <= N_RECORD_FORMATS; i++) {
+        if (!d->formats[i]) continue;
+        if (json) printf("%s", comma(n_formats++));
+        print_format(t, i, json);
+    }
+    if (json) printf("}, ");
+}
+
+static void print_counts(const Trainer *t, bool json) {
+    const Dataset *d = &t->data;
+    size_t tokens = 0;                      // to learn from
+    for (size_t i = 0; i < t->train.n; i++) tokens += d->samples[t->train.index[i]].length;
+    if (json)
+        printf("\"context\": %zu, \"max_length\": %zu, \"records\": %zu, \"samples\": %zu, "
+               "\"held_out\": %zu, \"packs\": %zu, \"tokens\": %zu, \"supervised_tokens\": %zu, "
+               "\"supervised_ends\": %zu, ", t->q->transformer.config.context, t->how.max_length,
+               d->records, d->n, t->val.n, t->train.n_packs, d->tokens, d->supervised, d->ends);
+    else
+        printf("samples: %zu of %zu records; %zu to learn from, %zu held out\n"
+               "tokens: %zu, of which %zu are supervised (%.1f %%), %zu of these end tokens, in "
+               "%zu of %zu samples\n", d->n, d->records, t->train.n, t->val.n, d->tokens,
+               d->supervised, percent(d->supervised, d->tokens), d->ends,
+               d->n - d->tally[TALLY_NO_END].n, d->n);
+    if (!json && t->packing)
+        printf("packing: %zu packs, %.1f %% full\n", t->train.n_packs,
+               percent(tokens, t->train.n_packs * t->how.max_length));
+}
+
+// The lengths of all records in tokens, before truncation, ascending.
+typedef struct { const size_t *sorted; size_t n; } Lengths;
 
 static size_t quantile(const Lengths *l, double share) {
     return l->n ? l->sorted[min_size(l->n - 1, (size_t)(share * (double)l->n))] : 0;
 }
 
-// The suggestion holds everything, unless a rare few would double it.
-static int measure_lengths(Lengths *l, Trainer *t) {
-    const Dataset *d = &t->data;
-    size_t context = t->q->transformer.config.context, most, p99;
-    *l = (Lengths){.sorted = region_alloc(&t->region, d->n_lengths, sizeof *l->sorted, t->err),
-                   .n = d->n_lengths, .width = 1};
-    if (!l->sorted) return -1;
-    if (l->n) memcpy(l->sorted, d->lengths, l->n * sizeof *l->sorted);
-    qsort(l->sorted, l->n, sizeof *l->sorted, by_number);
-    p99 = quantile(l, 0.99);
-    for (size_t i = 0; l->width * (MAX_BINS - 2) < p99; i++)          // 1, 2, 5, 10, 20, ...
-        l->width = i % 3 == 1 ? l->width / 2 * 5 : l->width * 2;
-    l->n_bins = min_size(MAX_BINS, d->longest / l->width + 1);
-    for (size_t i = 0; i < l->n; i++) l->bins[min_size(l->sorted[i] / l->width, l->n_bins - 1)]++;
-    for (size_t limit = 128; l->n_limits < MAX_LIMITS; limit *= 2) {
-        size_t over = 0;
-        while (over < l->n && l->sorted[l->n - 1 - over] > limit) over++;
-        l->limits[l->n_limits] = limit;
-        l->over[l->n_limits++] = over;
-        if (!over || limit >= context) break;
+// How many are under a limit.
+static size_t shorter_than(const Lengths *l, size_t limit) {
+    size_t n = 0;
+    while (n < l->n && l->sorted[n] < limit) n++;
+    return n;
+}
+
+// The last bin has no upper end.
+static void print_histogram(const Lengths *l, bool json) {
+    enum { MAX_BINS = 14, WIDTH = 40 };
+    size_t width = 1, most = 1, n_bins, bins[MAX_BINS];
+    for (size_t i = 0; width * (MAX_BINS - 2) < quantile(l, 0.99); i++)      // 1, 2, 5, 10, ...
+        width = i % 3 == 1 ? width / 2 * 5 : width * 2;
+    n_bins = min_size(MAX_BINS, quantile(l, 1) / width + 1);
+    for (size_t i = 0; i < n_bins; i++) {
+        size_t end = i + 1 < n_bins ? shorter_than(l, (i + 1) * width) : l->n;
+        bins[i] = end - shorter_than(l, i * width);
+        most = max_size(most, bins[i]);
     }
-    most = round_up(max_size(d->longest, 1), 64);
-    l->suggested = most <= 2 * round_up(p99, 64) ? most : round_up(p99, 64);
-    l->suggested = min_size(l->suggested, context);
-    while (l->fit < l->n && l->sorted[l->fit] <= l->suggested) l->fit++;
-    return 0;
-}
-
-static double percent(size_t part, size_t all) {
-    return all ? 100 * (double)part / (double)all : 0;
-}
-
-static void print_lengths(const Lengths *l) {
-    enum { WIDTH = 40 };
-    size_t most = 1, first = 0;
-    printf("length: shortest %zu tokens, median %zu, 90 %% up to %zu, 99 %% up to %zu, longest "
-           "%zu\n", quantile(l, 0), quantile(l, 0.5), quantile(l, 0.9), quantile(l, 0.99),
-           quantile(l, 1));
-    for (size_t i = 0; i < l->n_bins; i++) most = max_size(most, l->bins[i]);
-    while (!l->bins[first]) first++;
-    for (size_t i = first; i < l->n_bins; i++) {
-        if (i + 1 < l->n_bins) printf("  %6zu - %-6zu ", i * l->width, (i + 1) * l->width - 1);
-        else printf("  %6zu and up  ", i * l->width);
-        size_t bar = l->bins[i] * WIDTH / most;
-        for (size_t k = 0; k < bar + (l->bins[i] && !bar); k++) putchar('#');
-        printf(" %zu\n", l->bins[i]);
+    for (size_t i = 0; i < n_bins; i++) {
+        if (json) {
+            printf("%s{\"from\": %zu, \"samples\": %zu}", comma(i), i * width, bins[i]);
+            continue;
+        }
+        if (quantile(l, 0) >= (i + 1) * width && i + 1 < n_bins) continue;    // below the shortest
+        if (i + 1 < n_bins) printf("  %6zu - %-6zu ", i * width, (i + 1) * width - 1);
+        else printf("  %6zu and up  ", i * width);
+        for (size_t k = 0; k < ceil_div(bins[i] * WIDTH, most); k++) putchar('#');
+        printf(" %zu\n", bins[i]);
     }
-    for (size_t i = 0; i < l->n_limits; i++)
-        printf("  %zu (%.1f %%) do not fit into %zu\n", l->over[i], percent(l->over[i], l->n),
-               l->limits[i]);
-    printf("  suggested: --max-length %zu holds %zu of %zu (%.1f %%)\n", l->suggested, l->fit,
-           l->n, percent(l->fit, l->n));
 }
 
-// What the records were recognised by, as "messages" or "prompt" and "completion".
-static void format_keys(const Trainer *t, size_t format, char out[300]) {
-    const RecordFormat *f = format < N_RECORD_FORMATS ? &record_formats[format] : &t->how.fields;
-    const char *one = f->list ? f->list : f->text;
-    if (one) snprintf(out, 300, "\"%s\"", one);
-    else if (f->user) snprintf(out, 300, "\"%.100s\" and \"%.100s\"", f->user, f->assistant);
-    else snprintf(out, 300, "its fields");
-}
-
-static const char *format_name(const Trainer *t, size_t format) {
-    return format < N_RECORD_FORMATS ? record_formats[format].name
-         : t->how.fields.user        ? "--field-*" : "--prompt-template";
-}
-
-static bool only_raw_text(const Dataset *d) {
-    size_t text = 0, all = 0;
-    for (size_t i = 0; i <= N_RECORD_FORMATS; i++) {
-        all += d->formats[i];
-        if (i < N_RECORD_FORMATS && record_formats[i].text) text += d->formats[i];
+static void print_lengths(Trainer *t, bool json) {
+    Lengths l = {t->data.lengths, t->data.n_lengths};
+    size_t context = t->q->transformer.config.context;
+    if (l.n) qsort(t->data.lengths, l.n, sizeof *l.sorted, by_number);
+    else if (!json) return;
+    printf(json ? "\"lengths\": {\"shortest\": %zu, \"median\": %zu, \"p90\": %zu, \"p99\": %zu, "
+                  "\"longest\": %zu, \"histogram\": ["
+                : "length: shortest %zu tokens, median %zu, 90 %% up to %zu, 99 %% up to %zu, "
+                  "longest %zu\n", quantile(&l, 0), quantile(&l, 0.5), quantile(&l, 0.9),
+           quantile(&l, 0.99), quantile(&l, 1));
+    print_histogram(&l, json);
+    if (json) printf("], \"over\": [");
+    for (size_t limit = 128, over = 1; over && limit < 2 * context; limit *= 2) {
+        over = l.n - shorter_than(&l, limit + 1);
+        if (json) printf("%s{\"limit\": %zu, \"samples\": %zu}", comma(limit > 128), limit, over);
+        else printf("  %zu (%.1f %%) do not fit into %zu\n", over, percent(over, l.n), limit);
     }
-    return all && text == all;
-}
-
-static const char *template_origin(const Trainer *t) {
-    return only_raw_text(&t->data) ? "not used, the data is raw text"
-         : t->q->chat.own ? "recognised in the model's own chat template"
-         : t->q->options.chat_template || t->q->options.prompt_template
-             ? "as asked for" : "the model has no chat template of its own";
-}
-
-static void print_line(const char *text) {
-    print_safely(stdout, text, strlen(text));
-    printf("\n");
-}
-
-static void print_counts(const Trainer *t) {
-    const Dataset *d = &t->data;
-    const char *const *paths = d->paths;
-    char line[900];
-    snprintf(line, sizeof line, "model: %.700s: %s, context %zu", t->q->directory,
-             t->q->transformer.config.architecture->type, t->q->transformer.config.context);
-    print_line(line);
-    printf("template: %s, %s\n", t->q->chat.row->name, template_origin(t));
-    if (!only_raw_text(d)) print_safely(stdout, t->q->note, strlen(t->q->note));
-    for (size_t i = 0; i < t->paths.size / sizeof *paths; i++) {
-        snprintf(line, sizeof line, "data: %.880s", paths[i]);
-        print_line(line);
-    }
-    for (size_t i = 0; i <= N_RECORD_FORMATS; i++) {
-        char keys[300];
-        if (!d->formats[i]) continue;
-        format_keys(t, i, keys);
-        snprintf(line, sizeof line, "  %zu records are %s, recognised by %s", d->formats[i],
-                 format_name(t, i), keys);
-        print_line(line);
-    }
-    printf("samples: %zu of %zu records; %zu to learn from, %zu held out\n", d->n, d->records,
-           t->train.n, t->val.n);
-    printf("tokens: %zu, of which %zu are supervised (%.1f %%), %zu of these end tokens, in %zu of "
-           "%zu samples\n", d->tokens, d->supervised, percent(d->supervised, d->tokens), d->ends,
-           d->n - d->tally[TALLY_NO_END].n, d->n);
-    if (t->packing && t->train.n) {
-        size_t tokens = 0;
-        for (size_t i = 0; i < t->train.n; i++) tokens += d->samples[t->train.index[i]].length;
-        printf("packing: %zu packs, %.1f %% full\n", t->train.n_packs,
-               percent(tokens, t->train.n_packs * t->how.max_length));
-    }
+    // The suggestion holds everything, unless a rare few would double it.
+    size_t p99 = round_up(quantile(&l, 0.99), 64);
+    size_t most = max_size(round_up(quantile(&l, 1), 64), 64);
+    size_t suggested = min_size(most <= 2 * p99 ? most : p99, context);
+    size_t fit = shorter_than(&l, suggested + 1);
+    printf(json ? "], \"suggested_max_length\": %zu}, "
+                : "  suggested: --max-length %zu holds %zu of %zu (%.1f %%)\n", suggested, fit, l.n,
+           percent(fit, l.n));
 }
 
 // A sample token by token, as it was before truncation.
-typedef struct { const Trainer *t; const Dataset *shown; const Sample *sample; Kept kept; } TokenView;
+typedef struct {
+    const Tokenizer *tokenizer;
+    const int32_t *ids;                     // (n)
+    const uint8_t *learn;                   // (n)
+    size_t n;
+    Kept kept;
+    TokenStream stream;
+    Buffer text;                            // of the newest token
+} TokenView;
 
 typedef enum { TOKEN_MASKED, TOKEN_LEARNT, TOKEN_CUT } TokenClass;
 
 static TokenClass token_class(const TokenView *v, size_t i) {
     bool kept = i < v->kept.head || (i >= v->kept.from && i < v->kept.to);
-    return !kept ? TOKEN_CUT : v->shown->learn[v->sample->first + i] == 1 ? TOKEN_LEARNT
-                                                                          : TOKEN_MASKED;
+    return !kept ? TOKEN_CUT : v->learn[i] == 1 ? TOKEN_LEARNT : TOKEN_MASKED;
 }
 
 static bool token_special(const TokenView *v, size_t i) {
-    int32_t id = v->shown->ids[v->sample->first + i];
-    const Token *token = vocabulary_token(&v->t->q->tokenizer->vocabulary, (size_t)id);
+    const Token *token = vocabulary_token(&v->tokenizer->vocabulary, (size_t)v->ids[i]);
     return token && (token->special || token->added);
 }
 
-static bool use_colour(void) {
-    const char *no_colour = getenv("NO_COLOR");
-    return isatty(STDOUT_FILENO) && !(no_colour && *no_colour);
+static int token_text(TokenView *v, size_t i, qlora_error *err) {
+    v->text.size = 0;
+    return token_stream_push(v->tokenizer, &v->stream, v->ids[i], false, &v->text, err);
 }
 
 // Newlines are shown as \n too: whether one is learnt can matter.
 static void print_token_text(const char *text, size_t n) {
-    for (size_t i = 0; i < n;) {
+    for (size_t i = 0; i < n; i++) {
         const char *newline = memchr(text + i, '\n', n - i);
         size_t length = newline ? (size_t)(newline - text) - i : n - i;
-        print_safely(stdout, text + i, length);
+        print_safely(text + i, length);
         if (newline) printf("\\n\n");
-        i += length + 1;
+        i += length;
     }
+}
+
+// Colours on a terminal, brackets elsewhere or if the user asks for them.
+typedef struct { const char *open[3], *close[3], *special, *end, *legend; } TokenMarks;
+
+static const TokenMarks *token_marks(void) {
+    static const TokenMarks brackets = {
+        {"", "[", "{"}, {"", "]", "}"}, "(", "",
+        "plain: context, [ ] learnt, { } cut off, ( ) a special token"};
+    static const TokenMarks colours = {
+        {"\033[0;2m", "\033[0;32m", "\033[0;31;9m"}, {"", "", ""}, "\033[1;4m", "\033[0m",
+        "\033[2mcontext\033[0m, \033[32mlearnt\033[0m, \033[31;9mcut off\033[0m, "
+        "\033[1;4mspecial token\033[0m"};
+    const char *no_colour = getenv("NO_COLOR");
+    return isatty(STDOUT_FILENO) && !(no_colour && *no_colour) ? &colours : &brackets;
 }
 
 // Prints the tokens; of a long run of one class the middle is left out.
-static int print_tokens(const TokenView *v, bool colour, qlora_error *err) {
+static int print_tokens(TokenView *v, const TokenMarks *marks, qlora_error *err) {
     enum { WHOLE_RUN = 160, ENDS = 60 };
-    static const char *const colours[] = {"\033[0;2m", "\033[0;32m", "\033[0;31;9m"};
-    static const char *const open[] = {"", "[", "{"}, *const close[] = {"", "]", "}"};
-    TokenStream stream = {.open = false};
-    Buffer text = {.allocator = &v->t->q->allocator};
-    size_t n = v->sample->length, end = 0, start = 0;
-    bool was_special = false;
-    int bad = 0;
-    for (size_t i = 0; i < n && !bad; i++) {
-        TokenClass class = token_class(v, i);
-        bool special = token_special(v, i), begins = i == end;
-        if (begins) {
-            start = i;
-            while (end < n && token_class(v, end) == class) end++;
+    for (size_t start = 0, end = 0; start < v->n; start = end) {
+        TokenClass class = token_class(v, start);
+        while (end < v->n && token_class(v, end) == class) end++;
+        printf("%s", marks->open[class]);
+        for (size_t i = start; i < end; i++) {
+            bool special = token_special(v, i);
+            if (token_text(v, i, err)) return -1;
+            if (end - start > WHOLE_RUN && i >= start + ENDS && i < end - ENDS) {
+                if (i == start + ENDS) printf(" ... %zu tokens ... ", end - start - 2 * ENDS);
+                continue;
+            }
+            if (special) printf("%s", marks->special);
+            print_token_text(v->text.data, v->text.size);
+            if (special) printf("%s", *marks->end ? marks->open[class] : ")");
         }
-        if (colour && (begins || special != was_special)) printf("%s", colours[class]);
-        if (colour && special && (begins || !was_special)) printf("\033[1;4m");
-        if (!colour && begins) printf("%s", open[class]);
-        was_special = special;
-        text.size = 0;
-        bad = token_stream_push(v->t->q->tokenizer, &stream, v->shown->ids[v->sample->first + i],
-                                false, &text, err);
-        if (end - start <= WHOLE_RUN || i < start + ENDS || i >= end - ENDS) {
-            if (!colour && special) printf("(");
-            print_token_text(text.data ? text.data : "", text.size);
-            if (!colour && special) printf(")");
-        } else if (i == start + ENDS) printf(" ... %zu tokens ... ", end - start - 2 * ENDS);
-        if (i + 1 == end && !colour) printf("%s", close[class]);
+        printf("%s", marks->close[class]);
     }
-    token_stream_free(&stream);
-    buffer_free(&text);
-    printf(colour ? "\033[0m\n" : "\n");
-    return bad ? -1 : 0;
-}
-
-static TokenView view_sample(const Trainer *t, const Dataset *shown, size_t i) {
-    const Sample *s = &shown->samples[i];
-    return (TokenView){t, shown, s, truncate_sample(shown->ids + s->first, s->length, &t->how,
-                                                    t->q->tokenizer)};
-}
-
-static int print_samples(const Trainer *t, const Dataset *shown, qlora_error *err) {
-    bool colour = use_colour();
-    for (size_t i = 0; i < shown->n; i++) {
-        TokenView v = view_sample(t, shown, i);
-        char line[900];
-        size_t kept = v.kept.head + v.kept.to - v.kept.from, learnt = 0;
-        for (size_t k = 0; k < v.sample->length; k++) learnt += token_class(&v, k) == TOKEN_LEARNT;
-        snprintf(line, sizeof line, "%.700s:%zu: %zu tokens, %zu learnt%s%s",
-                 shown->paths[v.sample->file], v.sample->line, v.sample->length, learnt,
-                 kept == v.sample->length ? "" : kept ? ", cut" : ", too long",
-                 learnt ? "" : ": left out");
-        printf("\n");
-        print_line(line);
-        if (print_tokens(&v, colour, err)) return -1;
-    }
-    if (shown->n)
-        printf("\n(%s)\n", colour
-                   ? "\033[2mcontext\033[0m, \033[32mlearnt\033[0m, \033[31;9mcut off\033[0m, "
-                     "\033[1;4mspecial token\033[0m"
-                   : "plain: context, [ ] learnt, { } cut off, ( ) a special token");
+    printf("%s\n", marks->end);
     return 0;
 }
 
-static void print_findings(const Trainer *t) {
-    const Finding *f = next_finding(t, NULL);
-    if (!f) printf("checks: nothing is wrong\n");
-    for (; f; f = next_finding(t, f)) {
-        printf("%s: ", severity_names[f->severity]);
-        print_line(f->text);
+static int print_tokens_json(TokenView *v, qlora_error *err) {
+    static const char *const names[] = {"context", "learnt", "cut"};
+    for (size_t i = 0; i < v->n; i++) {
+        if (token_text(v, i, err)) return -1;
+        printf("%s{\"id\": %d, \"text\": ", comma(i), v->ids[i]);
+        print_json(v->text.data, v->text.size);
+        printf(", \"class\": \"%s\", \"special\": %s}", names[token_class(v, i)],
+               token_special(v, i) ? "true" : "false");
     }
+    return 0;
 }
 
-// The same as JSON, which stays valid whatever bytes names and texts have.
-static int json_text(Buffer *b, const char *text, size_t n, qlora_error *err) {
-    Buffer valid = {.allocator = b->allocator};
-    int bad = utf8_append_lossy(&valid, text, n, NULL, err) ||
-              json_write_string(b, valid.data ? valid.data : "", valid.size, err);
-    buffer_free(&valid);
+// `shown` are the first records read once more, whole: what is left out of them or cut off is shown
+// as such.
+static int print_samples(const Trainer *t, const Dataset *shown, bool json, qlora_error *err) {
+    const TokenMarks *marks = token_marks();
+    int bad = 0;
+    if (json) printf("\"shown\": [");
+    for (size_t i = 0; i < shown->n && !bad; i++) {
+        const Sample *s = &shown->samples[i];
+        TokenView v = {.tokenizer = t->q->tokenizer, .ids = shown->ids + s->first, .n = s->length,
+                       .learn = shown->learn + s->first, .text.allocator = &t->q->allocator};
+        v.kept = truncate_sample(v.ids, v.n, &t->how, v.tokenizer);
+        size_t kept = v.kept.head + v.kept.to - v.kept.from, learnt = 0;
+        for (size_t k = 0; k < v.n; k++) learnt += token_class(&v, k) == TOKEN_LEARNT;
+        printf(json ? "%s{\"file\": " : "\n", comma(i));
+        print_either(json, shown->paths[s->file]);
+        if (json) printf(", \"line\": %zu, \"tokens\": [", s->line);
+        else printf(":%zu: %zu tokens, %zu learnt%s%s\n", s->line, v.n, learnt,
+                    kept == v.n ? "" : kept ? ", cut" : ", too long", learnt ? "" : ": left out");
+        bad = json ? print_tokens_json(&v, err) : print_tokens(&v, marks, err);
+        if (json) printf("]}");
+        token_stream_free(&v.stream);
+        buffer_free(&v.text);
+    }
+    if (json) printf("], ");
+    else if (shown->n) printf("\n(%s)\n", marks->legend);
     return bad;
 }
 
-static int json_member(Buffer *b, const char *key, const char *text, qlora_error *err) {
-    return buffer_printf(b, err, "\"%s\": ", key) || json_text(b, text, strlen(text), err) ||
-           buffer_printf(b, err, ", ");
+static void print_findings(const Trainer *t, bool json) {
+    const Finding *f = next_finding(t, NULL);
+    if (json) printf("\"findings\": [");
+    else if (!f) printf("checks: nothing is wrong\n");
+    for (size_t i = 0; f; f = next_finding(t, f), i++) {
+        if (json) printf("%s{\"severity\": \"%s\", \"code\": \"%s\", \"count\": %zu, \"text\": ",
+                         comma(i), severity_names[f->severity], f->code, f->n);
+        else printf("%s: ", severity_names[f->severity]);
+        print_either(json, f->text);
+        printf(json ? "}" : "\n");
+    }
+    if (json) printf("]}\n");
 }
 
-static int json_lengths(Buffer *b, const Lengths *l, qlora_error *err) {
-    int bad = buffer_printf(b, err, "\"lengths\": {\"shortest\": %zu, \"median\": %zu, \"p90\": "
-                            "%zu, \"p99\": %zu, \"longest\": %zu, \"histogram\": [", quantile(l, 0),
-                            quantile(l, 0.5), quantile(l, 0.9), quantile(l, 0.99), quantile(l, 1));
-    for (size_t i = 0; i < l->n_bins && !bad; i++)
-        bad = buffer_printf(b, err, "%s{\"from\": %zu, \"samples\": %zu}", i ? ", " : "",
-                            i * l->width, l->bins[i]);
-    bad = bad || buffer_printf(b, err, "], \"over\": [");
-    for (size_t i = 0; i < l->n_limits && !bad; i++)
-        bad = buffer_printf(b, err, "%s{\"limit\": %zu, \"samples\": %zu}", i ? ", " : "",
-                            l->limits[i], l->over[i]);
-    return bad || buffer_printf(b, err, "], \"suggested_max_length\": %zu}, ", l->suggested);
-}
-
-static int json_sample(Buffer *b, const TokenView *v, qlora_error *err) {
-    static const char *const names[] = {"context", "learnt", "cut"};
-    TokenStream stream = {.open = false};
-    Buffer text = {.allocator = b->allocator};
-    int bad = buffer_printf(b, err, "{") ||
-              json_member(b, "file", v->shown->paths[v->sample->file], err) ||
-              buffer_printf(b, err, "\"line\": %zu, \"tokens\": [", v->sample->line);
-    for (size_t i = 0; i < v->sample->length && !bad; i++) {
-        int32_t id = v->shown->ids[v->sample->first + i];
-        text.size = 0;
-        bad = token_stream_push(v->t->q->tokenizer, &stream, id, false, &text, err) ||
-              buffer_printf(b, err, "%s{\"id\": %d, \"text\": ", i ? ", " : "", id) ||
-              json_text(b, text.data ? text.data : "", text.size, err) ||
-              buffer_printf(b, err, ", \"class\": \"%s\", \"special\": %s}",
-                            names[token_class(v, i)], token_special(v, i) ? "true" : "false");
-    }
-    token_stream_free(&stream);
-    buffer_free(&text);
-    return bad || buffer_printf(b, err, "]}");
-}
-
-static int json_report(Buffer *b, const Trainer *t, const Lengths *l, const Dataset *shown,
-                       qlora_error *err) {
-    const Dataset *d = &t->data;
-    const char *separator = "";
-    int bad = buffer_printf(b, err, "{") || json_member(b, "model", t->q->directory, err) ||
-              json_member(b, "template", t->q->chat.row->name, err) ||
-              json_member(b, "template_origin", template_origin(t), err) ||
-              json_member(b, "template_note", t->q->note, err) ||
-              buffer_printf(b, err, "\"files\": [");
-    for (size_t i = 0; i < t->paths.size / sizeof *d->paths && !bad; i++)
-        bad = buffer_printf(b, err, i ? ", " : "") ||
-              json_text(b, d->paths[i], strlen(d->paths[i]), err);
-    bad = bad || buffer_printf(b, err, "], \"formats\": {");
-    for (size_t i = 0; i <= N_RECORD_FORMATS && !bad; i++) {
-        if (!d->formats[i]) continue;
-        bad = buffer_printf(b, err, "%s\"%s\": %zu", separator, format_name(t, i), d->formats[i]);
-        separator = ", ";
-    }
-    bad = bad || buffer_printf(b, err, "}, \"context\": %zu, \"max_length\": %zu, \"records\": %zu, "
-                               "\"samples\": %zu, \"held_out\": %zu, \"packs\": %zu, \"tokens\": "
-                               "%zu, \"supervised_tokens\": %zu, \"supervised_ends\": %zu, ",
-                               t->q->transformer.config.context, t->how.max_length, d->records,
-                               d->n, t->val.n, t->train.n_packs, d->tokens, d->supervised,
-                               d->ends) ||
-          json_lengths(b, l, err) || buffer_printf(b, err, "\"findings\": [");
-    separator = "";
-    for (const Finding *f = next_finding(t, NULL); f && !bad; f = next_finding(t, f)) {
-        bad = buffer_printf(b, err, "%s{\"severity\": \"%s\", \"code\": \"%s\", \"count\": %zu, "
-                            "\"text\": ", separator, severity_names[f->severity], f->code, f->n) ||
-              json_text(b, f->text, strlen(f->text), err) || buffer_printf(b, err, "}");
-        separator = ", ";
-    }
-    bad = bad || buffer_printf(b, err, "], \"shown\": [");
-    for (size_t i = 0; i < shown->n && !bad; i++) {
-        TokenView v = view_sample(t, shown, i);
-        bad = buffer_printf(b, err, i ? ", " : "") || json_sample(b, &v, err);
-    }
-    return bad || buffer_printf(b, err, "]}\n") ? -1 : 0;
-}
-
-// The report on what open_data and check_data found. `show` of the first records are read once
-// more, whole: what is left out of them or cut off is shown as such.
+// The report on what open_data and check_data found, with the first `show` records.
 static int report_data(Trainer *t, size_t show, bool json, qlora_error *err) {
     DatasetOptions how = t->how;
-    Lengths lengths;
     Dataset shown;
-    Buffer text = {.allocator = &t->q->allocator};
     how.max_length = SIZE_MAX;
     how.max_samples = show;
     how.keep_all = true;
-    if (measure_lengths(&lengths, t) ||
-        dataset_open(&shown, t->data.paths, t->paths.size / sizeof(char *), &t->q->chat,
-                     t->q->tokenizer, &how, err))
-        return -1;
-    int bad = 0;
-    if (json) {
-        bad = json_report(&text, t, &lengths, &shown, err);
-        if (!bad) fwrite(text.data, 1, text.size, stdout);
-    } else {
-        print_counts(t);
-        if (lengths.n) print_lengths(&lengths);
-        bad = print_samples(t, &shown, err);
-        print_findings(t);
-    }
-    buffer_free(&text);
+    if (read_files(t, &shown, &t->paths, &how)) return -1;
+    print_source(t, json);
+    print_counts(t, json);
+    print_lengths(t, json);
+    int bad = print_samples(t, &shown, json, err);
+    print_findings(t, json);
     dataset_close(&shown);
     return bad;
 }
-
 // =================================================================================================
 //  17. Command line and chat
 //
@@ -11136,138 +10986,119 @@ static int report_data(Trainer *t, size_t show, bool json, qlora_error *err) {
 // =================================================================================================
 
 typedef struct {
-    const char *path, *data, *out, *third;  // the positional arguments, by command
+    const char *path, *data;                // the first two positional arguments,
     const char *const *more;                // and those after them, NULL at the end
-    const char *adapter, *prompt, *ids, *output, *system, *resume;
-    char command_line[2048];
-    size_t max_shard;
+    const char *adapter, *prompt, *ids, *output, *system, *resume, *quant, *compute;
+    int json, ids_only, decode;
+    int double_quant;                       // -1: as the run that made the adapter, or yes
+    size_t show, max_shard;
     qlora_options options;
-    const char *quant, *compute;
     qlora_train_options train;
     qlora_sampling sampling;
-    bool json, ids_only, decode, double_quant;
-    size_t show;                            // samples to print
-    bool given[128];                        // options that were set, by row of the table
+    const char *given[128];                 // what was given to each option of the table, or NULL
+    char command_line[2048];
+    Region region;                          // of a command: freed at its end
 } Arguments;
 
 enum { CMD_TRAIN = 1, CMD_GENERATE = 2, CMD_CHAT = 4, CMD_LOGITS = 8, CMD_TOKENIZE = 16,
        CMD_QUANTIZE = 32, CMD_INIT = 64, CMD_INFO = 128, CMD_EVAL = 256, CMD_MERGE = 512,
        CMD_INSPECT = 1024, CMD_DATA = CMD_TRAIN | CMD_EVAL | CMD_INSPECT,
-       CMD_RUN = CMD_GENERATE | CMD_CHAT | CMD_LOGITS | CMD_EVAL,
-       CMD_COMPUTE = CMD_TRAIN | CMD_RUN | CMD_QUANTIZE | CMD_INIT };
+       CMD_ANSWER = CMD_GENERATE | CMD_CHAT, CMD_SPLIT = CMD_TRAIN | CMD_INSPECT,
+       CMD_RUN = CMD_ANSWER | CMD_LOGITS | CMD_EVAL, CMD_DEVICE = CMD_TRAIN | CMD_RUN,
+       CMD_TEXT = CMD_DATA | CMD_RUN, CMD_COMPUTE = CMD_DEVICE | CMD_QUANTIZE | CMD_INIT };
 
-typedef enum { OPT_TEXT, OPT_SIZE, OPT_INT, OPT_FLOAT, OPT_DOUBLE, OPT_BYTES, OPT_SEED, OPT_SWITCH,
-               OPT_FLAG }
-    OptionKind;
+typedef enum { OPT_TEXT, OPT_WHOLE, OPT_REAL, OPT_BYTES, OPT_SWITCH } OptionKind;
 
 typedef struct {
-    const char *name, *alias;
+    const char *name;
+    size_t offset, size;                    // of the value in Arguments
     OptionKind kind;
-    size_t offset;                          // of the value in Arguments
     int commands;
     const char *help;
 } Option;
 
-#define AT(field) offsetof(Arguments, field)
+// Where an option's value is kept. The type of the field says what it takes; for bytes (8G) and
+// switches (true or false, alone true) it must be said.
+#define PLACE(field) offsetof(Arguments, field), sizeof ((Arguments *)0)->field
+#define AT(field) PLACE(field), _Generic(((Arguments *)0)->field, const char *: OPT_TEXT, \
+                                         float: OPT_REAL, double: OPT_REAL, default: OPT_WHOLE)
+#define BYTES(field) PLACE(field), OPT_BYTES
+#define SWITCH(field) PLACE(field), OPT_SWITCH
+
 static const Option option_table[] = {
-    {"adapter", NULL, OPT_TEXT, AT(adapter), CMD_RUN, "PEFT adapter directory on top of the model"},
-    {"quant", NULL, OPT_TEXT, AT(quant), CMD_COMPUTE,
-     "nf4, fp4 or none: the layers' frozen weights"},
-    {"double-quant", NULL, OPT_SWITCH, AT(double_quant), CMD_COMPUTE,
-     "true or false: quantise the scales too"},
-    {"compute", NULL, OPT_TEXT, AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
-    {"device", NULL, OPT_TEXT, AT(options.device), CMD_TRAIN | CMD_RUN | CMD_MERGE,
-     "auto, cpu, cuda or cuda:N: where to compute"},
-    {"threads", NULL, OPT_INT, AT(options.threads), CMD_COMPUTE | CMD_INSPECT,
-     "0: one for each physical core"},
-    {"memory", NULL, OPT_BYTES, AT(options.memory), CMD_TRAIN | CMD_RUN,
-     "most bytes to take, e.g. 8G; less memory only means more time"},
-    {"output", "output-dir", OPT_TEXT, AT(output), CMD_TRAIN | CMD_LOGITS,
-     "where results go: a directory (train), a file (logits)"},
-    {"lora-r", NULL, OPT_SIZE, AT(train.lora_r), CMD_TRAIN, "rank of the adapter"},
-    {"lora-alpha", NULL, OPT_FLOAT, AT(train.lora_alpha), CMD_TRAIN, "scale: alpha / r"},
-    {"lora-dropout", NULL, OPT_FLOAT, AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
-    {"target-modules", NULL, OPT_TEXT, AT(train.target_modules), CMD_TRAIN,
+    {"adapter", AT(adapter), CMD_RUN, "PEFT adapter directory on top of the model"},
+    {"quant", AT(quant), CMD_COMPUTE, "nf4, fp4 or none: the layers' frozen weights"},
+    {"double-quant", SWITCH(double_quant), CMD_COMPUTE, "true or false: quantise the scales too"},
+    {"compute", AT(compute), CMD_COMPUTE, "auto, bf16 or f32: what is multiplied"},
+    {"device", AT(options.device), CMD_DEVICE | CMD_MERGE, "auto, cpu, cuda or cuda:N"},
+    {"threads", AT(options.threads), CMD_COMPUTE | CMD_INSPECT, "0: one for each physical core"},
+    {"memory", BYTES(options.memory), CMD_DEVICE, "most bytes, e.g. 8G; less only costs time"},
+    {"output", AT(output), CMD_TRAIN | CMD_LOGITS, "results: a directory (train), a file (logits)"},
+    {"lora-r", AT(train.lora_r), CMD_TRAIN, "rank of the adapter"},
+    {"lora-alpha", AT(train.lora_alpha), CMD_TRAIN, "scale: alpha / r"},
+    {"lora-dropout", AT(train.lora_dropout), CMD_TRAIN, "on the adapter's input"},
+    {"target-modules", AT(train.target_modules), CMD_TRAIN,
      "all-linear, or names such as q_proj,v_proj,lm_head"},
-    {"mask", NULL, OPT_TEXT, AT(train.mask), CMD_DATA,
+    {"mask", AT(train.mask), CMD_DATA,
      "content (answers and their end), turn (headers too), last (only the last answer) or all"},
-    {"field-user", NULL, OPT_TEXT, AT(train.field_user), CMD_DATA,
-     "the column of the question, in data with names of its own"},
-    {"field-assistant", NULL, OPT_TEXT, AT(train.field_assistant), CMD_DATA,
-     "the column of the answer"},
-    {"field-system", NULL, OPT_TEXT, AT(train.field_system), CMD_DATA,
-     "the column of the system message, if there is one"},
-    {"take", NULL, OPT_TEXT, AT(train.take), CMD_DATA,
-     "FIRST:END, the records to use, counted from 0; either may be left out"},
-    {"max-samples", NULL, OPT_SIZE, AT(train.max_samples), CMD_DATA,
-     "use no more than the first so many; 0: all"},
-    {"template", NULL, OPT_TEXT, AT(options.chat_template), CMD_DATA | CMD_RUN,
-     "a chat template by name, e.g. chatml, instead of the model's own"},
-    {"prompt-template", NULL, OPT_TEXT, AT(options.prompt_template), CMD_DATA | CMD_RUN,
-     "text with {field} holes instead, the last hole the answer"},
-    {"add-tokens", NULL, OPT_TEXT, AT(options.add_tokens), CMD_DATA | CMD_RUN,
-     "a,b: texts that become tokens of their own"},
-    {"learning-rate", "lr", OPT_FLOAT, AT(train.learning_rate), CMD_TRAIN, "its peak"},
-    {"lr-scheduler-type", NULL, OPT_TEXT, AT(train.lr_scheduler_type), CMD_TRAIN,
+    {"field-user", AT(train.field_user), CMD_DATA, "the question's column, in data of your own"},
+    {"field-assistant", AT(train.field_assistant), CMD_DATA, "the answer's column"},
+    {"field-system", AT(train.field_system), CMD_DATA, "the column of the system message"},
+    {"take", AT(train.take), CMD_DATA, "FIRST:END, the records to use, from 0; also FIRST:, :END"},
+    {"max-samples", AT(train.max_samples), CMD_DATA, "use no more than the first so many; 0: all"},
+    {"template", AT(options.chat_template), CMD_TEXT, "a template by name, not the model's own"},
+    {"prompt-template", AT(options.prompt_template), CMD_TEXT,
+     "text with {field} holes, the last the answer"},
+    {"add-tokens", AT(options.add_tokens), CMD_TEXT, "a,b: texts that become tokens of their own"},
+    {"learning-rate", AT(train.learning_rate), CMD_TRAIN, "its peak"},
+    {"lr-scheduler-type", AT(train.lr_scheduler_type), CMD_TRAIN,
      "constant, constant_with_warmup, linear or cosine"},
-    {"warmup-ratio", NULL, OPT_FLOAT, AT(train.warmup_ratio), CMD_TRAIN, "share of the steps"},
-    {"weight-decay", NULL, OPT_FLOAT, AT(train.weight_decay), CMD_TRAIN, "AdamW's"},
-    {"max-grad-norm", NULL, OPT_FLOAT, AT(train.max_grad_norm), CMD_TRAIN,
-     "gradients are clipped to it"},
-    {"num-train-epochs", "epochs", OPT_DOUBLE, AT(train.num_train_epochs), CMD_TRAIN,
-     "passes over the data"},
-    {"max-steps", NULL, OPT_SIZE, AT(train.max_steps), CMD_TRAIN, "0: as many as the epochs need"},
-    {"per-device-train-batch-size", "batch", OPT_SIZE, AT(train.per_device_train_batch_size),
-     CMD_TRAIN | CMD_EVAL, "samples at a time"},
-    {"gradient-accumulation-steps", "accum", OPT_SIZE, AT(train.gradient_accumulation_steps),
-     CMD_TRAIN, "batches in a step"},
-    {"max-length", NULL, OPT_SIZE, AT(train.max_length), CMD_DATA,
-     "most tokens of a sample"},
-    {"truncate", NULL, OPT_TEXT, AT(train.truncate), CMD_DATA,
-     "longer samples: drop leaves them out, keep-start and keep-end cut them"},
-    {"packing", NULL, OPT_TEXT, AT(train.packing), CMD_TRAIN | CMD_INSPECT,
-     "none, or bfd: a batch counts packs of samples, filled to --max-length"},
-    {"skip-bad-lines", NULL, OPT_FLAG, AT(train.skip_bad_lines), CMD_DATA,
-     "count malformed records instead of stopping"},
-    {"val-split", NULL, OPT_DOUBLE, AT(train.val_split), CMD_TRAIN | CMD_INSPECT,
-     "share held out for evaluation"},
-    {"val", NULL, OPT_TEXT, AT(train.val_file), CMD_TRAIN | CMD_INSPECT,
-     "a file, or a directory with valid.jsonl, to evaluate on instead"},
-    {"eval-steps", NULL, OPT_SIZE, AT(train.eval_steps), CMD_TRAIN,
-     "steps between evaluations; also after each epoch"},
-    {"save-steps", NULL, OPT_SIZE, AT(train.save_steps), CMD_TRAIN,
-     "steps between checkpoints; 0: one after each epoch"},
-    {"save-total-limit", NULL, OPT_SIZE, AT(train.save_total_limit), CMD_TRAIN,
-     "checkpoints kept besides the best; 0: all"},
-    {"resume", "resume-from-checkpoint", OPT_TEXT, AT(resume), CMD_TRAIN,
-     "a run's output directory: go on from its newest good checkpoint"},
-    {"overwrite-output-dir", NULL, OPT_FLAG, AT(train.overwrite_output_dir), CMD_TRAIN,
-     "replace the run that is there"},
-    {"logging-steps", NULL, OPT_SIZE, AT(train.logging_steps), CMD_TRAIN, "steps between lines"},
-    {"seed", NULL, OPT_SEED, AT(train.seed),
-     CMD_TRAIN | CMD_INSPECT | CMD_INIT | CMD_GENERATE | CMD_CHAT,
-     "of all random numbers"},
-    {"prompt", NULL, OPT_TEXT, AT(prompt), CMD_GENERATE, "the text to continue"},
-    {"system", NULL, OPT_TEXT, AT(system), CMD_CHAT, "system message"},
-    {"max-new-tokens", NULL, OPT_SIZE, AT(sampling.max_new_tokens), CMD_GENERATE | CMD_CHAT,
-     "most tokens of an answer"},
-    {"temperature", NULL, OPT_FLOAT, AT(sampling.temperature), CMD_GENERATE | CMD_CHAT,
-     "0: greedy"},
-    {"top-k", NULL, OPT_INT, AT(sampling.top_k), CMD_GENERATE | CMD_CHAT, "0: off"},
-    {"top-p", NULL, OPT_FLOAT, AT(sampling.top_p), CMD_GENERATE | CMD_CHAT, "1: off"},
-    {"min-p", NULL, OPT_FLOAT, AT(sampling.min_p), CMD_GENERATE | CMD_CHAT, "0: off"},
-    {"repetition-penalty", NULL, OPT_FLOAT, AT(sampling.repetition_penalty),
-     CMD_GENERATE | CMD_CHAT, "1: off"},
-    {"ids", NULL, OPT_TEXT, AT(ids), CMD_LOGITS, "token ids, e.g. 1,2,3"},
-    {"ids-only", "ids", OPT_SWITCH, AT(ids_only), CMD_TOKENIZE,
-     "one line of ids for each line of text"},
-    {"decode", NULL, OPT_SWITCH, AT(decode), CMD_TOKENIZE, "ids on standard input to text"},
-    {"json", NULL, OPT_SWITCH, AT(json), CMD_GENERATE | CMD_EVAL | CMD_INSPECT, "JSON instead of text"},
-    {"show", NULL, OPT_SIZE, AT(show), CMD_INSPECT, "samples to print token by token"},
-    {"max-shard-size", NULL, OPT_BYTES, AT(max_shard), CMD_MERGE, "most bytes of a weight file"},
+    {"warmup-ratio", AT(train.warmup_ratio), CMD_TRAIN, "share of the steps"},
+    {"weight-decay", AT(train.weight_decay), CMD_TRAIN, "AdamW's"},
+    {"max-grad-norm", AT(train.max_grad_norm), CMD_TRAIN, "gradients are clipped to it"},
+    {"num-train-epochs", AT(train.num_train_epochs), CMD_TRAIN, "passes over the data"},
+    {"max-steps", AT(train.max_steps), CMD_TRAIN, "0: as many as the epochs need"},
+    {"per-device-train-batch-size", AT(train.per_device_train_batch_size), CMD_TRAIN | CMD_EVAL,
+     "samples at a time"},
+    {"gradient-accumulation-steps", AT(train.gradient_accumulation_steps), CMD_TRAIN,
+     "batches in a step"},
+    {"max-length", AT(train.max_length), CMD_DATA, "most tokens of a sample"},
+    {"truncate", AT(train.truncate), CMD_DATA,
+     "of longer samples: drop (leave them out), keep-start, keep-end"},
+    {"packing", AT(train.packing), CMD_SPLIT, "none, or bfd: packs, filled to --max-length"},
+    {"skip-bad-lines", SWITCH(train.skip_bad_lines), CMD_DATA, "count malformed records, go on"},
+    {"val-split", AT(train.val_split), CMD_SPLIT, "share held out for evaluation"},
+    {"val", AT(train.val_file), CMD_SPLIT, "a file or directory to evaluate on instead"},
+    {"eval-steps", AT(train.eval_steps), CMD_TRAIN, "between evaluations; also after each epoch"},
+    {"save-steps", AT(train.save_steps), CMD_TRAIN, "between checkpoints; 0: one after each epoch"},
+    {"save-total-limit", AT(train.save_total_limit), CMD_TRAIN, "how many to keep; 0: all"},
+    {"resume", AT(resume), CMD_TRAIN, "a run's output directory: go on from its last checkpoint"},
+    {"overwrite-output-dir", SWITCH(train.overwrite_output_dir), CMD_TRAIN, "replace a run"},
+    {"logging-steps", AT(train.logging_steps), CMD_TRAIN, "steps between lines"},
+    {"seed", AT(train.seed), CMD_SPLIT | CMD_INIT | CMD_ANSWER, "of all random numbers"},
+    {"prompt", AT(prompt), CMD_GENERATE, "the text to continue"},
+    {"system", AT(system), CMD_CHAT, "system message"},
+    {"max-new-tokens", AT(sampling.max_new_tokens), CMD_ANSWER, "most tokens of an answer"},
+    {"temperature", AT(sampling.temperature), CMD_ANSWER, "0: greedy"},
+    {"top-k", AT(sampling.top_k), CMD_ANSWER, "0: off"},
+    {"top-p", AT(sampling.top_p), CMD_ANSWER, "1: off"},
+    {"min-p", AT(sampling.min_p), CMD_ANSWER, "0: off"},
+    {"repetition-penalty", AT(sampling.repetition_penalty), CMD_ANSWER, "1: off"},
+    {"ids", AT(ids), CMD_LOGITS, "token ids, e.g. 1,2,3"},
+    {"ids-only", SWITCH(ids_only), CMD_TOKENIZE, "one line of ids for each line of text"},
+    {"decode", SWITCH(decode), CMD_TOKENIZE, "ids on standard input to text"},
+    {"json", SWITCH(json), CMD_GENERATE | CMD_EVAL | CMD_INSPECT, "JSON instead of text"},
+    {"show", AT(show), CMD_INSPECT, "samples to print token by token"},
+    {"max-shard-size", BYTES(max_shard), CMD_MERGE, "most bytes of a weight file"},
 };
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
-_Static_assert(N_OPTIONS <= sizeof ((Arguments *)0)->given, "given has a place for each option");
+_Static_assert(N_OPTIONS <= sizeof ((Arguments *)0)->given / sizeof(char *), "room in given");
+
+// Other names of options.
+static const char *const option_aliases[][2] = {
+    {"lr", "learning-rate"}, {"epochs", "num-train-epochs"}, {"output-dir", "output"},
+    {"batch", "per-device-train-batch-size"}, {"accum", "gradient-accumulation-steps"},
+    {"resume-from-checkpoint", "resume"}, {"ids", "ids-only"}};
 
 // ---------------------------------------------------------------------------------------- signals
 
@@ -11283,10 +11114,22 @@ static int stop_on_signal(void *user) { (void)user; return caught_signal != 0; }
 // ---------------------------------------------------------------------------------------- parsing
 
 static bool same_name(const char *given, size_t n, const char *name) {
-    if (!name || strlen(name) != n) return false;
+    if (strlen(name) != n) return false;
     for (size_t i = 0; i < n; i++)
         if ((given[i] == '_' ? '-' : given[i]) != name[i]) return false;
     return true;
+}
+
+// The option that a command knows by this name; NULL if there is none.
+static const Option *find_option(const char *given, size_t n, int command) {
+    for (size_t i = 0; i < N_OPTIONS; i++)
+        if (option_table[i].commands & command && same_name(given, n, option_table[i].name))
+            return &option_table[i];
+    for (size_t i = 0; i < sizeof option_aliases / sizeof *option_aliases; i++) {
+        const char *const *alias = option_aliases[i];
+        if (same_name(given, n, alias[0])) return find_option(alias[1], strlen(alias[1]), command);
+    }
+    return NULL;
 }
 
 // Edits that turn one word into the other (Levenshtein), for "did you mean".
@@ -11331,216 +11174,162 @@ static bool parse_bytes(const char *text, size_t *out) {
 }
 
 static int set_option(Arguments *a, const Option *option, const char *text, qlora_error *err) {
+    static const char *const expected[] = {"a text", "a whole number", "a number",
+                                           "bytes such as 800M or 16G", "true or false"};
     void *to = (char *)a + option->offset;
     char *end = NULL;
     bool ok = true;
     errno = 0;
     if (option->kind == OPT_TEXT) *(const char **)to = text;
     else if (option->kind == OPT_BYTES) ok = parse_bytes(text, to);
-    else if (option->kind == OPT_SWITCH || option->kind == OPT_FLAG) {
-        bool on = strcmp(text, "true") == 0 || strcmp(text, "1") == 0;
-        ok = on || strcmp(text, "false") == 0 || strcmp(text, "0") == 0;
-        if (option->kind == OPT_SWITCH) *(bool *)to = on;
-        else *(int *)to = on;                                 // a field of the public structs
-    } else if (option->kind == OPT_FLOAT || option->kind == OPT_DOUBLE) {
+    else if (option->kind == OPT_SWITCH) {
+        *(int *)to = strcmp(text, "true") == 0 || strcmp(text, "1") == 0;
+        ok = *(int *)to || strcmp(text, "false") == 0 || strcmp(text, "0") == 0;
+    } else if (option->kind == OPT_REAL) {
         double value = strtod(text, &end);
         ok = end != text && !*end && isfinite(value);
-        if (option->kind == OPT_FLOAT) *(float *)to = (float)value;
+        if (option->size == sizeof(float)) *(float *)to = (float)value;
         else *(double *)to = value;
     } else {
         unsigned long long value = strtoull(text, &end, 10);
-        ok = isdigit((unsigned char)*text) && !*end && !errno;
-        if (option->kind == OPT_INT) *(int *)to = value <= INT_MAX ? (int)value : -1;
-        else if (option->kind == OPT_SIZE) *(size_t *)to = (size_t)value;
-        else *(uint64_t *)to = value;
-        ok &= option->kind != OPT_INT || value <= INT_MAX;
+        ok = isdigit((unsigned char)*text) && !*end && !errno &&
+             (option->size > sizeof(int) || value <= INT_MAX);
+        memcpy(to, &value, option->size);             // int, size_t or uint64_t, little-endian
     }
-    static const char *const expected[] = {
-        "a text",         "a whole number", "a whole number",
-        "a number",       "a number",       "bytes such as 800M or 16G",
-        "a whole number", "true or false",  "true or false"};
     if (!ok)
         return fail(err, "--%s: expected %s, found \"%s\"", option->name, expected[option->kind],
                     text);
-    a->given[option - option_table] = true;
+    a->given[option - option_table] = text;
     return 0;
 }
 
+// Sets the option at argv[*at]; its value may be the next argument.
 static int parse_option(Arguments *a, int command, char **argv, int argc, int *at,
                         qlora_error *err) {
     const char *name = argv[*at] + 2, *equals = strchr(name, '=');
+    const char *next = *at + 1 < argc ? argv[*at + 1] : "--";
     size_t n = equals ? (size_t)(equals - name) : strlen(name);
-    for (size_t i = 0; i < N_OPTIONS; i++) {
-        const Option *option = &option_table[i];
-        if (!(option->commands & command) ||
-            (!same_name(name, n, option->name) && !same_name(name, n, option->alias))) continue;
-        if (equals) return set_option(a, option, equals + 1, err);
-        bool has_value = *at + 1 < argc && strncmp(argv[*at + 1], "--", 2) != 0;
-        if (option->kind == OPT_SWITCH || option->kind == OPT_FLAG) {
-            // A switch alone means true; it takes a word only if that is one of its own.
-            bool word = has_value && (strcmp(argv[*at + 1], "true") == 0 ||
-                                      strcmp(argv[*at + 1], "false") == 0);
-            return set_option(a, option, word ? argv[++*at] : "true", err);
-        }
-        if (!has_value) return fail(err, "--%s: expected a value", option->name);
-        return set_option(a, option, argv[++*at], err);
-    }
-    return unknown_option(name, n, command, err);
+    const Option *option = find_option(name, n, command);
+    if (!option) return unknown_option(name, n, command, err);
+    if (equals) return set_option(a, option, equals + 1, err);
+    if (option->kind == OPT_SWITCH && strcmp(next, "true") && strcmp(next, "false"))
+        return set_option(a, option, "true", err);
+    if (strncmp(next, "--", 2) == 0) return fail(err, "--%s: expected a value", option->name);
+    ++*at;
+    return set_option(a, option, next, err);
 }
 
-static int choose(const char *const *names, int n, const char *name, const char *option, int *out,
-                  qlora_error *err) {
-    if (!name) return 0;
-    *out = find_name(names, (size_t)n, name, option, err);
-    return *out < 0 ? -1 : 0;
-}
-
-// Quantisation a command uses when none is given: that of the run that made the adapter, else none;
-// for what makes something new, NF4.
-static int recorded_quant(const Arguments *a, bool *double_quant, qlora_quant *quant,
-                          qlora_error *err) {
-    const qlora_allocator heap_allocator = {default_allocate, default_release, NULL};
-    Region region = {.allocator = &heap_allocator};
+// The quantisation when none is given: that of the run that made the adapter, else none.
+static int recorded_quant(Arguments *a, qlora_error *err) {
     bool found;
-    const Json *run = read_json(a->adapter ? a->adapter : a->path, "run.json", 1 << 24, &region,
+    const Json *run = read_json(a->adapter ? a->adapter : a->path, "run.json", 1 << 24, &a->region,
                                 &found, err);
     const char *name = json_get_text(run, "quant");
-    *quant = name && strcmp(name, "nf4") == 0 ? QLORA_QUANT_NF4
-           : name && strcmp(name, "fp4") == 0 ? QLORA_QUANT_FP4 : QLORA_QUANT_NONE;
-    *double_quant = json_get_bool(run, "double_quant", true);
-    region_free(&region);
+    int quant = QLORA_QUANT_NONE;
+    if (name) choose(quant_names, 3, name, "quant", &quant, NULL);
+    a->options.quant = quant < 3 ? (qlora_quant)quant : QLORA_QUANT_NONE;
+    if (a->double_quant < 0) a->double_quant = json_get_bool(run, "double_quant", true);
     return found && !run ? -1 : 0;
 }
 
-static bool was_given(const Arguments *a, const char *name) {
-    for (size_t i = 0; i < N_OPTIONS; i++)
-        if (strcmp(option_table[i].name, name) == 0) return a->given[i];
-    return false;
-}
-
+// What follows from the arguments together, before a file is opened.
 static int finish_arguments(Arguments *a, int command, qlora_error *err) {
-    static const char *const quants[] = {"none", "nf4", "fp4"}, *const computes[] = {"auto", "f32",
-                                                                                     "bf16"};
-    int quant = QLORA_QUANT_NF4, compute = QLORA_COMPUTE_AUTO;
-    if (choose(quants, 3, a->quant, "--quant", &quant, err) ||
-        choose(computes, 3, a->compute, "--compute", &compute, err)) return -1;
+    static const char *const computes[] = {"auto", "f32", "bf16"};
+    int quant = command == CMD_INIT ? QLORA_QUANT_NONE : QLORA_QUANT_NF4;
+    int compute = QLORA_COMPUTE_AUTO;
+    if ((a->quant && choose(quant_names, 3, a->quant, "--quant", &quant, err)) ||
+        (a->compute && choose(computes, 3, a->compute, "--compute", &compute, err)))
+        return -1;
+    if (command == CMD_GENERATE && !a->prompt == !a->data)
+        return fail(err, "generate: expected --prompt TEXT or a file with one prompt a line");
+    if (command == CMD_LOGITS && (!a->ids || !a->output))
+        return fail(err, "logits: expected --ids 1,2,3 and --output FILE");
+    if (command == CMD_CHAT && !a->path) a->path = "out";
+    if (command & CMD_DATA) a->train.more_data = a->more;
     a->options.quant = (qlora_quant)quant;
     a->options.compute = (qlora_compute)compute;
-    if (command & CMD_INIT && !a->quant) a->options.quant = QLORA_QUANT_NONE;
-    if (command & CMD_RUN && !a->quant) {
-        bool double_quant;
-        if (recorded_quant(a, &double_quant, &a->options.quant, err)) return -1;
-        if (!was_given(a, "double-quant")) a->double_quant = double_quant;
-    }
-    if (command & CMD_DATA) a->train.more_data = a->more;
-    a->options.double_quant = a->double_quant;
+    if (command & CMD_RUN && !a->quant && recorded_quant(a, err)) return -1;
+    a->options.double_quant = a->double_quant != 0;
+    a->options.defer_weights = command == CMD_TRAIN;  // data, disk and memory are checked first
     a->options.stop = stop_on_signal;
-    a->sampling.seed = a->train.seed;
     return 0;
 }
 
 // --------------------------------------------------------------------------------------- commands
+//
+// `q` is the model at a->path, opened and closed by main for the commands that want one.
 
-static qlora_model *open_model(Arguments *a, qlora_error *err) {
-    qlora_model *q = qlora_open(a->path, &a->options, err);
-    if (q && a->adapter && qlora_load_adapter(q, a->adapter, err)) {
-        qlora_close(q);
-        q = NULL;
-    }
-    return q;
-}
-
-static int run_train(Arguments *a, qlora_error *err) {
-    a->options.defer_weights = 1;           // data, disk and memory are checked first
-    qlora_model *q = open_model(a, err);
-    if (!q) return -1;
+static int run_train(Arguments *a, qlora_model *q, qlora_error *err) {
+    qlora_train_options *o = &a->train;
     ProgressView view = {.terminal = isatty(STDOUT_FILENO)};
     print_banner(q);
-    if (a->output) a->train.output_dir = a->output;
-    if (a->resume) {
-        a->train.output_dir = a->resume;
-        a->train.resume = 1;
-    }
-    a->train.command_line = a->command_line;
-    a->train.progress = print_progress;
-    a->train.message = print_message;
-    a->train.user = &view;
-    int bad = qlora_train(q, a->data, &a->train, err);
+    if (a->output) o->output_dir = a->output;
+    if (a->resume) o->output_dir = a->resume;
+    o->resume = a->resume != NULL;
+    o->command_line = a->command_line;
+    o->progress = print_progress;
+    o->message = print_message;
+    o->user = &view;
+    int bad = qlora_train(q, a->data, o, err);
     close_bar(&view);
     if (!bad)
         printf("the adapter is in %s, its losses in %s/loss.svg. Next:\n  ./qlora chat %s\n"
-               "  ./qlora merge %s %s merged/\n", a->train.output_dir, a->train.output_dir,
-               a->train.output_dir, a->path, a->train.output_dir);
-    qlora_close(q);
+               "  ./qlora merge %s %s merged/\n", o->output_dir, o->output_dir, o->output_dir,
+               a->path, o->output_dir);
     return bad;
 }
 
 static int print_text(void *user, const char *utf8, size_t n) {
     (void)user;
-    print_safely(stdout, utf8, n);
+    print_safely(utf8, n);
     fflush(stdout);
     return caught_signal != 0;
 }
 
-static int collect_text(void *user, const char *utf8, size_t n) {
-    return buffer_append(user, utf8, n, NULL) ? 1 : caught_signal != 0;
-}
-
-// The sampling a command uses: the model's own defaults, overridden by what was given.
-static qlora_sampling chosen_sampling(const Arguments *a, const qlora_model *q) {
-    qlora_sampling how = qlora_default_sampling(q);
-    if (was_given(a, "max-new-tokens")) how.max_new_tokens = a->sampling.max_new_tokens;
-    if (was_given(a, "temperature")) how.temperature = a->sampling.temperature;
-    if (was_given(a, "top-k")) how.top_k = a->sampling.top_k;
-    if (was_given(a, "top-p")) how.top_p = a->sampling.top_p;
-    if (was_given(a, "min-p")) how.min_p = a->sampling.min_p;
-    if (was_given(a, "repetition-penalty")) how.repetition_penalty = a->sampling.repetition_penalty;
-    how.seed = a->sampling.seed;
-    return how;
+// The model's own way to sample, changed by what was given.
+static void choose_sampling(Arguments *a, const qlora_model *q) {
+    size_t first = offsetof(Arguments, sampling);
+    a->sampling = qlora_default_sampling(q);
+    for (size_t i = 0; i < N_OPTIONS; i++) {
+        const Option *o = &option_table[i];
+        if (a->given[i] && o->offset >= first && o->offset < first + sizeof a->sampling)
+            set_option(a, o, a->given[i], NULL);
+    }
+    a->sampling.seed = a->train.seed;
 }
 
 static int generate_one(const Arguments *a, qlora_model *q, const char *prompt, size_t n,
                         qlora_error *err) {
-    qlora_sampling how = chosen_sampling(a, q);
-    Buffer text = {.allocator = &q->allocator}, line = {.allocator = &q->allocator};
+    Buffer text = {.allocator = &q->allocator};
     int32_t *ids = NULL;
     size_t n_ids = 0;
     int bad = qlora_tokenize(q, prompt, n, 1, &ids, &n_ids, err);
-    if (!bad && !a->json) {
-        print_safely(stdout, prompt, n);
-        bad = qlora_generate(q, ids, n_ids, &how, print_text, NULL, NULL, NULL, err);
-        printf("\n");
-    } else if (!bad) {
-        bad = qlora_generate(q, ids, n_ids, &how, collect_text, &text, NULL, NULL, err) ||
-              buffer_printf(&line, err, "{\"prompt\": ") ||
-              json_write_string(&line, prompt, n, err) ||
-              buffer_printf(&line, err, ", \"completion\": ") ||
-              json_write_string(&line, text.data ? text.data : "", text.size, err);
-        if (!bad) printf("%.*s}\n", (int)line.size, line.data);
+    if (!bad && !a->json) print_safely(prompt, n);
+    bad = bad || qlora_generate(q, ids, n_ids, &a->sampling, a->json ? collect_text : print_text,
+                                &text, NULL, NULL, err);
+    if (!bad && a->json) {
+        printf("{\"prompt\": ");
+        print_json(prompt, n);
+        printf(", \"completion\": ");
+        print_json(text.data, text.size);
+        printf("}");
     }
+    printf("\n");
     qlora_free(q, ids);
     buffer_free(&text);
-    buffer_free(&line);
     return bad ? -1 : 0;
 }
 
-static int run_generate(Arguments *a, qlora_error *err) {
-    if (!a->prompt == !a->data)
-        return fail(err, "generate: expected --prompt TEXT or a file with one prompt a line");
-    qlora_model *q = open_model(a, err);
-    Buffer file = {.allocator = q ? &q->allocator : NULL};
-    if (!q) return -1;
-    int bad = 0;
-    if (a->prompt) bad = generate_one(a, q, a->prompt, strlen(a->prompt), err);
-    else bad = read_whole_file(a->data, SIZE_MAX / 4, &file, err);
-    for (size_t at = 0; !bad && !a->prompt && at < file.size && !caught_signal;) {
-        const char *end = memchr(file.data + at, '\n', file.size - at);
-        size_t n = end ? (size_t)(end - file.data) - at : file.size - at;
-        if (n) bad = generate_one(a, q, file.data + at, n, err);
-        at += n + 1;
-    }
+static int run_generate(Arguments *a, qlora_model *q, qlora_error *err) {
+    Buffer file = {.allocator = &q->allocator};
+    const char *line;
+    size_t n;
+    choose_sampling(a, q);
+    if (a->prompt) return generate_one(a, q, a->prompt, strlen(a->prompt), err);
+    int bad = read_whole_file(a->data, SIZE_MAX / 4, &file, err);
+    for (size_t at = 0; !bad && !caught_signal && (line = next_line(&file, &at, &n)) != NULL;)
+        if (n) bad = generate_one(a, q, line, n, err);
     buffer_free(&file);
-    qlora_close(q);
     return bad;
 }
 
@@ -11559,31 +11348,25 @@ static int parse_ids(const char *text, Buffer *ids, qlora_error *err) {
     return 0;
 }
 
-static int run_logits(Arguments *a, qlora_error *err) {
-    if (!a->ids || !a->output) return fail(err, "logits: expected --ids 1,2,3 and --output FILE");
-    qlora_model *q = open_model(a, err);
-    if (!q) return -1;
+static int run_logits(Arguments *a, qlora_model *q, qlora_error *err) {
     Buffer ids = {.allocator = &q->allocator};
-    size_t V = q->transformer.config.V, n;
-    float *logits = NULL;
     TensorInfo tensor;
     int bad = parse_ids(a->ids, &ids, err);
-    n = ids.size / sizeof(int32_t);
-    if (!bad) logits = mem_reserve(&q->allocator, n * V, sizeof *logits, err);
+    size_t V = q->transformer.config.V, n = ids.size / sizeof(int32_t);
+    float *logits = bad ? NULL : region_alloc(&a->region, n * V, sizeof *logits, err);
     describe_tensor(&tensor, "logits", ST_F32, 2, n, V, logits);
     bad = !logits || qlora_logits(q, (const int32_t *)(const void *)ids.data, n, logits, err) ||
           write_tensors(a->output, &tensor, 1, NULL, NULL, &q->allocator, err);
-    mem_free(&q->allocator, logits, n * V, sizeof *logits);
     buffer_free(&ids);
-    qlora_close(q);
     return bad ? -1 : 0;
 }
 
 static int read_standard_input(Buffer *text, qlora_error *err) {
     for (;;) {
         if (buffer_reserve(text, 65536, err)) return -1;
-        size_t got = fread(text->data + text->size, 1, 65536, stdin);
+        size_t got = fread(text->data + text->size, 1, 65535, stdin);
         text->size += got;
+        text->data[text->size] = 0;
         if (got == 0) return ferror(stdin) ? fail(err, "standard input: read error") : 0;
     }
 }
@@ -11598,33 +11381,31 @@ static int tokenize_piece(const Arguments *a, const Tokenizer *t, const char *te
         size_t length;
         const char *token = tokenizer_token(t, id[i], &length);
         printf("%7d  ", id[i]);
-        print_safely(stdout, token ? token : "", token ? length : 0);
+        print_safely(token, token ? length : 0);
         printf("\n");
     }
     if (a->ids_only) printf("\n");
     return 0;
 }
 
-static int run_tokenize(Arguments *a, qlora_error *err) {
-    const qlora_allocator allocator = {default_allocate, default_release, NULL};
-    Tokenizer *t = tokenizer_open(a->path, &allocator, err);
-    if (!t) return -1;
-    Buffer text = {.allocator = &allocator}, ids = {.allocator = &allocator};
-    Buffer out = {.allocator = &allocator};
-    int bad = read_standard_input(&text, err);
+static int run_tokenize(Arguments *a, qlora_model *q, qlora_error *err) {
+    const qlora_allocator *heap = a->region.allocator;
+    Buffer text = {.allocator = heap}, ids = {.allocator = heap}, out = {.allocator = heap};
+    Tokenizer *t = tokenizer_open(a->path, heap, err);
+    const char *line;
+    size_t n;
+    (void)q;
+    int bad = !t || read_standard_input(&text, err);
     if (!bad && a->decode) {
-        bad = buffer_append(&text, "", 1, err) || parse_ids(text.data, &ids, err) ||
+        bad = parse_ids(text.data, &ids, err) ||
               tokenizer_decode(t, (const int32_t *)(const void *)ids.data,
                                ids.size / sizeof(int32_t), false, &out, err);
-        if (!bad && fwrite(out.data ? out.data : "", 1, out.size, stdout) != out.size)
+        if (!bad && out.size && fwrite(out.data, 1, out.size, stdout) != out.size)
             bad = fail(err, "standard output: write error");
     } else if (!bad && !a->ids_only) bad = tokenize_piece(a, t, text.data, text.size, &ids, err);
-    else for (size_t at = 0; !bad && at < text.size;) {
-        const char *end = memchr(text.data + at, '\n', text.size - at);
-        size_t n = end ? (size_t)(end - text.data) - at : text.size - at;
-        bad = tokenize_piece(a, t, text.data + at, n, &ids, err);
-        at += n + 1;
-    }
+    else
+        for (size_t at = 0; !bad && (line = next_line(&text, &at, &n)) != NULL;)
+            bad = tokenize_piece(a, t, line, n, &ids, err);
     buffer_free(&text);
     buffer_free(&ids);
     buffer_free(&out);
@@ -11632,56 +11413,51 @@ static int run_tokenize(Arguments *a, qlora_error *err) {
     return bad ? -1 : 0;
 }
 
-static int run_eval(Arguments *a, qlora_error *err) {
-    qlora_model *q = open_model(a, err);
+static int run_eval(Arguments *a, qlora_model *q, qlora_error *err) {
     qlora_score s;
-    if (!q) return -1;
-    int bad = qlora_evaluate(q, a->data, &a->train, &s, err);
-    qlora_close(q);
-    if (bad) return -1;
-    printf(
-        a->json ? "{\"loss\": %.6f, \"standard_error\": %.6f, \"perplexity\": %.4f, "
-                  "\"bits_per_byte\": %.4f, \"accuracy\": %.4f, \"tokens\": %zu, "
-                  "\"samples\": %zu}\n"
-                : "loss %.6f +- %.6f, perplexity %.4f, %.4f bits a byte, accuracy %.4f (%zu tokens "
-                  "of %zu samples)\n",
-        s.loss, s.standard_error, s.perplexity, s.bits_per_byte, s.accuracy, s.tokens, s.samples);
+    if (qlora_evaluate(q, a->data, &a->train, &s, err)) return -1;
+    printf(a->json ? "{\"loss\": %.6f, \"standard_error\": %.6f, \"perplexity\": %.4f, "
+                     "\"bits_per_byte\": %.4f, \"accuracy\": %.4f, \"tokens\": %zu, "
+                     "\"samples\": %zu}\n"
+                   : "loss %.6f +- %.6f, perplexity %.4f, %.4f bits a byte, accuracy %.4f (%zu "
+                     "tokens of %zu samples)\n",
+           s.loss, s.standard_error, s.perplexity, s.bits_per_byte, s.accuracy, s.tokens,
+           s.samples);
     return 0;
 }
 
-static int run_merge(Arguments *a, qlora_error *err) {
+static int run_merge(Arguments *a, qlora_model *q, qlora_error *err) {
     qlora_merge_report r;
-    if (qlora_merge(a->path, a->data, a->third, a->max_shard, &a->options, &r, err)) return -1;
-    printf(
-        "merged %zu parameters: |change| / |weights| %.2e; rounding undid %.1f %% of the changes\n",
-        r.adapter_parameters, r.relative_change, 100 * r.lost_in_rounding);
+    (void)q;
+    if (qlora_merge(a->path, a->data, a->more[0], a->max_shard, &a->options, &r, err)) return -1;
+    printf("merged %zu parameters: |change| / |weights| %.2e; rounding undid %.1f %% of the "
+           "changes\n", r.adapter_parameters, r.relative_change, 100 * r.lost_in_rounding);
     return 0;
 }
 
-static int run_quantize(Arguments *a, qlora_error *err) {
-    return qlora_quantize(a->path, a->out, &a->options, err);
+static int run_quantize(Arguments *a, qlora_model *q, qlora_error *err) {
+    (void)q;
+    return qlora_quantize(a->path, a->data, &a->options, err);
 }
 
-static int run_init(Arguments *a, qlora_error *err) {
-    return qlora_init(a->path, a->out, a->train.seed, &a->options, err);
+static int run_init(Arguments *a, qlora_model *q, qlora_error *err) {
+    (void)q;
+    return qlora_init(a->path, a->data, a->train.seed, &a->options, err);
 }
 
-// Fails as train would, after it has shown why.
-static int run_inspect(Arguments *a, qlora_error *err) {
-    a->options.device = "cpu";
-    qlora_model *q = open_handle(a->path, &a->options, err);
+// Fails as train would, after it has shown why. Opens the model itself: it wants no weights.
+static int run_inspect(Arguments *a, qlora_model *q, qlora_error *err) {
+    q = open_on_host(a->path, &a->options, err);
     if (!q) return -1;
     Trainer t = new_trainer(q, &a->train, err);
     int bad = open_text(q, a->path, err) || need_chat(q, err) ||
-              check_train_options(&a->train, err) || read_data_options(&t) ? -1 : 0;
-    if (!bad) {
-        t.how.inspecting = true;
-        bad = open_data(&t, a->data, false) || check_data(&t) ||
-              report_data(&t, a->show, a->json, err) || refuse_errors(&t) ? -1 : 0;
-        trainer_close(&t);
-    }
+              check_train_options(&a->train, err) || read_data_options(&t);
+    t.how.inspecting = true;
+    bad = bad || open_data(&t, a->data, false) || check_data(&t) ||
+          report_data(&t, a->show, a->json, err) || refuse_errors(&t);
+    trainer_close(&t);
     qlora_close(q);
-    return bad;
+    return bad ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------------------------- info
@@ -11710,71 +11486,66 @@ static float *read_floats(const TensorFiles *files, const TensorInfo *t, Region 
     return values;
 }
 
-static int info_adapter(const Arguments *a, Region *region, qlora_error *err) {
-    TensorFiles *files = tensors_open(a->path, "adapter_model.safetensors", region->allocator, err);
+static int info_adapter(Arguments *a, const TensorFiles *files, qlora_error *err) {
     bool found;
-    const Json *json = files
-                           ? read_json(a->path, "adapter_config.json", 1 << 24, region, &found, err)
-                           : NULL;
-    double alpha = 8;
+    const Json *json = read_json(a->path, "adapter_config.json", 1 << 24, &a->region, &found, err);
+    double alpha;
     size_t parameters = 0;
-    int bad = json ? 0 : -1;
-    if (json && config_get(json, "lora_alpha"))
-        json_to_double(json_get(json, "lora_alpha"), &alpha);
-    for (size_t i = 0; !bad && i < files->n_tensors; i++) {
+    if (!json) return -1;
+    if (!json_to_double(json_get(json, "lora_alpha"), &alpha)) alpha = 8;     // peft's default
+    for (size_t i = 0; i < files->n_tensors; i++) {
         const TensorInfo *A = &files->tensors[i], *B = A + 1;         // sorted by name: B follows A
         const char *tail = strstr(A->name, ".lora_A.weight");
         parameters += A->elements;
         if (!tail || i + 1 == files->n_tensors || A->rank != 2 || B->rank != 2 ||
             A->shape[0] != B->shape[1] || strncmp(A->name, B->name, (size_t)(tail - A->name)))
             continue;
-        Region values = {.allocator = region->allocator};
+        Region values = {.allocator = a->region.allocator};
         const float *a_values = read_floats(files, A, &values, err);
         const float *b_values = a_values ? read_floats(files, B, &values, err) : NULL;
         if (b_values) {
             size_t r = A->shape[0];
             double norm = product_norm(a_values, b_values, r, A->shape[1], B->shape[0]);
-            print_safely(stdout, A->name, (size_t)(tail - A->name));
+            print_safely(A->name, (size_t)(tail - A->name));
             printf(": r %zu, |s B A| %.4g\n", r, alpha / (double)r * norm);
-        } else bad = -1;
+        }
         region_free(&values);
+        if (!b_values) return -1;
     }
-    if (!bad) printf("adapter: %zu tensors, %zu parameters\n", files->n_tensors, parameters);
-    tensors_close(files);
-    return bad;
+    printf("adapter: %zu tensors, %zu parameters\n", files->n_tensors, parameters);
+    return 0;
 }
 
-static int info_model(Arguments *a, Region *region, qlora_error *err) {
-    qlora_model *q = open_handle(a->path, &a->options, err);
+static int info_model(Arguments *a, const TensorFiles *files, qlora_error *err) {
+    qlora_model *q = open_on_host(a->path, &a->options, err);
     if (!q) return -1;
-    TensorFiles *files = tensors_open(a->path, "model.safetensors", region->allocator, err);
     const Config *c = &q->transformer.config;
     qlora_model_info info = qlora_info(q);
-    printf(
-        "%s: %zu layers, hidden %zu, feed-forward %zu, %zu heads of %zu (%zu for keys), vocabulary "
-        "%zu%s, context %zu\n%.1f M parameters\n",
-        info.architecture, c->L, c->D, c->F, c->H, c->hd, c->G, c->V, c->tied ? " (tied)" : "",
-        c->context, (double)info.parameters * 1e-6);
-    for (int type = 0; files && type < N_SAFETENSORS_TYPES; type++) {
+    printf("%s: %zu layers, hidden %zu, feed-forward %zu, %zu heads of %zu (%zu for keys), "
+           "vocabulary %zu%s, context %zu\n%.1f M parameters\n", info.architecture, c->L, c->D,
+           c->F, c->H, c->hd, c->G, c->V, c->tied ? " (tied)" : "", c->context,
+           (double)info.parameters * 1e-6);
+    for (int type = 0; type < N_SAFETENSORS_TYPES; type++) {
         size_t n = 0, bytes = 0;
         for (size_t i = 0; i < files->n_tensors; i++)
             if (files->tensors[i].type == type) { n++; bytes += files->tensors[i].bytes; }
         if (n) printf("%zu tensors of type %s, %.1f MB\n", n, safetensors_types[type].name,
                       (double)bytes * 1e-6);
     }
-    int bad = files ? 0 : -1;
-    tensors_close(files);
     qlora_close(q);
-    return bad;
+    return 0;
 }
 
-static int run_info(Arguments *a, qlora_error *err) {
-    const qlora_allocator allocator = {default_allocate, default_release, NULL};
-    Region region = {.allocator = &allocator};
-    const char *adapter = path_join(&region, a->path, "adapter_config.json", err);
-    int bad = !adapter ? -1 : file_exists(adapter) ? info_adapter(a, &region, err)
-                                                   : info_model(a, &region, err);
-    region_free(&region);
+static int run_info(Arguments *a, qlora_model *q, qlora_error *err) {
+    const char *config = path_join(&a->region, a->path, "adapter_config.json", err);
+    if (!config) return -1;
+    bool adapter = file_exists(config);
+    (void)q;
+    TensorFiles *files = tensors_open(a->path, adapter ? "adapter_model.safetensors"
+                                                       : "model.safetensors",
+                                      a->region.allocator, err);
+    int bad = !files ? -1 : adapter ? info_adapter(a, files, err) : info_model(a, files, err);
+    tensors_close(files);
     return bad;
 }
 
@@ -11782,224 +11553,217 @@ static int run_info(Arguments *a, qlora_error *err) {
 
 typedef struct {
     qlora_model *q;
-    Region region;
-    qlora_message messages[1024];
-    size_t n;                               // of messages
-    Buffer answer;
+    Region *region;                         // of the messages' texts
+    Buffer messages, answer;                // qlora_message; the newest answer's text
+    qlora_error *err;
 } Chat;
+
+static qlora_message *chat_messages(const Chat *chat, size_t *n) {
+    *n = chat->messages.size / sizeof(qlora_message);
+    return (qlora_message *)(void *)chat->messages.data;
+}
+
+static int chat_push(Chat *chat, const char *role, const char *text, size_t n) {
+    qlora_message message = {role, region_text(chat->region, text, n, chat->err)};
+    return message.content ? buffer_append(&chat->messages, &message, sizeof message, chat->err)
+                           : -1;
+}
 
 static int show_answer(void *user, const char *utf8, size_t n) {
     Chat *chat = user;
-    if (buffer_append(&chat->answer, utf8, n, NULL)) return 1;
-    return print_text(NULL, utf8, n);
-}
-
-static int chat_push(Chat *chat, const char *role, const char *text, size_t n, qlora_error *err) {
-    const char *copy = region_text(&chat->region, text, n, err);
-    if (!copy) return -1;
-    if (chat->n + 2 > sizeof chat->messages / sizeof *chat->messages)
-        return fail(err, "the conversation has too many turns; /reset starts a new one");
-    chat->messages[chat->n++] = (qlora_message){role, copy};
-    return 0;
+    return collect_text(&chat->answer, utf8, n) || print_text(NULL, utf8, n);
 }
 
 // Generates the answer to the conversation so far and makes it part of it. Ctrl-C ends the answer.
-static int chat_answer(Chat *chat, const qlora_sampling *how, qlora_error *err) {
+static int chat_answer(Chat *chat, const qlora_sampling *how) {
+    size_t n;
+    const qlora_message *messages = chat_messages(chat, &n);
     chat->answer.size = 0;
-    int bad = qlora_chat(chat->q, chat->messages, chat->n, how, show_answer, chat, err);
+    int bad = qlora_chat(chat->q, messages, n, how, show_answer, chat, chat->err);
     printf("\n");
     if (caught_signal == SIGINT) caught_signal = 0;
-    return bad ? -1 : chat_push(chat, "assistant", chat->answer.data ? chat->answer.data : "",
-                                chat->answer.size, err);
+    return bad ? -1 : chat_push(chat, "assistant", chat->answer.size ? chat->answer.data : "",
+                                chat->answer.size);
 }
 
 // Commands of the conversation; 1 when the line was one, 2 to leave.
-static int chat_command(Chat *chat, char *line, const qlora_sampling *how, qlora_error *err) {
-    bool has_system = chat->n && strcmp(chat->messages[0].role, "system") == 0;
+static int chat_command(Chat *chat, const char *line, const qlora_sampling *how) {
+    size_t n;
+    const qlora_message *messages = chat_messages(chat, &n);
     if (strcmp(line, "/exit") == 0 || strcmp(line, "/quit") == 0) return 2;
     if (strcmp(line, "/help") == 0)
-        printf(
-            "/reset      start again\n/system X  start again with system message X\n"
-            "/regen      another answer to the last message\n/exit       leave (so does Ctrl-D)\n");
-    else if (strcmp(line, "/reset") == 0) chat->n = has_system ? 1 : 0;
+        printf("/reset      start again\n/system X  start again with system message X\n"
+               "/regen      another answer to the last message\n"
+               "/exit       leave (so does Ctrl-D)\n");
+    else if (strcmp(line, "/reset") == 0)             // the system message stays
+        chat->messages.size = n && strcmp(messages[0].role, "system") == 0 ? sizeof *messages : 0;
     else if (strncmp(line, "/system ", 8) == 0) {
-        chat->n = 0;
-        if (chat_push(chat, "system", line + 8, strlen(line + 8), err)) return -1;
-    } else if (strcmp(line, "/regen") == 0) {
-        if (!chat->n || strcmp(chat->messages[chat->n - 1].role, "assistant")) {
-            printf("there is no answer yet\n");
-            return 1;
-        }
+        chat->messages.size = 0;
+        if (chat_push(chat, "system", line + 8, strlen(line + 8))) return -1;
+    } else if (strcmp(line, "/regen") == 0 && n && strcmp(messages[n - 1].role, "assistant") == 0) {
         qlora_sampling again = *how;
-        again.seed = how->seed + chat->n + (uint64_t)time(NULL);
-        chat->n--;
-        if (chat_answer(chat, &again, err)) return -1;
-    } else return 0;
+        again.seed += n + (uint64_t)time(NULL);
+        chat->messages.size -= sizeof *messages;
+        if (chat_answer(chat, &again)) return -1;
+    } else if (strcmp(line, "/regen") == 0) printf("there is no answer yet\n");
+    else return 0;
     return 1;
 }
 
-static int run_chat(Arguments *a, qlora_error *err) {
-    qlora_model *q = open_model(a, err);
-    if (!q) return -1;
-    Chat *chat = mem_alloc(&q->allocator, 1, sizeof *chat, err);
+static int run_chat(Arguments *a, qlora_model *q, qlora_error *err) {
+    Chat chat = {.q = q, .region = &a->region, .messages.allocator = &q->allocator,
+                 .answer.allocator = &q->allocator, .err = err};
     char *line = NULL;
     size_t capacity = 0;
-    int bad = !chat || need_chat(q, err) ? -1 : 0;
-    if (!bad) {
-        print_banner(q);
-        if (*q->note) print_message(NULL, q->note);
-        *chat = (Chat){
-            .q = q, .region.allocator = &q->allocator, .answer.allocator = &q->allocator};
-        if (a->system) bad = chat_push(chat, "system", a->system, strlen(a->system), err);
-    }
-    qlora_sampling how = chosen_sampling(a, q);
-    bool terminal = isatty(STDIN_FILENO);
-    while (!bad && caught_signal != SIGTERM) {
-        if (terminal) { printf("> "); fflush(stdout); }
+    ssize_t n;
+    int bad = need_chat(q, err), command = 0;
+    print_banner(q);
+    if (!bad && *q->note) print_message(NULL, q->note);
+    if (!bad && a->system) bad = chat_push(&chat, "system", a->system, strlen(a->system));
+    choose_sampling(a, q);
+    for (; !bad && command != 2 && caught_signal != SIGTERM; a->sampling.seed++) {
+        if (isatty(STDIN_FILENO)) printf("> ");
+        fflush(stdout);
         caught_signal = 0;
-        ssize_t n = getline(&line, &capacity, stdin);
-        if (n < 0) break;
+        if ((n = getline(&line, &capacity, stdin)) < 0) break;
         while (n && (line[n - 1] == '\n' || line[n - 1] == '\r')) line[--n] = 0;
         if (!n) continue;
-        int command = *line == '/' ? chat_command(chat, line, &how, err) : 0;
-        if (command == 2) break;
-        if (command == 0) bad = chat_push(chat, "user", line, (size_t)n, err) ||
-                                chat_answer(chat, &how, err);
-        if (command < 0) bad = -1;
-        how.seed++;
+        command = *line == '/' ? chat_command(&chat, line, &a->sampling) : 0;
+        bad = command < 0 || (command == 0 && (chat_push(&chat, "user", line, (size_t)n) ||
+                                               chat_answer(&chat, &a->sampling)));
     }
     free(line);
-    if (chat) {
-        region_free(&chat->region);
-        buffer_free(&chat->answer);
-        mem_free(&q->allocator, chat, 1, sizeof *chat);
-    }
-    qlora_close(q);
+    buffer_free(&chat.messages);
+    buffer_free(&chat.answer);
     return bad ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------------------------- main
 
 typedef struct {
-    const char *name, *positional, *help;
-    int least, most;                        // positional arguments; most 0: any number
-    int (*run)(Arguments *a, qlora_error *err);
+    const char *name;
+    const char *positional;                 // arguments; [may be left out], any number of those...
+    bool model;                             // the first is a model or adapter, to be opened
+    int (*run)(Arguments *a, qlora_model *q, qlora_error *err);
+    const char *help;
 } Command;
 
 // In the order of the CMD_ bits.
 static const Command command_table[] = {
-    {"train", "MODEL DATA...", "fine-tune: learn an adapter from a dataset", 2, 0, run_train},
-    {"generate", "PATH [FILE]", "continue --prompt TEXT, or each line of a file", 1, 2,
-     run_generate},
-    {"chat", "[PATH]", "talk with a model or adapter; out/ if none is named", 0, 1, run_chat},
-    {"logits", "PATH", "logits of --ids to a safetensors file", 1, 1, run_logits},
-    {"tokenize", "MODEL", "text on standard input to token ids, and back", 1, 1, run_tokenize},
-    {"quantize", "MODEL OUT", "write a 4-bit directory, as bitsandbytes does", 2, 2, run_quantize},
-    {"init", "CONFIG OUT", "make a random model of the shape of a config.json", 2, 2, run_init},
-    {"info", "PATH", "what a model or adapter directory holds", 1, 1, run_info},
-    {"eval", "PATH DATA...", "loss, perplexity and accuracy on a dataset", 2, 0, run_eval},
-    {"merge", "MODEL ADAPTER OUT", "base and adapter as one model directory", 3, 3, run_merge},
-    {"inspect", "MODEL DATA...", "what a training would see, and what is wrong with it", 2, 0,
-     run_inspect}};
+    {"train", "MODEL DATA...", true, run_train, "fine-tune: learn an adapter from a dataset"},
+    {"generate", "PATH [FILE]", true, run_generate, "continue --prompt, or each line of a file"},
+    {"chat", "[PATH]", true, run_chat, "talk with a model or adapter; out/ if none is named"},
+    {"logits", "PATH", true, run_logits, "logits of --ids to a safetensors file"},
+    {"tokenize", "MODEL", false, run_tokenize, "text on standard input to token ids, and back"},
+    {"quantize", "MODEL OUT", false, run_quantize, "write a 4-bit directory, as bitsandbytes does"},
+    {"init", "CONFIG OUT", false, run_init, "make a random model of the shape of a config.json"},
+    {"info", "PATH", false, run_info, "what a model or adapter directory holds"},
+    {"eval", "PATH DATA...", true, run_eval, "loss, perplexity and accuracy on a dataset"},
+    {"merge", "MODEL ADAPTER OUT", false, run_merge, "base and adapter as one model directory"},
+    {"inspect", "MODEL DATA...", false, run_inspect,
+     "what a training would see, and what is wrong with it"}};
 enum { N_COMMANDS = sizeof command_table / sizeof *command_table };
 
-// The value an option has when it is not given, as text; empty when there is none.
-static void default_text(char out[64], const Arguments *a, const Option *option) {
+// The value that an option has now, in brackets, if it is worth showing.
+static void print_default(const Arguments *a, const Option *option) {
     const void *from = (const char *)a + option->offset;
-    out[0] = 0;
+    unsigned long long whole = 0;
     if (option->kind == OPT_TEXT && *(const char *const *)from)
-        snprintf(out, 64, "%s", *(const char *const *)from);
-    else if (option->kind == OPT_SIZE) snprintf(out, 64, "%zu", *(const size_t *)from);
-    else if (option->kind == OPT_INT) snprintf(out, 64, "%d", *(const int *)from);
-    else if (option->kind == OPT_FLOAT) snprintf(out, 64, "%g", (double)*(const float *)from);
-    else if (option->kind == OPT_DOUBLE) snprintf(out, 64, "%g", *(const double *)from);
-    else if (option->kind == OPT_SEED)
-        snprintf(out, 64, "%llu", (unsigned long long)*(const uint64_t *)from);
+        printf(" [%s]", *(const char *const *)from);
+    else if (option->kind == OPT_REAL)
+        printf(" [%g]", option->size == sizeof(float) ? (double)*(const float *)from
+                                                      : *(const double *)from);
+    else if (option->kind == OPT_WHOLE) {
+        memcpy(&whole, from, option->size);
+        printf(" [%llu]", whole);
+    }
 }
 
-static void print_usage(FILE *out, const Command *command, const Arguments *a) {
+static void print_usage(const Command *command, const Arguments *a) {
     if (!command) {
-        fprintf(out, "qlora %s: QLoRA fine-tuning in one file of C\n\n"
-                "usage: qlora COMMAND PATH [...] [--option value]\n\n", QLORA_VERSION);
-        for (size_t i = 0; i < N_COMMANDS; i++)
-            fprintf(out, "  %-9s %-18s %s\n", command_table[i].name, command_table[i].positional,
-                    command_table[i].help);
-        fprintf(out, "\nqlora COMMAND --help lists the options of a command.\n");
+        printf("qlora %s: QLoRA fine-tuning in one file of C\n\n"
+               "usage: qlora COMMAND PATH [...] [--option value]\n\n", QLORA_VERSION);
+        for (const Command *c = command_table; c < command_table + N_COMMANDS; c++)
+            printf("  %-9s %-18s %s\n", c->name, c->positional, c->help);
+        printf("\nqlora COMMAND --help lists the options of a command.\n");
         return;
     }
-    fprintf(out, "usage: qlora %s %s [--option value]\n%s\n\n", command->name, command->positional,
-            command->help);
-    int bit = 1 << (command - command_table);
-    for (size_t i = 0; i < N_OPTIONS; i++) {
-        char value[64];
-        if (!(option_table[i].commands & bit)) continue;
-        default_text(value, a, &option_table[i]);
-        fprintf(out, "  --%-28s %s%s%s%s\n", option_table[i].name, option_table[i].help,
-                *value ? " [" : "", value, *value ? "]" : "");
+    printf("usage: qlora %s %s [--option value]\n%s\n\n", command->name, command->positional,
+           command->help);
+    for (const Option *o = option_table; o < option_table + N_OPTIONS; o++) {
+        if (!(o->commands >> (command - command_table) & 1)) continue;
+        printf("  --%-28s %s", o->name, o->help);
+        print_default(a, o);
+        printf("\n");
     }
 }
 
-static int usage_error(const qlora_error *err) {
-    fprintf(stderr, "qlora: %s\n", err->text);
-    return 2;
+// Options and positional arguments of a command into a. Returns 1 if only --help was asked for.
+static int parse_arguments(Arguments *a, const Command *command, char **argv, int argc,
+                           qlora_error *err) {
+    const char *positional = command->positional;
+    int n = 0, most = 1, least, bit = 1 << (command - command_table);
+    for (const char *c = positional; *c; c++) most += *c == ' ';
+    least = most - (strchr(positional, '[') != NULL);
+    if (strstr(positional, "...")) most = INT_MAX;
+    for (int i = 2; i < argc; i++) {
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) return 1;
+        if (strncmp(argv[i], "--", 2) == 0) {
+            if (parse_option(a, bit, argv, argc, &i, err)) return -1;
+        } else if (n == most)
+            return fail(err, "%s: expected %s, found also %s", command->name, positional, argv[i]);
+        else argv[n++] = argv[i];           // moved to the front, which is read by then
+    }
+    if (n < least)
+        return fail(err, "%s: expected %s; see qlora %s --help", command->name, positional,
+                    command->name);
+    for (int i = n; i < argc; i++) argv[i] = NULL;
+    a->path = argv[0];
+    a->data = argv[1];
+    a->more = (const char *const *)argv + 2;
+    return 0;
 }
 
 int main(int argc, char **argv) {
+    const qlora_allocator heap = {default_allocate, default_release, NULL};
     qlora_error err = {{0}};
     Arguments a = {.options = qlora_default_options(), .train = qlora_default_train_options(),
                    .sampling = {.max_new_tokens = 256, .top_p = 1, .repetition_penalty = 1},
-                   .double_quant = true, .max_shard = (size_t)5000000000, .show = 3};
+                   .double_quant = -1, .max_shard = (size_t)5000000000, .show = 3,
+                   .region.allocator = &heap};
     const Command *command = NULL;
-    char **positional = argv;               // moved to the front, which is read by then
-    int n = 0;
-    if (argc > 1 && strcmp(argv[1], "--version") == 0) {
+    const char *name = argc > 1 ? argv[1] : "";
+    if (strcmp(name, "--version") == 0) {
         printf("qlora %s, bf16 %s\n", QLORA_VERSION, has_bf16_units() ? "in hardware" : "emulated");
         return 0;
     }
-    for (size_t i = 0; argc > 1 && i < N_COMMANDS; i++)
-        if (strcmp(argv[1], command_table[i].name) == 0) command = &command_table[i];
-    bool help = argc > 1 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0);
+    for (size_t i = 0; i < N_COMMANDS; i++)
+        if (strcmp(name, command_table[i].name) == 0) command = &command_table[i];
     if (!command) {
-        if (argc > 1 && !help) fprintf(stderr, "qlora: unknown command %s\n", argv[1]);
-        print_usage(help ? stdout : stderr, NULL, &a);
+        bool help = strcmp(name, "--help") == 0 || strcmp(name, "help") == 0;
+        print_usage(NULL, &a);
+        if (*name && !help) fprintf(stderr, "qlora: unknown command %s\n", name);
         return help ? 0 : 2;
     }
-    int bit = 1 << (command - command_table);
     for (int i = 0; i < argc; i++) {
         size_t used = strlen(a.command_line);
         snprintf(a.command_line + used, sizeof a.command_line - used, "%s%s", i ? " " : "",
                  argv[i]);
     }
-    for (int i = 2; i < argc; i++) {
-        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) {
-            print_usage(stdout, command, &a);
-            return 0;
-        }
-        if (strncmp(argv[i], "--", 2) == 0) {
-            if (parse_option(&a, bit, argv, argc, &i, &err)) return usage_error(&err);
-        } else if (!command->most || n < command->most) positional[n++] = argv[i];
-        else {
-            fail(&err, "%s: expected %s, found also %s", command->name, command->positional,
-                 argv[i]);
-            return usage_error(&err);
-        }
-    }
-    if (n < command->least) {
-        fail(&err, "%s: expected %s; see qlora %s --help", command->name, command->positional,
-             command->name);
-        return usage_error(&err);
-    }
-    for (int i = n; i < argc; i++) positional[i] = NULL;
-    a.path = positional[0];
-    a.data = a.out = positional[1];
-    a.third = n > 2 ? positional[2] : NULL;
-    a.more = (const char *const *)positional + 2;
-    if (bit == CMD_CHAT && !a.path) a.path = "out";
+    int parsed = parse_arguments(&a, command, argv, argc, &err);
+    if (parsed > 0) print_usage(command, &a);
+    if (parsed < 0) fprintf(stderr, "qlora: %s\n", err.text);
+    if (parsed) return parsed < 0 ? 2 : 0;
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
-    int bad = finish_arguments(&a, bit, &err) || command->run(&a, &err);
+    qlora_model *q = NULL;
+    int bad = finish_arguments(&a, 1 << (command - command_table), &err) ||
+              (command->model && !(q = qlora_open(a.path, &a.options, &err))) ||
+              (a.adapter && qlora_load_adapter(q, a.adapter, &err)) || command->run(&a, q, &err);
+    qlora_close(q);
+    region_free(&a.region);
     if (bad) fprintf(stderr, "qlora: %s\n", err.text);
     return caught_signal ? 128 + caught_signal : bad;
 }

@@ -9,6 +9,7 @@
 // programs may take cores and bandwidth at any time.
 #include "../../qlora.c"
 
+
 static const char default_config[] =
     "{\"architectures\": [\"Qwen2ForCausalLM\"], \"model_type\": \"qwen2\", \"vocab_size\": "
     "151936,\n"
