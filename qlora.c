@@ -6614,8 +6614,8 @@ static int write_chat_template(const ChatTemplate *c, const char *directory, Reg
 //
 // New tokens are looked for in the text like the tokenizer's own added ones. Their ids are the next
 // free ones, as in transformers, and must be rows that the model's embedding has: Qwen's and Phi's
-// have spare ones. Saved, they are entered in every file that must know, the rest of which stays as
-// it is byte for byte.
+// have spare ones. Saved, they are entered in every file that must know, which is else written as
+// it was read, in the layout of Python's json.dumps(indent=2).
 
 // Adds the tokens of a list, separated by commas, unless they are there. Names like <this> are
 // special: they are not shown in what the model says.
@@ -6650,67 +6650,17 @@ static int tokenizer_add(Tokenizer *t, const char *list, size_t vocab_size, qlor
     return l.failed ? -1 : 0;
 }
 
-// Behind a JSON value that is known to be well-formed.
-static const char *skip_json(const char *p) {
-    size_t depth = 0;
-    if (!strchr("\"{[", *p)) return p + strcspn(p, ",]} \t\r\n");
-    do {
-        if (*p == '"') while (*++p != '"') p += *p == '\\';
-        depth += *p == '{' || *p == '[';
-        depth -= *p == '}' || *p == ']';
-        p++;
-    } while (depth);
-    return p;
-}
-
-static const char *skip_blank(const char *p) {
-    while (is_blank(*p)) p++;
-    return p;
-}
-
-// The array or object that is the member `key` of the object at p, or NULL.
-static const char *find_list(const char *p, const char *key) {
-    size_t n = strlen(key);
-    for (p = skip_blank(p + 1); *p == '"'; p = skip_blank(p + (*p == ','))) {
-        bool found = strncmp(p + 1, key, n) == 0 && p[n + 1] == '"';
-        p = skip_blank(skip_json(p));
-        p = skip_blank(p + 1);                        // ':'
-        if (found) return *p == '[' || *p == '{' ? p : NULL;
-        p = skip_blank(skip_json(p));
-    }
-    return NULL;
-}
-
-// Puts an element, or a member, at the end of the list at `list`, laid out like those before it.
-static int insert_json(Buffer *file, const char *list, const char *item, Region *region,
-                       qlora_error *err) {
-    Buffer text = {.allocator = file->allocator}, wrapped = text;
-    const char *first = skip_blank(list + 1), *end = skip_json(list) - 1, *line = first;
-    const Json *json = NULL;
-    while (is_blank(end[-1])) end--;
-    while (line > list + 1 && line[-1] == ' ') line--;
-    bool empty = end == list + 1, lines = !empty && line[-1] == '\n', object = *list == '{';
-    int indent = (int)min_size((size_t)(first - line), 64);
-    int bad = buffer_printf(&wrapped, err, object ? "{%s}" : "[%s]", item) ||
-              !(json = json_parse(wrapped.data, wrapped.size, "a token", 1, region, err)) ||
-              (!empty && buffer_append(&text, ",", 1, err));
-    const Json *child = bad ? NULL : json->first;
-    if (!bad && !lines) bad = buffer_printf(&text, err, empty ? "%s" : " %s", item);
-    if (!bad && lines)
-        bad = buffer_printf(&text, err, "\n%*s", indent, "") ||
-              (object && (json_write_string(&text, child->key, child->key_length, err) ||
-                          buffer_append(&text, ": ", 2, err))) ||
-              json_write(&text, child, indent, err);
-    size_t at = (size_t)(end - file->data);
-    if (!bad) bad = buffer_reserve(file, text.size + 1, err);
-    if (!bad) {
-        memmove(file->data + at + text.size, file->data + at, file->size + 1 - at);
-        memcpy(file->data + at, text.data, text.size);
-        file->size += text.size;
-    }
-    buffer_free(&text);
-    buffer_free(&wrapped);
-    return bad ? -1 : 0;
+// Puts a value at the end of a list that was read; `key` is its name if the list is an object.
+// Returns the value, or NULL, also if there is no list, when memory is short.
+static const Json *json_add(const Json *list, const char *key, JsonKind kind, const char *text,
+                            Region *region, qlora_error *err) {
+    Json *value = list ? region_alloc(region, 1, sizeof *value, err) : NULL;
+    if (!value) return NULL;
+    *value = (Json){.kind = kind, .text = text, .length = strlen(text), .key = key,
+                    .key_length = key ? strlen(key) : 0};
+    Json **last = &((Json *)(uintptr_t)list)->first;          // it lies in a region of ours
+    while (*last) last = &(*last)->next;
+    return *last = value;
 }
 
 // Where tokens are listed: in which member of which file ("": in the file itself), and how.
@@ -6720,51 +6670,58 @@ typedef struct {
 } TokenList;
 
 static const TokenList token_lists[] = {
-    {"tokenizer.json", "added_tokens", AS_ENTRY},
-    {"tokenizer_config.json", "added_tokens_decoder", AS_MEMBER},
-    {"tokenizer_config.json", "additional_special_tokens", AS_NAME},
-    {"added_tokens.json", "", AS_ID},
+    {"tokenizer.json", "added_tokens", AS_ENTRY},                        // [{"id": 7, ...}]
+    {"tokenizer_config.json", "added_tokens_decoder", AS_MEMBER},        // {"7": {...}}
+    {"tokenizer_config.json", "additional_special_tokens", AS_NAME},     // ["<a>"]
+    {"added_tokens.json", "", AS_ID},                                    // {"<a>": 7}
     {"special_tokens_map.json", "additional_special_tokens", AS_NAME}};
 
-static int describe_token(Buffer *b, const Token *token, size_t id, const TokenList *list,
-                          qlora_error *err) {
-    if (list->as == AS_MEMBER && buffer_printf(b, err, "\"%zu\": {\"content\": ", id)) return -1;
-    if (list->as == AS_ENTRY && buffer_printf(b, err, "{\"id\": %zu, \"content\": ", id)) return -1;
-    if (json_write_string(b, token->text, token->length, err)) return -1;
-    if (list->as == AS_ID) return buffer_printf(b, err, ": %zu", id);
-    return list->as == AS_NAME ? buffer_append(b, "", 1, err)
-        : buffer_printf(b, err, ", \"lstrip\": false, \"normalized\": false, \"rstrip\": false, "
-                        "\"single_word\": false, \"special\": %s}",
-                        token->special ? "true" : "false");
+// Enters one token in a list.
+static int list_token(const Json *list, const Token *token, size_t id, const TokenList *form,
+                      Region *region, qlora_error *err) {
+    static const char *const flags[] = {"lstrip", "normalized", "rstrip", "single_word", "special"};
+    char digits[24];
+    const char *text = token->text, *key = NULL;
+    const char *number = region_text(region, digits,
+                                     (size_t)snprintf(digits, sizeof digits, "%zu", id), err);
+    if (!number) return -1;
+    if (form->as == AS_ID) return json_add(list, text, JSON_NUMBER, number, region, err) ? 0 : -1;
+    if (form->as == AS_NAME) return json_add(list, NULL, JSON_STRING, text, region, err) ? 0 : -1;
+    if (form->as == AS_MEMBER) key = number;
+    const Json *entry = json_add(list, key, JSON_OBJECT, "", region, err);
+    bool good = entry && (key || json_add(entry, "id", JSON_NUMBER, number, region, err)) &&
+                json_add(entry, "content", JSON_STRING, text, region, err);
+    for (size_t i = 0; i < 5 && good; i++)
+        good = json_add(entry, flags[i], i == 4 && token->special ? JSON_TRUE : JSON_FALSE, "",
+                        region, err);
+    return good ? 0 : -1;
 }
 
-// Enters the new tokens in one list. *listed: it is there.
-static int write_token_list(const Tokenizer *t, const TokenList *list, const char *directory,
+// Enters the new tokens in one list. create: a file that is missing is made. *listed: it is there.
+static int write_token_list(const Tokenizer *t, const TokenList *form, const char *directory,
                             bool create, bool *listed, Region *region, qlora_error *err) {
     const Vocabulary *v = &t->vocabulary;
-    Buffer file = {.allocator = region->allocator}, item = file;
-    const char *path = path_join(region, directory, list->file, err);
-    bool exists = path && file_exists(path);
-    int bad = !path ? -1 : exists ? read_whole_file(path, MAX_TOKENIZER_FILE, &file, err)
-            : create ? buffer_printf(&file, err, "{}\n") : 0;
-    if (!bad && exists && !json_parse(file.data, file.size, path, 1, region, err)) bad = -1;
-    *listed = !bad && file.size && (!*list->list || find_list(skip_blank(file.data), list->list));
-    if (!bad && file.size && !*listed && strcmp(list->file, "special_tokens_map.json") == 0) {
-        bad = buffer_printf(&item, err, "\"%s\": []", list->list) ||
-              insert_json(&file, skip_blank(file.data), item.data, region, err);
-        *listed = true;
+    Buffer text = {.allocator = region->allocator};
+    bool exists, map = strcmp(form->file, "special_tokens_map.json") == 0;
+    const char *path = path_join(region, directory, form->file, err);
+    const Json *json = read_json(directory, form->file, MAX_TOKENIZER_FILE, region, &exists, err);
+    if (path && !exists && create) json = json_parse("{}", 2, path, 1, region, err);
+    if (!path || (!json && (exists || create))) return -1;
+    const Json *list = *form->list ? json_get(json, form->list) : json;
+    if (map && json && !list) {
+        list = json_add(json, form->list, JSON_ARRAY, "", region, err);
+        if (!list) return -1;
     }
-    for (size_t id = 0; id < v->n_ids && !bad && *listed; id++) {
-        const char *at = skip_blank(file.data);
-        if (!v->tokens[id].fresh || (list->as == AS_NAME && !v->tokens[id].special)) continue;
-        if (*list->list) at = find_list(at, list->list);
-        item.size = 0;
-        bad = describe_token(&item, &v->tokens[id], id, list, err) ||
-              insert_json(&file, at, item.data, region, err);
-    }
-    if (!bad && *listed) bad = write_file(path, file.data, file.size, err);
-    buffer_free(&file);
-    buffer_free(&item);
+    *listed = json_is(list, JSON_OBJECT) || json_is(list, JSON_ARRAY);
+    if (!*listed) return 0;
+    int bad = 0;
+    for (size_t id = 0; id < v->n_ids && !bad; id++)
+        if (v->tokens[id].fresh && (form->as != AS_NAME || v->tokens[id].special))
+            bad = list_token(list, &v->tokens[id], id, form, region, err);
+    if (!bad)
+        bad = json_write(&text, json, 0, err) || buffer_append(&text, "\n", 1, err) ||
+              write_file(path, text.data, text.size, err);
+    buffer_free(&text);
     return bad ? -1 : 0;
 }
 
