@@ -5628,6 +5628,13 @@ static int spell(JinjaReader *r, char c) {
     return ((c == '\'' || c == '\\') && spell_text(r, "\\", 1)) || spell_text(r, &c, 1) ? -1 : 0;
 }
 
+// Undoes those escapes, in place. Returns the length.
+static size_t unescape(char *text, size_t n) {
+    size_t length = 0;
+    for (size_t i = 0; i < n; i++) text[length++] = text[i += text[i] == '\\'];
+    return length;
+}
+
 // Reads a string at its quote. NULL: unsupported, or out of memory.
 static const char *read_jinja_string(JinjaReader *r, const char *p) {
     static const char from[] = "ntr\\'\"", to[] = "\n\t\r\\'\"";
@@ -5901,10 +5908,10 @@ static int take_default_system(Buffer *spelled, const char **system, Region *reg
             end += *end == '\\' ? 2 : 1;
         found = end > text && starts_with(end, strlen(end), after);
     }
-    size_t n = (size_t)(end - text), length = 0;
-    char *copy = region_text(region, text, n, err), *plain = region_alloc(region, n + 1, 1, err);
+    size_t n = (size_t)(end - text);
+    char *copy = region_text(region, text, n, err), *plain = region_text(region, text, n, err);
     if (!copy || !plain) return -1;
-    for (size_t i = 0; i < n; i++) plain[length++] = copy[i += copy[i] == '\\'];
+    plain[unescape(plain, n)] = 0;
     *system = plain;
     for (char *p = spelled->data; (p = strstr(p, copy)) != NULL;) {
         memmove(p + 1, p + n, strlen(p + n) + 1);
@@ -5916,45 +5923,42 @@ static int take_default_system(Buffer *spelled, const char **system, Region *reg
 
 static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err);
 
-// Is the spelled program what we would save for this row?
-static int is_our_program(const ChatTemplate *c, const Buffer *spelled, Region *region, bool *same,
-                          qlora_error *err) {
-    Buffer text = {.allocator = region->allocator}, ours = text;
-    const char *system;
-    bool bos;
-    int bad = template_jinja(c, &text, err) || buffer_append(&text, "", 1, err) ||
-              spell_jinja(&ours, &bos, text.data, err) < 0 ||
-              take_default_system(&ours, &system, region, err);
-    *same = !bad && strcmp(ours.data, spelled->data) == 0;
-    buffer_free(&text);
-    buffer_free(&ours);
-    return bad ? -1 : 0;
+// Spells a program without its default system text, as spell_jinja does.
+static int spell_program(Buffer *spelled, const char *text, const char **system, bool *bos,
+                         Region *region, qlora_error *err) {
+    int good = spell_jinja(spelled, bos, text, err);
+    return good == 1 && take_default_system(spelled, system, region, err) ? -1 : good;
 }
 
-// Sets the row that the model's own program stands for; c->row stays NULL if none does.
+// Sets the row that the model's own program stands for: one that is known, or what we would save
+// for a row. c->row stays NULL if there is none.
 static int recognise(ChatTemplate *c, const char *text, uint64_t *hash, Region *region,
                      qlora_error *err) {
-    Buffer spelled = {.allocator = region->allocator};
-    const char *system = NULL;
-    bool bos, same = false;
-    int good = spell_jinja(&spelled, &bos, text, err);
-    int bad = good < 0 || (good && take_default_system(&spelled, &system, region, err)) ? -1 : 0;
+    Buffer spelled = {.allocator = region->allocator}, saved = spelled, ours = spelled;
+    const char *system = NULL, *other;
+    bool bos, other_bos;
+    int good = spell_program(&spelled, text, &system, &bos, region, err);
     *hash = good == 1 ? hash_bytes(spelled.data, strlen(spelled.data)) : 0;
-    for (size_t i = 0; i < N_KNOWN_PROGRAMS && good == 1 && !bad && !c->row; i++) {
+    for (size_t i = 0; i < N_KNOWN_PROGRAMS && good == 1 && !c->row; i++) {
         if (known_programs[i].hash != *hash) continue;
         set_row(c, find_row(known_programs[i].row), false);
         c->flags |= known_programs[i].flags;
     }
-    for (size_t i = 0; i < 2 * N_TEMPLATE_ROWS && good == 1 && !bad && !c->row; i++) {
+    for (size_t i = 0; i < 2 * N_TEMPLATE_ROWS && good == 1 && !c->row; i++) {
+        saved.size = ours.size = 0;
         set_row(c, &template_rows[i / 2], i % 2);
-        bad = is_our_program(c, &spelled, region, &same, err);
-        if (!same) c->row = NULL;
+        if (template_jinja(c, &saved, err) || buffer_append(&saved, "", 1, err) ||
+            spell_program(&ours, saved.data, &other, &other_bos, region, err) < 0)
+            good = -1;
+        if (good < 0 || strcmp(ours.data, spelled.data) != 0) c->row = NULL;
     }
     if (c->row && c->system && system) c->system = system;
     if (c->row) c->begin = bos || c->flags & BOS_INSIDE ? BOS : "";
     if (c->row && c->flags & ASKS_ALWAYS) c->tail = c->ask;
     buffer_free(&spelled);
-    return bad;
+    buffer_free(&saved);
+    buffer_free(&ours);
+    return good < 0 ? -1 : 0;
 }
 
 // The id of a text that is one added token, which the tokenizer finds inside any text, or -1. Notes
@@ -6239,21 +6243,18 @@ static int add_body(TemplateWriter *w, const char *text, size_t n) {
 // Python's str.strip(): white space and the four separators of ASCII.
 static bool is_stripped(uint32_t c) { return unicode_is_space(c) || (c >= 0x1C && c <= 0x1F); }
 
-static void trim(const char **text, size_t *n) {
+// Takes them, or newlines alone, off the ends of a text.
+static void trim(const char **text, size_t *n, bool newlines, bool left, bool right) {
     uint32_t code;
-    for (size_t step; *n && (step = utf8_next(*text, &code), is_stripped(code)); *n -= step)
-        *text += step;
-    while (*n) {
-        size_t last = utf8_before(*text, *n);
-        utf8_next(*text + last, &code);
-        if (!is_stripped(code)) break;
-        *n = last;
+    for (size_t step; left && *n; *text += step, *n -= step) {
+        step = utf8_next(*text, &code);
+        if (!(newlines ? code == '\n' : is_stripped(code))) break;
     }
-}
-
-static void trim_newlines(const char **text, size_t *n, bool left, bool right) {
-    for (; left && *n && **text == '\n'; --*n) ++*text;
-    while (right && *n && (*text)[*n - 1] == '\n') --*n;
+    for (size_t last; right && *n; *n = last) {
+        last = utf8_before(*text, *n);
+        utf8_next(*text + last, &code);
+        if (!(newlines ? code == '\n' : is_stripped(code))) break;
+    }
 }
 
 // Where `mark` stands in the text for the first time, or for the last; NULL: nowhere.
@@ -6272,19 +6273,19 @@ static int write_answer(TemplateWriter *w, size_t i, const char *text, size_t n)
     size_t length = 0;
     if (end) {
         length = (size_t)(end - text);
-        trim_newlines(&thought, &length, false, true);
+        trim(&thought, &length, true, false, true);
         const char *start = find_mark(thought, length, open, true);
         if (start) length -= (size_t)(start - thought) + strlen(open);
         if (start) thought = start + strlen(open);
-        trim_newlines(&thought, &length, true, false);
+        trim(&thought, &length, true, true, false);
         const char *rest = find_mark(text, n, close, true) + strlen(close);
         n -= (size_t)(rest - text);
         text = rest;
-        trim_newlines(&text, &n, true, false);
+        trim(&text, &n, true, true, false);
     }
     if (i <= w->query || (i + 1 < w->n && !length)) return add_body(w, text, n);
-    trim_newlines(&thought, &length, true, true);
-    trim_newlines(&text, &n, true, false);
+    trim(&thought, &length, true, true, true);
+    trim(&text, &n, true, true, false);
     return add_body(w, "<think>\n", 8) || add_body(w, thought, length) ||
            add_body(w, "\n</think>\n\n", 11) || add_body(w, text, n);
 }
@@ -6323,7 +6324,7 @@ static int write_turn(TemplateWriter *w, int role, const char *opening, bool ski
     bool answer = !skip && role == ROLE_ASSISTANT;
     bool turn = (!skip && w->mask == MASK_ALL) || (answer && w->mask == MASK_TURN);
     bool body = turn || answer;
-    if (w->c->flags >> role & 1) trim(&text, &n);
+    if (w->c->flags >> role & 1) trim(&text, &n, false, true, true);
     return write_string(w, form->before, turn) || write_string(w, opening, turn) ||
            write_part(w, text, n, body) || write_string(w, form->end, body) ||
            write_string(w, form->after, turn);
@@ -6437,14 +6438,12 @@ static int template_apply(const ChatTemplate *c, const Tokenizer *t, const Messa
 
 // Appends n bytes as a Jinja string literal.
 static int jinja_literal(Buffer *b, const char *text, size_t n, qlora_error *err) {
+    static const char from[] = "\n\r'\\", to[] = "nr'\\";
     if (buffer_append(b, "'", 1, err)) return -1;
     for (; n; text++, n--) {
-        const char *escaped = *text == '\n'   ? "\\n"
-                              : *text == '\r' ? "\\r"
-                              : *text == '\'' ? "\\'"
-                              : *text == '\\' ? "\\\\"
-                                              : NULL;
-        if (buffer_append(b, escaped ? escaped : text, escaped ? 2 : 1, err)) return -1;
+        const char *found = *text ? strchr(from, *text) : NULL;
+        const char escaped[2] = {'\\', found ? to[found - from] : 0};
+        if (buffer_append(b, found ? escaped : text, found ? 2 : 1, err)) return -1;
     }
     return buffer_append(b, "'", 1, err);
 }
@@ -6580,13 +6579,12 @@ static int find_saved_prompt(ChatTemplate *c, const char *text, const Tokenizer 
                              qlora_error *err) {
     static const char start[] = "{%- set qlora_prompt = ";
     Buffer e = {.allocator = region->allocator}, ours = e;
-    size_t n = strlen(text), plain = 0;
+    size_t n = strlen(text);
     if (!starts_with(text, n, start)) return 0;
     JinjaReader r = {.end = text + n, .e = &e, .err = err};
     int bad = read_jinja_string(&r, text + strlen(start)) ? 0 : -1;
-    for (size_t i = 1; !bad && i + 1 < e.size; i++)           // without quotes and backslashes
-        e.data[1 + plain++] = e.data[i += e.data[i] == '\\'];
-    if (!bad) bad = prompt_template(c, e.data + 1, plain, t, region, err);
+    if (!bad)                                                 // what stands between the quotes
+        bad = prompt_template(c, e.data + 1, unescape(e.data + 1, e.size - 2), t, region, err);
     for (int bos = 0; bos < 2 && !bad; bos++) {
         c->begin = bos ? BOS : "";
         ours.size = 0;
