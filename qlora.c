@@ -6695,23 +6695,24 @@ static int list_token(const Json *list, const Token *token, size_t id, const Tok
     return good ? 0 : -1;
 }
 
-// Enters the new tokens in one list. create: a file that is missing is made. *listed: it is there.
+// Enters the new tokens in one list, if it is there. *known: their ids stand in a list before it;
+// otherwise added_tokens.json is made.
 static int write_token_list(const Tokenizer *t, const TokenList *form, const char *directory,
-                            bool create, bool *listed, Region *region, qlora_error *err) {
+                            bool *known, Region *region, qlora_error *err) {
     const Vocabulary *v = &t->vocabulary;
     Buffer text = {.allocator = region->allocator};
-    bool exists, map = strcmp(form->file, "special_tokens_map.json") == 0;
+    bool exists, create = form->as == AS_ID && !*known;
     const char *path = path_join(region, directory, form->file, err);
     const Json *json = read_json(directory, form->file, MAX_TOKENIZER_FILE, region, &exists, err);
     if (path && !exists && create) json = json_parse("{}", 2, path, 1, region, err);
     if (!path || (!json && (exists || create))) return -1;
     const Json *list = *form->list ? json_get(json, form->list) : json;
-    if (map && json && !list) {
+    if (json && !list && strcmp(form->file, "special_tokens_map.json") == 0) {
         list = json_add(json, form->list, JSON_ARRAY, "", region, err);
         if (!list) return -1;
     }
-    *listed = json_is(list, JSON_OBJECT) || json_is(list, JSON_ARRAY);
-    if (!*listed) return 0;
+    if (!json_is(list, JSON_OBJECT) && !json_is(list, JSON_ARRAY)) return 0;
+    *known |= form->as <= AS_MEMBER;
     int bad = 0;
     for (size_t id = 0; id < v->n_ids && !bad; id++)
         if (v->tokens[id].fresh && (form->as != AS_NAME || v->tokens[id].special))
@@ -6726,15 +6727,12 @@ static int write_token_list(const Tokenizer *t, const TokenList *form, const cha
 // Enters the tokens that were added in the files of a directory that a tokenizer was copied to.
 static int write_added_tokens(const Tokenizer *t, const char *directory, Region *region,
                               qlora_error *err) {
-    bool fresh = false, listed = false, known = false;
+    bool fresh = false, known = false;
+    int bad = 0;
     for (size_t id = 0; id < t->vocabulary.n_ids; id++) fresh |= t->vocabulary.tokens[id].fresh;
-    for (size_t i = 0; i < sizeof token_lists / sizeof *token_lists && fresh; i++) {
-        bool create = token_lists[i].as == AS_ID && !known;
-        if (write_token_list(t, &token_lists[i], directory, create, &listed, region, err))
-            return -1;
-        known |= listed && token_lists[i].as <= AS_MEMBER;
-    }
-    return 0;
+    for (size_t i = 0; i < sizeof token_lists / sizeof *token_lists && fresh && !bad; i++)
+        bad = write_token_list(t, &token_lists[i], directory, &known, region, err);
+    return bad;
 }
 // =================================================================================================
 //  12. Datasets
