@@ -5826,6 +5826,13 @@ static int spell(JinjaReader *r, char c) {
     return ((c == '\'' || c == '\\') && spell_text(r, "\\", 1)) || spell_text(r, &c, 1) ? -1 : 0;
 }
 
+// Undoes those escapes, in place. Returns the length.
+static size_t unescape(char *text, size_t n) {
+    size_t length = 0;
+    for (size_t i = 0; i < n; i++) text[length++] = text[i += text[i] == '\\'];
+    return length;
+}
+
 // Reads a string at its quote. NULL: unsupported, or out of memory.
 static const char *read_jinja_string(JinjaReader *r, const char *p) {
     static const char from[] = "ntr\\'\"", to[] = "\n\t\r\\'\"";
@@ -6099,10 +6106,10 @@ static int take_default_system(Buffer *spelled, const char **system, Region *reg
             end += *end == '\\' ? 2 : 1;
         found = end > text && starts_with(end, strlen(end), after);
     }
-    size_t n = (size_t)(end - text), length = 0;
-    char *copy = region_text(region, text, n, err), *plain = region_alloc(region, n + 1, 1, err);
+    size_t n = (size_t)(end - text);
+    char *copy = region_text(region, text, n, err), *plain = region_text(region, text, n, err);
     if (!copy || !plain) return -1;
-    for (size_t i = 0; i < n; i++) plain[length++] = copy[i += copy[i] == '\\'];
+    plain[unescape(plain, n)] = 0;
     *system = plain;
     for (char *p = spelled->data; (p = strstr(p, copy)) != NULL;) {
         memmove(p + 1, p + n, strlen(p + n) + 1);
@@ -6114,45 +6121,42 @@ static int take_default_system(Buffer *spelled, const char **system, Region *reg
 
 static int template_jinja(const ChatTemplate *c, Buffer *b, qlora_error *err);
 
-// Is the spelled program what we would save for this row?
-static int is_our_program(const ChatTemplate *c, const Buffer *spelled, Region *region, bool *same,
-                          qlora_error *err) {
-    Buffer text = {.allocator = region->allocator}, ours = text;
-    const char *system;
-    bool bos;
-    int bad = template_jinja(c, &text, err) || buffer_append(&text, "", 1, err) ||
-              spell_jinja(&ours, &bos, text.data, err) < 0 ||
-              take_default_system(&ours, &system, region, err);
-    *same = !bad && strcmp(ours.data, spelled->data) == 0;
-    buffer_free(&text);
-    buffer_free(&ours);
-    return bad ? -1 : 0;
+// Spells a program without its default system text, as spell_jinja does.
+static int spell_program(Buffer *spelled, const char *text, const char **system, bool *bos,
+                         Region *region, qlora_error *err) {
+    int good = spell_jinja(spelled, bos, text, err);
+    return good == 1 && take_default_system(spelled, system, region, err) ? -1 : good;
 }
 
-// Sets the row that the model's own program stands for; c->row stays NULL if none does.
+// Sets the row that the model's own program stands for: one that is known, or what we would save
+// for a row. c->row stays NULL if there is none.
 static int recognise(ChatTemplate *c, const char *text, uint64_t *hash, Region *region,
                      qlora_error *err) {
-    Buffer spelled = {.allocator = region->allocator};
-    const char *system = NULL;
-    bool bos, same = false;
-    int good = spell_jinja(&spelled, &bos, text, err);
-    int bad = good < 0 || (good && take_default_system(&spelled, &system, region, err)) ? -1 : 0;
+    Buffer spelled = {.allocator = region->allocator}, saved = spelled, ours = spelled;
+    const char *system = NULL, *other;
+    bool bos, other_bos;
+    int good = spell_program(&spelled, text, &system, &bos, region, err);
     *hash = good == 1 ? hash_bytes(spelled.data, strlen(spelled.data)) : 0;
-    for (size_t i = 0; i < N_KNOWN_PROGRAMS && good == 1 && !bad && !c->row; i++) {
+    for (size_t i = 0; i < N_KNOWN_PROGRAMS && good == 1 && !c->row; i++) {
         if (known_programs[i].hash != *hash) continue;
         set_row(c, find_row(known_programs[i].row), false);
         c->flags |= known_programs[i].flags;
     }
-    for (size_t i = 0; i < 2 * N_TEMPLATE_ROWS && good == 1 && !bad && !c->row; i++) {
+    for (size_t i = 0; i < 2 * N_TEMPLATE_ROWS && good == 1 && !c->row; i++) {
+        saved.size = ours.size = 0;
         set_row(c, &template_rows[i / 2], i % 2);
-        bad = is_our_program(c, &spelled, region, &same, err);
-        if (!same) c->row = NULL;
+        if (template_jinja(c, &saved, err) || buffer_append(&saved, "", 1, err) ||
+            spell_program(&ours, saved.data, &other, &other_bos, region, err) < 0)
+            good = -1;
+        if (good < 0 || strcmp(ours.data, spelled.data) != 0) c->row = NULL;
     }
     if (c->row && c->system && system) c->system = system;
     if (c->row) c->begin = bos || c->flags & BOS_INSIDE ? BOS : "";
     if (c->row && c->flags & ASKS_ALWAYS) c->tail = c->ask;
     buffer_free(&spelled);
-    return bad;
+    buffer_free(&saved);
+    buffer_free(&ours);
+    return good < 0 ? -1 : 0;
 }
 
 // The id of a text that is one added token, which the tokenizer finds inside any text, or -1. Notes
@@ -6437,21 +6441,18 @@ static int add_body(TemplateWriter *w, const char *text, size_t n) {
 // Python's str.strip(): white space and the four separators of ASCII.
 static bool is_stripped(uint32_t c) { return unicode_is_space(c) || (c >= 0x1C && c <= 0x1F); }
 
-static void trim(const char **text, size_t *n) {
+// Takes them, or newlines alone, off the ends of a text.
+static void trim(const char **text, size_t *n, bool newlines, bool left, bool right) {
     uint32_t code;
-    for (size_t step; *n && (step = utf8_next(*text, &code), is_stripped(code)); *n -= step)
-        *text += step;
-    while (*n) {
-        size_t last = utf8_before(*text, *n);
-        utf8_next(*text + last, &code);
-        if (!is_stripped(code)) break;
-        *n = last;
+    for (size_t step; left && *n; *text += step, *n -= step) {
+        step = utf8_next(*text, &code);
+        if (!(newlines ? code == '\n' : is_stripped(code))) break;
     }
-}
-
-static void trim_newlines(const char **text, size_t *n, bool left, bool right) {
-    for (; left && *n && **text == '\n'; --*n) ++*text;
-    while (right && *n && (*text)[*n - 1] == '\n') --*n;
+    for (size_t last; right && *n; *n = last) {
+        last = utf8_before(*text, *n);
+        utf8_next(*text + last, &code);
+        if (!(newlines ? code == '\n' : is_stripped(code))) break;
+    }
 }
 
 // Where `mark` stands in the text for the first time, or for the last; NULL: nowhere.
@@ -6470,19 +6471,19 @@ static int write_answer(TemplateWriter *w, size_t i, const char *text, size_t n)
     size_t length = 0;
     if (end) {
         length = (size_t)(end - text);
-        trim_newlines(&thought, &length, false, true);
+        trim(&thought, &length, true, false, true);
         const char *start = find_mark(thought, length, open, true);
         if (start) length -= (size_t)(start - thought) + strlen(open);
         if (start) thought = start + strlen(open);
-        trim_newlines(&thought, &length, true, false);
+        trim(&thought, &length, true, true, false);
         const char *rest = find_mark(text, n, close, true) + strlen(close);
         n -= (size_t)(rest - text);
         text = rest;
-        trim_newlines(&text, &n, true, false);
+        trim(&text, &n, true, true, false);
     }
     if (i <= w->query || (i + 1 < w->n && !length)) return add_body(w, text, n);
-    trim_newlines(&thought, &length, true, true);
-    trim_newlines(&text, &n, true, false);
+    trim(&thought, &length, true, true, true);
+    trim(&text, &n, true, true, false);
     return add_body(w, "<think>\n", 8) || add_body(w, thought, length) ||
            add_body(w, "\n</think>\n\n", 11) || add_body(w, text, n);
 }
@@ -6521,7 +6522,7 @@ static int write_turn(TemplateWriter *w, int role, const char *opening, bool ski
     bool answer = !skip && role == ROLE_ASSISTANT;
     bool turn = (!skip && w->mask == MASK_ALL) || (answer && w->mask == MASK_TURN);
     bool body = turn || answer;
-    if (w->c->flags >> role & 1) trim(&text, &n);
+    if (w->c->flags >> role & 1) trim(&text, &n, false, true, true);
     return write_string(w, form->before, turn) || write_string(w, opening, turn) ||
            write_part(w, text, n, body) || write_string(w, form->end, body) ||
            write_string(w, form->after, turn);
@@ -6635,14 +6636,12 @@ static int template_apply(const ChatTemplate *c, const Tokenizer *t, const Messa
 
 // Appends n bytes as a Jinja string literal.
 static int jinja_literal(Buffer *b, const char *text, size_t n, qlora_error *err) {
+    static const char from[] = "\n\r'\\", to[] = "nr'\\";
     if (buffer_append(b, "'", 1, err)) return -1;
     for (; n; text++, n--) {
-        const char *escaped = *text == '\n'   ? "\\n"
-                              : *text == '\r' ? "\\r"
-                              : *text == '\'' ? "\\'"
-                              : *text == '\\' ? "\\\\"
-                                              : NULL;
-        if (buffer_append(b, escaped ? escaped : text, escaped ? 2 : 1, err)) return -1;
+        const char *found = *text ? strchr(from, *text) : NULL;
+        const char escaped[2] = {'\\', found ? to[found - from] : 0};
+        if (buffer_append(b, found ? escaped : text, found ? 2 : 1, err)) return -1;
     }
     return buffer_append(b, "'", 1, err);
 }
@@ -6778,13 +6777,12 @@ static int find_saved_prompt(ChatTemplate *c, const char *text, const Tokenizer 
                              qlora_error *err) {
     static const char start[] = "{%- set qlora_prompt = ";
     Buffer e = {.allocator = region->allocator}, ours = e;
-    size_t n = strlen(text), plain = 0;
+    size_t n = strlen(text);
     if (!starts_with(text, n, start)) return 0;
     JinjaReader r = {.end = text + n, .e = &e, .err = err};
     int bad = read_jinja_string(&r, text + strlen(start)) ? 0 : -1;
-    for (size_t i = 1; !bad && i + 1 < e.size; i++)           // without quotes and backslashes
-        e.data[1 + plain++] = e.data[i += e.data[i] == '\\'];
-    if (!bad) bad = prompt_template(c, e.data + 1, plain, t, region, err);
+    if (!bad)                                                 // what stands between the quotes
+        bad = prompt_template(c, e.data + 1, unescape(e.data + 1, e.size - 2), t, region, err);
     for (int bos = 0; bos < 2 && !bad; bos++) {
         c->begin = bos ? BOS : "";
         ours.size = 0;
@@ -6812,8 +6810,8 @@ static int write_chat_template(const ChatTemplate *c, const char *directory, Reg
 //
 // New tokens are looked for in the text like the tokenizer's own added ones. Their ids are the next
 // free ones, as in transformers, and must be rows that the model's embedding has: Qwen's and Phi's
-// have spare ones. Saved, they are entered in every file that must know, the rest of which stays as
-// it is byte for byte.
+// have spare ones. Saved, they are entered in every file that must know, which is else written as
+// it was read, in the layout of Python's json.dumps(indent=2).
 
 // Adds the tokens of a list, separated by commas, unless they are there. Names like <this> are
 // special: they are not shown in what the model says.
@@ -6848,67 +6846,17 @@ static int tokenizer_add(Tokenizer *t, const char *list, size_t vocab_size, qlor
     return l.failed ? -1 : 0;
 }
 
-// Behind a JSON value that is known to be well-formed.
-static const char *skip_json(const char *p) {
-    size_t depth = 0;
-    if (!strchr("\"{[", *p)) return p + strcspn(p, ",]} \t\r\n");
-    do {
-        if (*p == '"') while (*++p != '"') p += *p == '\\';
-        depth += *p == '{' || *p == '[';
-        depth -= *p == '}' || *p == ']';
-        p++;
-    } while (depth);
-    return p;
-}
-
-static const char *skip_blank(const char *p) {
-    while (is_blank(*p)) p++;
-    return p;
-}
-
-// The array or object that is the member `key` of the object at p, or NULL.
-static const char *find_list(const char *p, const char *key) {
-    size_t n = strlen(key);
-    for (p = skip_blank(p + 1); *p == '"'; p = skip_blank(p + (*p == ','))) {
-        bool found = strncmp(p + 1, key, n) == 0 && p[n + 1] == '"';
-        p = skip_blank(skip_json(p));
-        p = skip_blank(p + 1);                        // ':'
-        if (found) return *p == '[' || *p == '{' ? p : NULL;
-        p = skip_blank(skip_json(p));
-    }
-    return NULL;
-}
-
-// Puts an element, or a member, at the end of the list at `list`, laid out like those before it.
-static int insert_json(Buffer *file, const char *list, const char *item, Region *region,
-                       qlora_error *err) {
-    Buffer text = {.allocator = file->allocator}, wrapped = text;
-    const char *first = skip_blank(list + 1), *end = skip_json(list) - 1, *line = first;
-    const Json *json = NULL;
-    while (is_blank(end[-1])) end--;
-    while (line > list + 1 && line[-1] == ' ') line--;
-    bool empty = end == list + 1, lines = !empty && line[-1] == '\n', object = *list == '{';
-    int indent = (int)min_size((size_t)(first - line), 64);
-    int bad = buffer_printf(&wrapped, err, object ? "{%s}" : "[%s]", item) ||
-              !(json = json_parse(wrapped.data, wrapped.size, "a token", 1, region, err)) ||
-              (!empty && buffer_append(&text, ",", 1, err));
-    const Json *child = bad ? NULL : json->first;
-    if (!bad && !lines) bad = buffer_printf(&text, err, empty ? "%s" : " %s", item);
-    if (!bad && lines)
-        bad = buffer_printf(&text, err, "\n%*s", indent, "") ||
-              (object && (json_write_string(&text, child->key, child->key_length, err) ||
-                          buffer_append(&text, ": ", 2, err))) ||
-              json_write(&text, child, indent, err);
-    size_t at = (size_t)(end - file->data);
-    if (!bad) bad = buffer_reserve(file, text.size + 1, err);
-    if (!bad) {
-        memmove(file->data + at + text.size, file->data + at, file->size + 1 - at);
-        memcpy(file->data + at, text.data, text.size);
-        file->size += text.size;
-    }
-    buffer_free(&text);
-    buffer_free(&wrapped);
-    return bad ? -1 : 0;
+// Puts a value at the end of a list that was read; `key` is its name if the list is an object.
+// Returns the value, or NULL, also if there is no list, when memory is short.
+static const Json *json_add(const Json *list, const char *key, JsonKind kind, const char *text,
+                            Region *region, qlora_error *err) {
+    Json *value = list ? region_alloc(region, 1, sizeof *value, err) : NULL;
+    if (!value) return NULL;
+    *value = (Json){.kind = kind, .text = text, .length = strlen(text), .key = key,
+                    .key_length = key ? strlen(key) : 0};
+    Json **last = &((Json *)(uintptr_t)list)->first;          // it lies in a region of ours
+    while (*last) last = &(*last)->next;
+    return *last = value;
 }
 
 // Where tokens are listed: in which member of which file ("": in the file itself), and how.
@@ -6918,66 +6866,71 @@ typedef struct {
 } TokenList;
 
 static const TokenList token_lists[] = {
-    {"tokenizer.json", "added_tokens", AS_ENTRY},
-    {"tokenizer_config.json", "added_tokens_decoder", AS_MEMBER},
-    {"tokenizer_config.json", "additional_special_tokens", AS_NAME},
-    {"added_tokens.json", "", AS_ID},
+    {"tokenizer.json", "added_tokens", AS_ENTRY},                        // [{"id": 7, ...}]
+    {"tokenizer_config.json", "added_tokens_decoder", AS_MEMBER},        // {"7": {...}}
+    {"tokenizer_config.json", "additional_special_tokens", AS_NAME},     // ["<a>"]
+    {"added_tokens.json", "", AS_ID},                                    // {"<a>": 7}
     {"special_tokens_map.json", "additional_special_tokens", AS_NAME}};
 
-static int describe_token(Buffer *b, const Token *token, size_t id, const TokenList *list,
-                          qlora_error *err) {
-    if (list->as == AS_MEMBER && buffer_printf(b, err, "\"%zu\": {\"content\": ", id)) return -1;
-    if (list->as == AS_ENTRY && buffer_printf(b, err, "{\"id\": %zu, \"content\": ", id)) return -1;
-    if (json_write_string(b, token->text, token->length, err)) return -1;
-    if (list->as == AS_ID) return buffer_printf(b, err, ": %zu", id);
-    return list->as == AS_NAME ? buffer_append(b, "", 1, err)
-        : buffer_printf(b, err, ", \"lstrip\": false, \"normalized\": false, \"rstrip\": false, "
-                        "\"single_word\": false, \"special\": %s}",
-                        token->special ? "true" : "false");
+// Enters one token in a list.
+static int list_token(const Json *list, const Token *token, size_t id, const TokenList *form,
+                      Region *region, qlora_error *err) {
+    static const char *const flags[] = {"lstrip", "normalized", "rstrip", "single_word", "special"};
+    char digits[24];
+    const char *text = token->text, *key = NULL;
+    const char *number = region_text(region, digits,
+                                     (size_t)snprintf(digits, sizeof digits, "%zu", id), err);
+    if (!number) return -1;
+    if (form->as == AS_ID) return json_add(list, text, JSON_NUMBER, number, region, err) ? 0 : -1;
+    if (form->as == AS_NAME) return json_add(list, NULL, JSON_STRING, text, region, err) ? 0 : -1;
+    if (form->as == AS_MEMBER) key = number;
+    const Json *entry = json_add(list, key, JSON_OBJECT, "", region, err);
+    bool good = entry && (key || json_add(entry, "id", JSON_NUMBER, number, region, err)) &&
+                json_add(entry, "content", JSON_STRING, text, region, err);
+    for (size_t i = 0; i < 5 && good; i++)
+        good = json_add(entry, flags[i], i == 4 && token->special ? JSON_TRUE : JSON_FALSE, "",
+                        region, err);
+    return good ? 0 : -1;
 }
 
-// Enters the new tokens in one list. *listed: it is there.
-static int write_token_list(const Tokenizer *t, const TokenList *list, const char *directory,
-                            bool create, bool *listed, Region *region, qlora_error *err) {
+// Enters the new tokens in one list, if it is there. *known: their ids stand in a list before it;
+// otherwise added_tokens.json is made.
+static int write_token_list(const Tokenizer *t, const TokenList *form, const char *directory,
+                            bool *known, Region *region, qlora_error *err) {
     const Vocabulary *v = &t->vocabulary;
-    Buffer file = {.allocator = region->allocator}, item = file;
-    const char *path = path_join(region, directory, list->file, err);
-    bool exists = path && file_exists(path);
-    int bad = !path ? -1 : exists ? read_whole_file(path, MAX_TOKENIZER_FILE, &file, err)
-            : create ? buffer_printf(&file, err, "{}\n") : 0;
-    if (!bad && exists && !json_parse(file.data, file.size, path, 1, region, err)) bad = -1;
-    *listed = !bad && file.size && (!*list->list || find_list(skip_blank(file.data), list->list));
-    if (!bad && file.size && !*listed && strcmp(list->file, "special_tokens_map.json") == 0) {
-        bad = buffer_printf(&item, err, "\"%s\": []", list->list) ||
-              insert_json(&file, skip_blank(file.data), item.data, region, err);
-        *listed = true;
+    Buffer text = {.allocator = region->allocator};
+    bool exists, create = form->as == AS_ID && !*known;
+    const char *path = path_join(region, directory, form->file, err);
+    const Json *json = read_json(directory, form->file, MAX_TOKENIZER_FILE, region, &exists, err);
+    if (path && !exists && create) json = json_parse("{}", 2, path, 1, region, err);
+    if (!path || (!json && (exists || create))) return -1;
+    const Json *list = *form->list ? json_get(json, form->list) : json;
+    if (json && !list && strcmp(form->file, "special_tokens_map.json") == 0) {
+        list = json_add(json, form->list, JSON_ARRAY, "", region, err);
+        if (!list) return -1;
     }
-    for (size_t id = 0; id < v->n_ids && !bad && *listed; id++) {
-        const char *at = skip_blank(file.data);
-        if (!v->tokens[id].fresh || (list->as == AS_NAME && !v->tokens[id].special)) continue;
-        if (*list->list) at = find_list(at, list->list);
-        item.size = 0;
-        bad = describe_token(&item, &v->tokens[id], id, list, err) ||
-              insert_json(&file, at, item.data, region, err);
-    }
-    if (!bad && *listed) bad = write_file(path, file.data, file.size, err);
-    buffer_free(&file);
-    buffer_free(&item);
+    if (!json_is(list, JSON_OBJECT) && !json_is(list, JSON_ARRAY)) return 0;
+    *known |= form->as <= AS_MEMBER;
+    int bad = 0;
+    for (size_t id = 0; id < v->n_ids && !bad; id++)
+        if (v->tokens[id].fresh && (form->as != AS_NAME || v->tokens[id].special))
+            bad = list_token(list, &v->tokens[id], id, form, region, err);
+    if (!bad)
+        bad = json_write(&text, json, 0, err) || buffer_append(&text, "\n", 1, err) ||
+              write_file(path, text.data, text.size, err);
+    buffer_free(&text);
     return bad ? -1 : 0;
 }
 
 // Enters the tokens that were added in the files of a directory that a tokenizer was copied to.
 static int write_added_tokens(const Tokenizer *t, const char *directory, Region *region,
                               qlora_error *err) {
-    bool fresh = false, listed = false, known = false;
+    bool fresh = false, known = false;
+    int bad = 0;
     for (size_t id = 0; id < t->vocabulary.n_ids; id++) fresh |= t->vocabulary.tokens[id].fresh;
-    for (size_t i = 0; i < sizeof token_lists / sizeof *token_lists && fresh; i++) {
-        bool create = token_lists[i].as == AS_ID && !known;
-        if (write_token_list(t, &token_lists[i], directory, create, &listed, region, err))
-            return -1;
-        known |= listed && token_lists[i].as <= AS_MEMBER;
-    }
-    return 0;
+    for (size_t i = 0; i < sizeof token_lists / sizeof *token_lists && fresh && !bad; i++)
+        bad = write_token_list(t, &token_lists[i], directory, &known, region, err);
+    return bad;
 }
 // =================================================================================================
 //  12. Datasets
