@@ -61,6 +61,11 @@
 #define QLORA_INTERNAL
 #include "qlora.h"
 
+// A product and a sum are rounded one by one, whatever the compiler: clang would join them.
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#endif
+
 #if QLORA_VERSION_MAJOR != 0 || QLORA_VERSION_MINOR != 1
 #error "qlora.c and qlora.h are of different versions"
 #endif

@@ -255,7 +255,7 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Sum and maximum over a block, for all its threads; partial (32) is shared memory. Barriers inside.
+// Sum and maximum over a block, for all its threads; partial (32) is shared memory. With barriers.
 template <typename T> __device__ __forceinline__ T block_sum(T x, T *partial) {
     for (int lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lane);
     __syncthreads();                                // partial may still be read from the last call
@@ -651,7 +651,8 @@ static float quantize_scales(Device *dev, uint8_t *codes, float *absmax2, const 
     }
     enum { THREADS = 128 };
     unsigned grid = blocks_for(n, THREADS / WARP * SCALE_BLOCK);
-    quantize_scales_kernel<<<grid, THREADS, 0, gpu->stream>>>(codes, absmax2, absmax, n, map, total);
+    quantize_scales_kernel<<<grid, THREADS, 0, gpu->stream>>>(codes, absmax2, absmax, n, map,
+                                                              total);
     launched(gpu, "quantize_scales");
     gpu_download(dev, &sum, total, sizeof sum);
     return (float)(sum / (double)n);
@@ -663,7 +664,8 @@ __global__ void low_rank_kernel(float *delta, const float *B, const float *A, fl
     size_t row = blockIdx.x;
     for (size_t k = threadIdx.x; k < K; k += blockDim.x) {
         float sum = 0;
-        for (size_t j = 0; j < r; j++) sum = __fadd_rn(sum, __fmul_rn(B[row * r + j], A[j * K + k]));
+        for (size_t j = 0; j < r; j++)
+            sum = __fadd_rn(sum, __fmul_rn(B[row * r + j], A[j * K + k]));
         delta[row * K + k] = __fmul_rn(s, sum);
     }
 }
@@ -726,9 +728,9 @@ __device__ __forceinline__ void read_weight(float *x, const Weight &w, size_t at
 
 enum { DEQUANTISE_PIECES = 4 };
 
-// panel (rows, pitch) = rows of w from row `first` on, rounded to the activations' type. A warp owns
-// 4 x 32 pieces of 8 values of a row (width 1: 4 x 32 values); all loads are under way before the
-// first is used. Reads 0.56 (nested scales 0.52) bytes a value and writes 2: limited by memory.
+// panel (rows, pitch) = rows of w from row `first` on, rounded to the activations' type. A warp
+// owns 4 x 32 pieces of 8 values of a row (width 1: 4 x 32 values); all loads are under way before
+// the first is used. Reads 0.56 (nested scales 0.52) bytes a value and writes 2: limited by memory.
 template <typename Act, int width>
 __global__ void dequantise_kernel(Act *panel, size_t pitch, Weight w, size_t first, size_t rows) {
     __shared__ float code[16];
@@ -802,8 +804,8 @@ static size_t panels_scratch(Device *dev, const OpSizes *s) {
 static char *op_scratch(Device *dev, size_t bytes) {
     Gpu *gpu = (Gpu *)dev->gpu;
     if (bytes + 2 * gpu->panel_bytes <= dev->scratch_size) return dev->scratch;
-    gpu_fail(gpu, "an op needs %zu bytes of scratch and two panels of %zu, but there are %zu", bytes,
-             gpu->panel_bytes, dev->scratch_size);
+    gpu_fail(gpu, "an op needs %zu bytes of scratch and two panels of %zu, but there are %zu",
+             bytes, gpu->panel_bytes, dev->scratch_size);
     return NULL;
 }
 
@@ -833,7 +835,8 @@ static void dequantise_launch(void *panel, size_t pitch, const Weight *w, size_t
                               cudaStream_t stream) {
     const int threads = 128;
     dim3 grid(blocks_for(rows, threads / WARP), blocks_for(w->K, DEQUANTISE_PIECES * WARP * width));
-    dequantise_kernel<Act, width><<<grid, threads, 0, stream>>>((Act *)panel, pitch, *w, first, rows);
+    Act *to = (Act *)panel;
+    dequantise_kernel<Act, width><<<grid, threads, 0, stream>>>(to, pitch, *w, first, rows);
 }
 
 // Makes a panel of rows first .. first+rows-1 of w in the place that is not `busy`. On the side
@@ -860,9 +863,9 @@ static Panel *make_panel(Device *dev, const Weight *w, size_t first, size_t rows
     return p;
 }
 
-// Panels made for another scratch are void, for its memory may have served something else since, and
-// so are those made before the host wrote anything, which may have been weights. The next ones wait
-// for all that.
+// Panels made for another scratch are void, for its memory may have served something else since,
+// and so are those made before the host wrote anything, which may have been weights. The next ones
+// wait for all that.
 static void check_panels(Device *dev) {
     Gpu *gpu = (Gpu *)dev->gpu;
     if (!gpu->written && gpu->panel_scratch == dev->scratch + dev->scratch_size) return;
@@ -1129,7 +1132,8 @@ static void dropout_back_launch(Gpu *gpu, Matrix sum, const void *from, size_t K
     Act *to = (Act *)sum.data;
     float *full = (float *)sum.data;
     if (sum.full)
-        dropout_back_kernel<float, Act, width><<<grid, 128, 0, gpu->stream>>>(full, part, K, a, add);
+        dropout_back_kernel<float, Act, width><<<grid, 128, 0, gpu->stream>>>(full, part, K, a,
+                                                                              add);
     else
         dropout_back_kernel<Act, Act, width><<<grid, 128, 0, gpu->stream>>>(to, part, K, a, add);
 }
@@ -1198,7 +1202,8 @@ static Masters16 round_masters(Device *dev, Carve *scratch, const Product *produ
 }
 
 // u (T, r) = s low, rounded, where low is r columns of (T, R); and the columns that stand beside x
-// in `wide`, unless it is NULL: u, two ones if there is a bias, zeros up to `extra`. A warp owns a row.
+// in `wide`, unless it is NULL: u, two ones if there is a bias, zeros up to `extra`. A warp owns a
+// row.
 template <typename Act>
 __global__ void finish_u_kernel(Act *u, Act *wide, size_t pitch, const float *low, size_t R,
                                 float s, size_t T, size_t r, bool bias, size_t extra) {
@@ -1369,7 +1374,8 @@ static bool walk_step(const Device *dev, Walk *w, bool beside_x) {
     size_t extra = beside_x ? extra_columns(linear) : 0;
     bool direct = in_place(dev, weight) && !extra;
     w->pitch = direct ? weight->K : panel_pitch(gpu, weight, extra);
-    w->rows = direct ? weight->N : min_size(panel_rows(dev, weight, w->pitch), weight->N - w->first);
+    w->rows = weight->N - w->first;
+    if (!direct) w->rows = min_size(w->rows, panel_rows(dev, weight, w->pitch));
     w->panel = NULL;
     w->data = direct ? weight->data : NULL;
     return true;
@@ -1601,7 +1607,8 @@ static size_t linear_scratch(const Device *dev, const OpSizes *s) {
 //  5. Embedding, norms, rotation, activations, gather and scatter
 //
 //  Every value passes once, so each of these takes the time its bytes take. A block owns a row
-//  unless said otherwise; threads take 8 values at a time where rows begin at multiples of 16 bytes.
+//  unless said otherwise; threads take 8 values at a time where rows begin at multiples of 16
+//  bytes.
 // =================================================================================================
 
 // h (T, D) = rows of the embedding, rounded.
@@ -1791,9 +1798,11 @@ static void rope(Device *dev, void *x, size_t heads, size_t hd, const float *fre
 template <int bytes>
 __device__ __forceinline__ void copy_row(void *to, const void *from, size_t pieces) {
     for (size_t i = threadIdx.x; i < pieces; i += blockDim.x) {
-        if constexpr (bytes == 16) store16((char *)to + 16 * i, load16((const char *)from + 16 * i));
-        else if constexpr (bytes == 4) store4((char *)to + 4 * i, load4((const char *)from + 4 * i));
-        else ((uint16_t *)to)[i] = ((const uint16_t *)from)[i];
+        char *a = (char *)to + bytes * i;
+        const char *b = (const char *)from + bytes * i;
+        if constexpr (bytes == 16) store16(a, load16(b));
+        else if constexpr (bytes == 4) store4(a, load4(b));
+        else *(uint16_t *)a = *(const uint16_t *)b;
     }
 }
 
@@ -1817,7 +1826,8 @@ template <int bytes>
 static void append_keys_launch(Gpu *gpu, void *keys, void *values, const void *k, const void *v,
                                size_t width, const Batch *b) {
     append_keys_kernel<bytes><<<blocks_for(b->T, 1), 128, 0, gpu->stream>>>(
-        (char *)keys, (char *)values, (const char *)k, (const char *)v, width, b->spans, b->n_spans);
+        (char *)keys, (char *)values, (const char *)k, (const char *)v, width, b->spans,
+        b->n_spans);
 }
 
 static void append_keys(Device *dev, void *keys, void *values, const void *k, const void *v,
@@ -2063,7 +2073,8 @@ __device__ __forceinline__ float exp_base(float max) { return max == -INFINITY ?
 //
 // A tile is (rows, HD) bf16 in shared memory, HD the head size rounded up to 32, 64, 96, 128, 192
 // or 256. A warp owns whole rows of a product and keeps them in registers as mma leaves them: of
-// block (m, n), 16 x 8, lane l holds x[m][n][0..3] = row l/4, columns 2 (l%4) and + 1, then row l/4 + 8.
+// block (m, n), 16 x 8, lane l holds x[m][n][0..3] = row l/4, columns 2 (l%4) and + 1, then row
+// l/4 + 8.
 // That is also how mma takes its left operand, so p goes from one product to the next in registers.
 
 enum { TILE_WARPS = 4 };
@@ -2968,7 +2979,8 @@ static void attention_backward(Device *dev, void *dq, void *dk, void *dv, const 
 __device__ __forceinline__ float shrink(float a, float b) { return a == b ? 1 : expf(a - b); }
 
 // The softmax's running max and sum over the columns of a slice, S rows of C logits. A block owns a
-// row; each thread keeps a maximum and a sum of its own, so that logits are read once: 4 bytes each.
+// row; each thread keeps a maximum and a sum of its own, so that logits are read once, 4 bytes
+// each.
 template <int width>
 __global__ void cross_entropy_forward_kernel(float *max, float *sum, float *chosen,
                                              const float *logits, const int32_t *target,
@@ -3043,7 +3055,7 @@ template <typename Act, int width>
 __global__ void cross_entropy_backward_kernel(Act *dlogits, const float *logits, const float *max,
                                               const float *sum, const int32_t *target, float scale,
                                               size_t first, size_t C) {
-    size_t s = blockIdx.x, wanted = (size_t)target[s] - first;      // wraps around when it is before
+    size_t s = blockIdx.x, wanted = (size_t)target[s] - first;  // wraps around when it is before
     float largest = max[s], factor = scale * (1 / sum[s]);
     for (size_t v = width * threadIdx.x; v < C; v += width * blockDim.x) {
         float z[width];
@@ -3915,8 +3927,8 @@ static int open_blas(Gpu *gpu, qlora_error *err) {
     Blas *b = &gpu->blas;
     b->library = find_blas();
     if (!b->library)
-        return open_fail(err, "GPU: cuBLAS (libcublas.so.13, .12 or .11) was not found; install the "
-                              "CUDA Toolkit or its package libcublas, or set CUDA_HOME or "
+        return open_fail(err, "GPU: cuBLAS (libcublas.so.13, .12 or .11) was not found; install "
+                              "the CUDA Toolkit or its package libcublas, or set CUDA_HOME or "
                               "LD_LIBRARY_PATH to where it lies");
     if (!find_function(&b->create, b->library, "cublasCreate_v2") ||
         !find_function(&b->destroy, b->library, "cublasDestroy_v2") ||
@@ -3924,12 +3936,13 @@ static int open_blas(Gpu *gpu, qlora_error *err) {
         !find_function(&b->set_workspace, b->library, "cublasSetWorkspace_v2") ||
         !find_function(&b->set_math, b->library, "cublasSetMathMode") ||
         !find_function(&b->gemm, b->library, "cublasGemmEx"))
-        return open_fail(err, "GPU: libcublas lacks a function that CUDA 11 has; install a newer one");
+        return open_fail(err, "GPU: libcublas lacks a function of CUDA 11; install a newer one");
     if (b->create(&gpu->handle) != CUBLAS_STATUS_SUCCESS) {
         gpu->handle = NULL;
         return open_fail(err, "GPU: cuBLAS did not start; is its version too new for the driver?");
     }
-    // Sums of a product that is split are joined in float32 too; the workspace comes after the stream.
+    // Sums of a product that is split are joined in float32 too. Setting the stream resets the
+    // workspace, so that comes after it.
     if (b->set_stream(gpu->handle, gpu->stream) != CUBLAS_STATUS_SUCCESS ||
         b->set_workspace(gpu->handle, gpu->workspace, BLAS_BYTES) != CUBLAS_STATUS_SUCCESS ||
         b->set_math(gpu->handle, CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION) !=
@@ -4042,7 +4055,8 @@ int qlora_cuda_open(Device *dev, int number, qlora_compute compute, char *name, 
     gpu->shared_limit = card.sharedMemPerBlockOptin;
     gpu->matrix_units = card.major >= 8;
     open_resources(gpu);
-    int bad = gpu->failed ? open_fail(err, "GPU %d: %s", number, gpu->message) : open_blas(gpu, err);
+    int bad = gpu->failed ? open_fail(err, "GPU %d: %s", number, gpu->message)
+                          : open_blas(gpu, err);
     if (bad) {
         close_resources(gpu);
         dev->allocator->release(dev->allocator->user, gpu, sizeof *gpu);

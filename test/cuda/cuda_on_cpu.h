@@ -318,9 +318,13 @@ inline int n_idle;
 inline std::vector<std::pair<char *, size_t>> stacks;    // their mappings
 inline Fiber *came_from;
 
-// Tags are what ThreadSanitizer orders memory by. It keeps neighbours within 64 bytes together.
+// Tags are what ThreadSanitizer orders memory by. It keeps neighbours within 64 bytes together. Of
+// barriers and warps two in turn: a fast thread releases the next one's before a slow one has
+// acquired the last.
 struct alignas(64) Tag { char bytes[64]; };
-inline Tag barrier_tag[2], warp_tag[MAX_THREADS / 32][2], start_tag, end_tag;
+struct Tags { Tag barrier[2], warp[MAX_THREADS / 32][2]; };
+inline Tags *tags;              // of the block
+inline Tag start_tag, end_tag;
 
 [[noreturn]] inline void fiber_main();
 
@@ -330,17 +334,16 @@ inline void *map_memory(size_t bytes, int access) {
     return memory;
 }
 
-// Makes sure that n fibers are idle. With ThreadSanitizer a thread must not inherit a stack from
-// one that it is not ordered with, for the two would seem to race on it: threads of a block never
-// share, and unordered blocks get new stacks each.
+// Makes sure that n fibers are idle. With ThreadSanitizer blocks that are unordered get new ones
+// each: a fiber knows what it waited for in its block, and its stack is memory like any other.
 inline void make_fibers(int n) {
     int have = (int)fibers.size();
-    size_t bytes = (size_t)(n - have) * (STACK + PAGE);
     if (have < n) {
+        size_t bytes = (size_t)(n - have) * (STACK + PAGE);
         char *memory = (char *)map_memory(bytes, PROT_READ | PROT_WRITE);
         stacks.push_back({memory, bytes});
         for (int i = have; i < n; i++, memory += STACK + PAGE) {
-            mprotect(memory, PAGE, PROT_NONE);
+            if (!EMULATOR_TSAN) mprotect(memory, PAGE, PROT_NONE);
             Fiber *fiber = new Fiber();
             fiber->stack = memory + PAGE;
             fiber->stack_bytes = STACK - (size_t)i * 448 % PAGE;    // in different cache lines
@@ -359,8 +362,8 @@ inline void end_fibers() {
     for (Fiber *fiber : fibers) __tsan_destroy_fiber(fiber->tsan);
 #endif
     for (Fiber *fiber : fibers) delete fiber;
-    fibers.clear();
     for (auto &mapping : stacks) munmap(mapping.first, mapping.second);
+    fibers.clear();
     stacks.clear();
 }
 
@@ -496,7 +499,7 @@ EMULATOR_CODE inline void wait() {
     if (came_from == &host) host.stack = (char *)bottom, host.stack_bytes = bytes;
 #endif
     for (;;) {
-        if (!options.unordered) EMULATOR_ACQUIRE(&start_tag);
+        EMULATOR_ACQUIRE(&start_tag);
         block.launch->call();
         Thread *me = &block.thread[block.current];
         Fiber *mine = me->fiber;
@@ -537,8 +540,7 @@ EMULATOR_CODE inline int barrier(const char *what, int predicate, Place at) {
     if (block.current < 0) return report(at, "%s outside a kernel", what), 0;
     Thread *me = &block.thread[block.current];
     me->at = at, me->what = what, me->predicate = predicate, me->state = AT_BARRIER;
-    // Two tags in turn: a fast thread already releases the next barrier's.
-    Tag *tag = &barrier_tag[me->barriers++ & 1];
+    Tag *tag = &tags->barrier[me->barriers++ & 1];
     EMULATOR_RELEASE(tag);
     if (++block.at_barrier == block.threads) {
         block.count = block.at_barrier = 0;
@@ -727,7 +729,7 @@ inline int __all_sync(unsigned mask, int predicate, EMULATOR_HERE) {
 EMULATOR_CODE inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, EMULATOR_HERE) {
     using namespace emulator;
     if (block.current < 0) return report(at, "__syncwarp outside a kernel");
-    Tag *tag = &warp_tag[block.current / 32][block.thread[block.current].syncs++ & 1];
+    Tag *tag = &tags->warp[block.current / 32][block.thread[block.current].syncs++ & 1];
     EMULATOR_RELEASE(tag);
     emulate_warp<unsigned, int>("__syncwarp", mask, 0, vote_lanes, at);
     EMULATOR_ACQUIRE(tag);
@@ -890,9 +892,10 @@ EMULATOR_CODE inline void emulated_cp_async_wait(int pending) { emulator::finish
 namespace emulator {
 
 EMULATOR_CODE inline void run_block() {
-    bool alone = EMULATOR_TSAN && options.unordered;        // shares no memory with other blocks
     if (!shared_memory_base) {
-        shared_memory_base = (char *)map_memory(SHARED_SPAN, PROT_READ | PROT_WRITE);
+        size_t bytes = SHARED_SPAN + sizeof(Tags);
+        shared_memory_base = (char *)map_memory(bytes, PROT_READ | PROT_WRITE);
+        tags = (Tags *)(shared_memory_base + SHARED_SPAN);
         shared_used = SHARED_SPAN - BORDER;     // not 0xFF yet
     }
     begin_shared();
@@ -908,13 +911,13 @@ EMULATOR_CODE inline void run_block() {
         thread->n_copies = 0, thread->group = 0;
     }
     new_pass();
-    if (!options.unordered) EMULATOR_RELEASE(&start_tag);
+    EMULATOR_RELEASE(&start_tag);
     go(&host, become(pick(), nullptr), false);
     if (fault == cudaSuccess) end_shared();
     else for (Fiber *fiber : fibers) allow(fiber->stack, STACK);    // some will never return
-    if (alone) {
+    if (EMULATOR_TSAN && options.unordered) {   // the next block shares no memory with this one
         end_fibers();
-        munmap(shared_memory_base, SHARED_SPAN);
+        munmap(shared_memory_base, SHARED_SPAN + sizeof(Tags));
         shared_memory_base = nullptr;
     }
 }
