@@ -110,6 +110,8 @@ inline cudaError_t check_stream(cudaStream_t s, Place at) {
 
 // Does the ops of a stream until `count` are done, and before each what it must come after.
 inline void run_until(CUstream_st *s, size_t count) {
+    if (s->done >= count) return;
+    DeviceWork work;            // once for all ops
     while (s->done < count && !s->queue.empty()) {
         EmulatedOp op = std::move(s->queue.front());
         s->queue.pop_front();
