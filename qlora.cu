@@ -1996,22 +1996,16 @@ struct RowTerms {
 // What all kernels here are given. Tensors as in the op table; those not needed are NULL.
 template <typename Act> struct Attention {
     Act *out, *dq, *dk, *dv;
-    const Act *q, *k, *v, *dout, *attended;     // attended: out, in the backward pass
+    const Act *q, *k, *v, *dout;
     float *lse;                         // (T, H)
     RowTerms *terms;                    // (H, T)
     float *parts;                       // (n_spans, H, splits, 2 + hd) of decode: max, sum, out
     const Span *spans;
-    size_t T;
-    unsigned n_spans, H, G, hd;
+    size_t T, q_stride, k_stride;       // values from one row to the next: H hd and G hd
+    unsigned n_spans, H, G, shared, hd; // shared: query heads of a group
     int window;                         // at least 1; all keys: at least as many as there are
     float scale;                        // > 0
     bool pieces;                        // every head's row begins at a multiple of 16 bytes
-};
-
-// One sequence: rows q0 .. and k0 .. of the tensors. `before` keys precede the first query's own.
-struct Stretch {
-    size_t q0, k0;
-    int nq, nk, before;
 };
 
 // Query i sees the keys from first_key to end_key-1, as in chapter 3, `own` being before + i.
@@ -2027,28 +2021,31 @@ __device__ __forceinline__ bool all_seen(int own, int n, int j, int keys, int wi
     return first_key(own + n - 1, window) <= j && j + keys <= end_key(own);
 }
 
-// What unit number `index` of a grid is about: `tile` of `tiles`, then head of `heads`, then span,
-// so that units which run together share a head's keys in the cache.
+// What unit number `index` of a grid is about: `tile` of `tiles`, then part of `parts` of a head,
+// head of `heads`, span; so units which run together share a head's keys in the cache.
 struct Unit {
-    Stretch s;
-    unsigned span, head, tile;
+    size_t q0, k0;                      // the sequence: rows q0 .. and k0 .. of the tensors
+    int nq, nk, before;                 // `before` keys precede the first query's own
+    int tile;
+    unsigned part, head, span;
     bool exists;
 };
 
 template <typename Act>
 __device__ __forceinline__ Unit unit_number(const Attention<Act> &a, size_t index, unsigned tiles,
-                                            unsigned heads) {
+                                            unsigned heads, unsigned parts = 1) {
     Unit u;
-    u.tile = (unsigned)(index % tiles);
-    u.head = (unsigned)(index / tiles % heads);
-    u.span = (unsigned)(index / tiles / heads);
+    u.tile = (int)(index % tiles);
+    u.part = (unsigned)(index / tiles % parts);
+    u.head = (unsigned)(index / tiles / parts % heads);
+    u.span = (unsigned)(index / tiles / parts / heads);
     u.exists = u.span < a.n_spans;
     Span span = a.spans[u.exists ? u.span : 0];
-    u.s.q0 = span.q0;
-    u.s.k0 = span.k0;
-    u.s.nq = (int)span.nq;
-    u.s.nk = (int)span.nk;
-    u.s.before = u.s.nk - u.s.nq;
+    u.q0 = span.q0;
+    u.k0 = span.k0;
+    u.nq = (int)span.nq;
+    u.nk = (int)span.nk;
+    u.before = u.nk - u.nq;
     return u;
 }
 
@@ -2099,7 +2096,7 @@ __device__ __forceinline__ unsigned place(unsigned row, unsigned column) {
 // Begins to copy the first `real` rows of a head, `stride` elements apart, to a tile; what is
 // beyond them and beyond hd becomes zero.
 template <int HD>
-__device__ __forceinline__ void copy_tile(bf16 *tile, const bf16 *from, unsigned stride,
+__device__ __forceinline__ void copy_tile(bf16 *tile, const bf16 *from, size_t stride,
                                           unsigned rows, int real, unsigned hd) {
     constexpr unsigned pieces = HD / 8;
     unsigned row = threadIdx.x / pieces, column = threadIdx.x % pieces * 8;
@@ -2108,8 +2105,8 @@ __device__ __forceinline__ void copy_tile(bf16 *tile, const bf16 *from, unsigned
 #pragma unroll 1
     for (; row < rows; row += step) {
         bool there = (int)row < real && column < hd;
-        copy_async(tile + place<HD>(row, column), from + (there ? row * stride + column : 0),
-                   there ? 16 : 0);
+        unsigned at = there ? row * (unsigned)stride + column : 0;
+        copy_async(tile + place<HD>(row, column), from + at, there ? 16 : 0);
     }
 }
 
@@ -2174,14 +2171,11 @@ template <int M, int N>
 __device__ __forceinline__ void hide_unseen(float s[M][N / 8][4], int low, int window) {
     int lane = lane_number();
 #pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int n = 0; n < N / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int row = 16 * m + lane / 4 + e / 2 * 8, column = 8 * n + lane % 4 * 2 + e % 2;
-                if (column < low + row || column >= low + row + window) s[m][n][e] = -INFINITY;
-            }
+    for (int i = 0; i < M * N / 2; i++) {
+        int m = i / (N / 2), n = i / 4 % (N / 8), e = i % 4;
+        int row = 16 * m + lane / 4 + e / 2 * 8, column = 8 * n + lane % 4 * 2 + e % 2;
+        if (column < low + row || column >= low + row + window) s[m][n][e] = -INFINITY;
+    }
 }
 
 // The scores s of some more keys become p = 2^(scale2 (s - max)); when the maximum of a row grows,
@@ -2214,26 +2208,23 @@ __device__ __forceinline__ void softmax_step(float s[N / 8][4], float o[HD / 8][
 // Writes a warp's rows of x, each times a factor, to those rows of a head that exist: by way of the
 // warp's own rows of a tile that is not needed any more, so that it can be 16 bytes at a time.
 template <int HD, int M>
-__device__ __forceinline__ void store_rows(bf16 *to, unsigned stride, bf16 *tile, int row, int real,
+__device__ __forceinline__ void store_rows(bf16 *to, size_t stride, bf16 *tile, int row, int real,
                                            unsigned hd, const float x[M][HD / 8][4],
                                            const float factor[M][2]) {
     int lane = lane_number();
     __syncwarp();
 #pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int d = 0; d < HD; d += 8)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float *pair = x[m][d / 8] + 2 * half;
-                int at = place<HD>(row + 16 * m + lane / 4 + 8 * half, d) + lane % 4 * 2;
-                store4(tile + at, pack_bf16(pair[0] * factor[m][half], pair[1] * factor[m][half]));
-            }
+    for (int i = 0; i < M * HD / 4; i++) {
+        int m = i / (HD / 4), d = i / 2 % (HD / 8), half = i % 2;
+        float by = factor[m][half], low = x[m][d][2 * half] * by, high = x[m][d][2 * half + 1] * by;
+        int at = place<HD>(row + 16 * m + lane / 4 + 8 * half, 8 * d) + lane % 4 * 2;
+        store4(tile + at, pack_bf16(low, high));
+    }
     __syncwarp();
     for (int i = lane; i < 2 * M * HD; i += WARP) {
         int at = row + i / (HD / 8), column = i % (HD / 8) * 8;
         if (at < real && column < (int)hd)
-            store16(to + (size_t)at * stride + column, load16(tile + place<HD>(at, column)));
+            store16(to + at * stride + column, load16(tile + place<HD>(at, column)));
     }
 }
 
@@ -2249,38 +2240,35 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_forward_tiles(Att
     extern __shared__ unsigned char shared_memory[];
     int lane = lane_number(), row = warp_number() * 16 * M;
     int rows = (int)blockDim.x / WARP * 16 * M;
-    unsigned hd = a.hd;
     Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.H);
-    const Stretch &t = u.s;
-    int i = (tiles - 1 - (int)u.tile) * rows, left = t.nq - i;  // first query of the block
+    int i = (tiles - 1 - u.tile) * rows, left = u.nq - i;  // first query of the block
     if (left <= 0) return;
 
     bf16 *k = (bf16 *)shared_memory, *v = k + N * HD, *q = v + N * HD;
-    unsigned q_stride = a.H * a.hd, k_stride = a.G * a.hd;
-    size_t at = (t.q0 + i) * a.H + u.head;                      // of the first row, in (T, H)
-    size_t k_at = (t.k0 * a.G + u.head / (a.H / a.G)) * a.hd;
-    int own = t.before + i, end = min(end_key(own + rows - 1), t.nk);
+    size_t at = (u.q0 + i) * a.H + u.head;                      // of the first row, in (T, H)
+    size_t k_at = u.k0 * a.k_stride + u.head / a.shared * a.hd;
+    int own = u.before + i, end = min(end_key(own + rows - 1), u.nk);
     int j = first_key(own, a.window) / N * N;
     own = row < left ? own + row : -end;                        // of the warp's first query, if any
 
     float o[M][HD / 8][4] = {}, s[M][N / 8][4], largest[M][2], sum[M][2] = {};
     for (int m = 0; m < M; m++) largest[m][0] = largest[m][1] = -INFINITY;
     float scale2 = a.scale * LOG2_E;
-    copy_tile<HD>(q, a.q + at * a.hd, q_stride, rows, left, hd);
-    k_at += (size_t)j * k_stride;
-    copy_tile<HD>(k, a.k + k_at, k_stride, N, end - j, hd);
+    copy_tile<HD>(q, a.q + at * a.hd, a.q_stride, rows, left, a.hd);
+    k_at += j * a.k_stride;
+    copy_tile<HD>(k, a.k + k_at, a.k_stride, N, end - j, a.hd);
     copy_commit();
     for (; j < end; j += N) {
         bool busy = any_seen(own, 16 * M, j, N, a.window);      // the same in a whole warp
         copy_wait<0>();
         __syncthreads();                        // k is there, and v is no longer needed
-        copy_tile<HD>(v, a.v + k_at, k_stride, N, end - j, hd);
+        copy_tile<HD>(v, a.v + k_at, a.k_stride, N, end - j, a.hd);
         copy_commit();
         if (busy) multiply_rows<HD, M, N>(s, q, row, k);        // 1
         copy_wait<0>();
         __syncthreads();                        // v is there, and k is no longer needed
-        k_at += (size_t)N * k_stride;
-        if (j + N < end) copy_tile<HD>(k, a.k + k_at, k_stride, N, end - j - N, hd);
+        k_at += N * a.k_stride;
+        if (j + N < end) copy_tile<HD>(k, a.k + k_at, a.k_stride, N, end - j - N, a.hd);
         copy_commit();
         if (busy) {
             if (!all_seen(own, 16 * M, j, N, a.window))
@@ -2304,7 +2292,7 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_forward_tiles(Att
             if (lane % 4 == 0 && r < left)
                 a.lse[at + (size_t)r * a.H] = largest[m][half] * a.scale + logf(total);
         }
-    store_rows<HD, M>(a.out + at * a.hd, q_stride, q, row, left, hd, o, sum);
+    store_rows<HD, M>(a.out + at * a.hd, a.q_stride, q, row, left, a.hd, o, sum);
 }
 
 // With p_j = exp(s_j - lse):
@@ -2320,8 +2308,8 @@ template <typename Act> __global__ void attention_row_terms(Attention<Act> a) {
     if (t >= a.T) return;
     float sum = 0;
     for (size_t d = lane; d < a.hd; d += WARP)
-        sum = fmaf(to_float(a.dout[index * a.hd + d]), to_float(a.attended[index * a.hd + d]), sum);
-    sum = sum_lanes(sum, WARP);
+        sum = fmaf(to_float(a.dout[index * a.hd + d]), to_float(a.out[index * a.hd + d]), sum);
+    sum = warp_sum(sum);
     if (lane == 0) {
         RowTerms terms = {a.lse[index] * LOG2_E, sum};
         a.terms[index % a.H * a.T + t] = terms;
@@ -2342,27 +2330,24 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_keys(Att
     extern __shared__ unsigned char shared_memory[];
     int lane = lane_number(), row = warp_number() * 16;
     int keys = (int)blockDim.x / WARP * 16;
-    unsigned hd = a.hd;
     Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.G);
-    const Stretch &t = u.s;
-    int j = (int)u.tile * keys;
-    if (j >= t.nk) return;
+    int j = u.tile * keys;
+    if (j >= u.nk) return;
 
     bf16 *q = (bf16 *)shared_memory, *dout = q + 2 * M * HD;    // (2, M, HD)
     RowTerms *terms = (RowTerms *)(dout + 2 * M * HD), mine = {INFINITY, 0};    // (2, M)
     bf16 *k = (bf16 *)(terms + 2 * M), *v = k + keys * HD;
-    unsigned k_stride = a.G * a.hd, q_stride = a.H * a.hd;
-    size_t k_at = (t.k0 + j) * k_stride + u.head * a.hd;
+    size_t k_at = (u.k0 + j) * a.k_stride + u.head * a.hd;
     // The last query that sees a key is `before` + window - 1 places after it.
-    int first = max(j - t.before, 0) / M * M;
-    int end = min(t.nq, min(j + keys, t.nk) - 1 - t.before + a.window);
+    int first = max(j - u.before, 0) / M * M;
+    int end = min(u.nq, min(j + keys, u.nk) - 1 - u.before + a.window);
     int tiles_of_head = end > first ? (end - first + M - 1) / M : 0;
-    int steps = tiles_of_head * (int)(a.H / a.G);
+    int steps = tiles_of_head * (int)a.shared;
 
     float dk[1][HD / 8][4] = {}, dv[1][HD / 8][4] = {}, scale2 = a.scale * LOG2_E;
     if (steps) {
-        copy_tile<HD>(k, a.k + k_at, k_stride, keys, t.nk - j, hd);
-        copy_tile<HD>(v, a.v + k_at, k_stride, keys, t.nk - j, hd);
+        copy_tile<HD>(k, a.k + k_at, a.k_stride, keys, u.nk - j, a.hd);
+        copy_tile<HD>(v, a.v + k_at, a.k_stride, keys, u.nk - j, a.hd);
     }
     for (int step = -1; step < steps; step++) {
         int buffer = step % 2 * M, i = first;
@@ -2373,18 +2358,18 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_keys(Att
             __syncthreads();                    // this step's are there, the last step's not needed
         }
         if (step + 1 < steps) {                 // the next step's
-            unsigned head = u.head * (a.H / a.G) + (unsigned)((step + 1) / tiles_of_head);
+            unsigned head = u.head * a.shared + (unsigned)((step + 1) / tiles_of_head);
             int next = first + (step + 1) % tiles_of_head * M, to = (step + 1) % 2 * M * HD;
-            size_t at = (t.q0 + next) * q_stride + head * a.hd;
-            copy_tile<HD>(q + to, a.q + at, q_stride, M, t.nq - next, hd);
-            copy_tile<HD>(dout + to, a.dout + at, q_stride, M, t.nq - next, hd);
+            size_t at = (u.q0 + next) * a.q_stride + head * a.hd;
+            copy_tile<HD>(q + to, a.q + at, a.q_stride, M, u.nq - next, a.hd);
+            copy_tile<HD>(dout + to, a.dout + at, a.q_stride, M, u.nq - next, a.hd);
             copy_commit();
             next += (int)threadIdx.x;
             mine.lse2 = INFINITY;               // those beyond the last query get p = 2^-inf
             mine.expected = 0;
-            if (threadIdx.x < M && next < t.nq) mine = a.terms[head * a.T + t.q0 + next];
+            if (threadIdx.x < M && next < u.nq) mine = a.terms[head * a.T + u.q0 + next];
         }
-        int own = t.before + i;
+        int own = u.before + i;
         if (step < 0 || !any_seen(own, M, j + row, 16, a.window)) continue; // all lanes or none
 
         float p[1][M / 8][4], ds[1][M / 8][4];
@@ -2410,8 +2395,8 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_keys(Att
         }
     }
     const float one[1][2] = {{1, 1}}, scale[1][2] = {{a.scale, a.scale}};
-    if (make_dv) store_rows<HD, 1>(a.dv + k_at, k_stride, v, row, t.nk - j, hd, dv, one);
-    if (make_dk) store_rows<HD, 1>(a.dk + k_at, k_stride, k, row, t.nk - j, hd, dk, scale);
+    if (make_dv) store_rows<HD, 1>(a.dv + k_at, a.k_stride, v, row, u.nk - j, a.hd, dv, one);
+    if (make_dk) store_rows<HD, 1>(a.dk + k_at, a.k_stride, k, row, u.nk - j, a.hd, dk, scale);
 }
 
 // dq of a block of queries of one head, 16 M for each warp, in registers, while keys pass by: a
@@ -2424,18 +2409,15 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_queries(
     extern __shared__ unsigned char shared_memory[];
     int lane = lane_number(), row = warp_number() * 16 * M;
     int rows = (int)blockDim.x / WARP * 16 * M;
-    unsigned hd = a.hd;
     Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.H);
-    const Stretch &t = u.s;
-    int i = (tiles - 1 - (int)u.tile) * rows, left = t.nq - i;
+    int i = (tiles - 1 - u.tile) * rows, left = u.nq - i;
     if (left <= 0) return;
 
     bf16 *k = (bf16 *)shared_memory, *v = k + 2 * N * HD;       // (2, N, HD)
     bf16 *q = v + 2 * N * HD, *dout = q + rows * HD;
-    unsigned q_stride = a.H * a.hd, k_stride = a.G * a.hd;
-    size_t q_at = ((t.q0 + i) * a.H + u.head) * a.hd;
-    size_t k_at = (t.k0 * a.G + u.head / (a.H / a.G)) * a.hd;
-    int own = t.before + i, end = min(end_key(own + rows - 1), t.nk);
+    size_t q_at = ((u.q0 + i) * a.H + u.head) * a.hd;
+    size_t k_at = u.k0 * a.k_stride + u.head / a.shared * a.hd;
+    int own = u.before + i, end = min(end_key(own + rows - 1), u.nk);
     int first = first_key(own, a.window) / N * N;
     own = row < left ? own + row : -end;                        // of the warp's first query, if any
 
@@ -2446,20 +2428,20 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_queries(
             int r = row + 16 * m + lane / 4 + 8 * half;
             terms[m][half].lse2 = INFINITY;
             terms[m][half].expected = 0;
-            if (r < left) terms[m][half] = a.terms[u.head * a.T + t.q0 + i + r];
+            if (r < left) terms[m][half] = a.terms[u.head * a.T + u.q0 + i + r];
         }
-    copy_tile<HD>(q, a.q + q_at, q_stride, rows, left, hd);
-    copy_tile<HD>(dout, a.dout + q_at, q_stride, rows, left, hd);
+    copy_tile<HD>(q, a.q + q_at, a.q_stride, rows, left, a.hd);
+    copy_tile<HD>(dout, a.dout + q_at, a.q_stride, rows, left, a.hd);
     for (int j = first - N, buffer = 1; j < end; j += N, buffer ^= 1) {
         if (j >= first) {
             copy_wait<0>();
             __syncthreads();                    // this step's are there, the last step's not needed
         }
         if (j + N < end) {                      // the next step's
-            size_t at = k_at + (size_t)(j + N) * k_stride;
+            size_t at = k_at + (j + N) * a.k_stride;
             int to = (buffer ^ 1) * N * HD;
-            copy_tile<HD>(k + to, a.k + at, k_stride, N, t.nk - j - N, hd);
-            copy_tile<HD>(v + to, a.v + at, k_stride, N, t.nk - j - N, hd);
+            copy_tile<HD>(k + to, a.k + at, a.k_stride, N, u.nk - j - N, a.hd);
+            copy_tile<HD>(v + to, a.v + at, a.k_stride, N, u.nk - j - N, a.hd);
             copy_commit();
         }
         if (j < first || !any_seen(own, 16 * M, j, N, a.window)) continue;  // all lanes or none
@@ -2485,7 +2467,7 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_queries(
     }
     float scale[M][2];
     for (int m = 0; m < M; m++) scale[m][0] = scale[m][1] = a.scale;
-    store_rows<HD, M>(a.dq + q_at, q_stride, q, row, left, hd, dq, scale);
+    store_rows<HD, M>(a.dq + q_at, a.q_stride, q, row, left, a.hd, dq, scale);
 }
 
 // ------------------------------------------------------------------------------------------- rows
@@ -2517,6 +2499,14 @@ __device__ __forceinline__ float dot_rows(const Act *a, const Act *b, const Atte
     return sum;
 }
 
+// p and scale ds of the query and the key that begin there.
+template <typename Act>
+__device__ __forceinline__ void pair_terms(const Attention<Act> &a, size_t query, size_t key,
+                                           float lse, float expected, float *p, float *ds) {
+    *p = expf(a.scale * dot_rows(a.q + query, a.k + key, a) - lse);
+    *ds = a.scale * *p * (dot_rows(a.dout + query, a.v + key, a) - expected);
+}
+
 // sum (this lane's columns) += weight row
 template <typename Act>
 __device__ __forceinline__ void add_row(float sum[LANE_COLUMNS], float weight, const Act *row,
@@ -2534,96 +2524,70 @@ __device__ __forceinline__ void store_row(Act *row, const float x[LANE_COLUMNS],
         if (column < hd) from_float(row + column, x[c] * factor);
 }
 
-// The number of this warp in the grid.
-__device__ __forceinline__ size_t grid_warp() {
-    return ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+// What this warp is about: n rows of `heads` heads at most, a tile being a row.
+template <typename Act>
+__device__ __forceinline__ Unit row_of_warp(const Attention<Act> &a, unsigned n, unsigned heads) {
+    size_t warp = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    return unit_number(a, warp, n, heads, (a.hd + ROW_COLUMNS - 1) / ROW_COLUMNS);
 }
 
-// attention_forward of a query in one head.
-template <typename Act>
-__global__ void attention_forward_rows(Attention<Act> a, unsigned most_queries) {
-    unsigned parts = (a.hd + ROW_COLUMNS - 1) / ROW_COLUMNS, hd = a.hd;
-    Unit u = unit_number(a, grid_warp(), most_queries, a.H * parts);
-    const Stretch &t = u.s;
-    int lane = lane_number(), i = (int)u.tile;
-    if (!u.exists || i >= t.nq) return;
-    unsigned head = u.head / parts, column = u.head % parts * ROW_COLUMNS + (unsigned)lane;
-    size_t at = (t.q0 + i) * a.H + head, k_stride = (size_t)a.G * hd;
-    size_t k_at = (t.k0 * a.G + head / (a.H / a.G)) * hd;
-    float out[LANE_COLUMNS] = {}, largest = -INFINITY, sum = 0;
-    int end = end_key(t.before + i);
-    for (int j = first_key(t.before + i, a.window); j < end; j += WARP) {
+// attention_forward of a query in one head, or its dq.
+template <typename Act, bool backward>
+__global__ void attention_query_rows(Attention<Act> a, unsigned most_queries) {
+    Unit u = row_of_warp(a, most_queries, a.H);
+    if (!u.exists || u.tile >= u.nq) return;
+    int lane = lane_number(), own = u.before + u.tile, end = end_key(own);
+    unsigned column = u.part * ROW_COLUMNS + (unsigned)lane, hd = a.hd;
+    size_t t = u.q0 + u.tile, at = t * a.H + u.head, query = at * hd;
+    size_t k_at = u.k0 * a.k_stride + u.head / a.shared * hd;
+    const Act *added = (backward ? a.k : a.v) + k_at;
+    float x[LANE_COLUMNS] = {}, largest = -INFINITY, sum = 0;   // x: out or dq
+    float lse = backward ? a.lse[at] : 0;
+    float expected = backward ? a.terms[u.head * a.T + t].expected : 0;
+    for (int j = first_key(own, a.window); j < end; j += WARP) {
         int n = min((int)WARP, end - j);
-        float s = -INFINITY;                                                    // 1
-        if (lane < n) s = a.scale * dot_rows(a.q + at * hd, a.k + k_at + (j + lane) * k_stride, a);
-        float now = max_lanes(fmaxf(largest, s), WARP), base = exp_base(now);
-        float shrink = expf(largest - base), p = expf(s - base);                // 2
-        largest = now;
-        sum = fmaf(sum, shrink, sum_lanes(p, WARP));
+        size_t key = k_at + (j + lane) * a.k_stride;
+        float p = 0, weight = 0;
+        if (!backward) {
+            float s = lane < n ? a.scale * dot_rows(a.q + query, a.k + key, a) : -INFINITY; // 1
+            float now = max_lanes(fmaxf(largest, s), WARP), base = exp_base(now);
+            float shrink = expf(largest - base);
+            largest = now;
+            weight = expf(s - base);                                                        // 2
+            sum = fmaf(sum, shrink, sum_lanes(weight, WARP));
 #pragma unroll
-        for (int c = 0; c < LANE_COLUMNS; c++) out[c] *= shrink;
-        for (int k = 0; k < n; k++)                                             // 3
-            add_row(out, __shfl_sync(0xFFFFFFFFu, p, k), a.v + k_at + (j + k) * k_stride, column,
+            for (int c = 0; c < LANE_COLUMNS; c++) x[c] *= shrink;
+        } else if (lane < n) pair_terms(a, query, key, lse, expected, &p, &weight);
+        for (int k = 0; k < n; k++)                                                         // 3
+            add_row(x, __shfl_sync(0xFFFFFFFFu, weight, k), added + (j + k) * a.k_stride, column,
                     hd);
     }
-    store_row(a.out + at * hd, out, 1 / sum, column, hd);
-    if (u.head % parts == 0 && lane == 0) a.lse[at] = largest + logf(sum);
-}
-
-// dq of a query in one head.
-template <typename Act>
-__global__ void attention_backward_query_rows(Attention<Act> a, unsigned most_queries) {
-    unsigned parts = (a.hd + ROW_COLUMNS - 1) / ROW_COLUMNS, hd = a.hd;
-    Unit u = unit_number(a, grid_warp(), most_queries, a.H * parts);
-    const Stretch &t = u.s;
-    int lane = lane_number(), i = (int)u.tile;
-    if (!u.exists || i >= t.nq) return;
-    unsigned head = u.head / parts, column = u.head % parts * ROW_COLUMNS + (unsigned)lane;
-    size_t at = (t.q0 + i) * a.H + head, k_stride = (size_t)a.G * hd;
-    size_t k_at = (t.k0 * a.G + head / (a.H / a.G)) * hd;
-    float dq[LANE_COLUMNS] = {}, expected = a.terms[head * a.T + t.q0 + i].expected;
-    int end = end_key(t.before + i);
-    for (int j = first_key(t.before + i, a.window); j < end; j += WARP) {
-        int n = min((int)WARP, end - j);
-        float ds = 0;
-        if (lane < n) {
-            size_t key = k_at + (j + lane) * k_stride;
-            float p = expf(a.scale * dot_rows(a.q + at * hd, a.k + key, a) - a.lse[at]);
-            ds = a.scale * p * (dot_rows(a.dout + at * hd, a.v + key, a) - expected);
-        }
-        for (int k = 0; k < n; k++)
-            add_row(dq, __shfl_sync(0xFFFFFFFFu, ds, k), a.k + k_at + (j + k) * k_stride, column,
-                    hd);
-    }
-    store_row(a.dq + at * hd, dq, 1, column, hd);
+    store_row((backward ? a.dq : a.out) + query, x, backward ? 1 : 1 / sum, column, hd);
+    if (!backward && u.part == 0 && lane == 0) a.lse[at] = largest + logf(sum);
 }
 
 // dk and dv of a key in one group.
 template <typename Act>
-__global__ void attention_backward_key_rows(Attention<Act> a, unsigned most_keys) {
-    unsigned parts = (a.hd + ROW_COLUMNS - 1) / ROW_COLUMNS, hd = a.hd, shared = a.H / a.G;
-    Unit u = unit_number(a, grid_warp(), most_keys, a.G * parts);
-    const Stretch &t = u.s;
-    int lane = lane_number(), j = (int)u.tile;
-    if (!u.exists || j >= t.nk) return;
-    unsigned group = u.head / parts, column = u.head % parts * ROW_COLUMNS + (unsigned)lane;
-    size_t key = ((t.k0 + j) * a.G + group) * hd;
+__global__ void attention_key_rows(Attention<Act> a, unsigned most_keys) {
+    Unit u = row_of_warp(a, most_keys, a.G);
+    if (!u.exists || u.tile >= u.nk) return;
+    int lane = lane_number(), first = max(u.tile - u.before, 0);
+    int end = min(u.nq, u.tile - u.before + a.window);
+    unsigned column = u.part * ROW_COLUMNS + (unsigned)lane, hd = a.hd;
+    size_t key = (u.k0 + u.tile) * a.k_stride + u.head * hd;
     float dk[LANE_COLUMNS] = {}, dv[LANE_COLUMNS] = {};
-    int first = max(j - t.before, 0), end = min(t.nq, j - t.before + a.window);
-    for (unsigned head = group * shared; head < (group + 1) * shared; head++)
+    for (unsigned head = u.head * a.shared; head < (u.head + 1) * a.shared; head++)
         for (int i = first; i < end; i += WARP) {
             int n = min((int)WARP, end - i);
+            size_t t = u.q0 + i + lane, query = u.q0 * a.q_stride + head * hd;
             float p = 0, ds = 0;
-            if (lane < n) {
-                size_t query = (t.q0 + i + lane) * a.H + head;
-                float expected = a.terms[head * a.T + t.q0 + i + lane].expected;
-                p = expf(a.scale * dot_rows(a.q + query * hd, a.k + key, a) - a.lse[query]);
-                ds = a.scale * p * (dot_rows(a.dout + query * hd, a.v + key, a) - expected);
-            }
+            if (lane < n)
+                pair_terms(a, query + (i + lane) * a.q_stride, key, a.lse[t * a.H + head],
+                           a.terms[head * a.T + t].expected, &p, &ds);
             for (int k = 0; k < n; k++) {
-                size_t query = ((t.q0 + i + k) * a.H + head) * hd;
-                add_row(dv, __shfl_sync(0xFFFFFFFFu, p, k), a.dout + query, column, hd);
-                add_row(dk, __shfl_sync(0xFFFFFFFFu, ds, k), a.q + query, column, hd);
+                size_t at = query + (i + k) * a.q_stride;
+                add_row(dv, __shfl_sync(0xFFFFFFFFu, p, k), a.dout + at, column, hd);
+                add_row(dk, __shfl_sync(0xFFFFFFFFu, ds, k), a.q + at, column, hd);
             }
         }
     store_row(a.dk + key, dk, 1, column, hd);
@@ -2635,16 +2599,9 @@ __global__ void attention_backward_key_rows(Attention<Act> a, unsigned most_keys
 // One query in each sequence. Every grid is as the batch's most_keys would have it, whatever the
 // spans hold when it runs, so that a recorded step stays right while the cache grows.
 
-// The keys of a sequence's only query are begin .. end-1; a split takes `each` of them, at least
-// `least`.
-struct Share { int begin, end, each; };
-
-__device__ __forceinline__ Share share_keys(const Stretch &t, int window, int splits, int least) {
-    Share s;
-    s.begin = first_key(t.before, window);
-    s.end = end_key(t.before);
-    s.each = max((s.end - s.begin + splits - 1) / splits, least);
-    return s;
+// Keys of a split of those that a sequence's only query sees: `least` or more.
+__device__ __forceinline__ int keys_of_split(int own, int window, int splits, int least) {
+    return max((end_key(own) - first_key(own, window) + splits - 1) / splits, least);
 }
 
 // A row's lanes, eight columns each, are the next power of two. hd <= 256.
@@ -2659,6 +2616,21 @@ template <typename Act, int R> __host__ __device__ constexpr int keys_of_team() 
     return R * sizeof(Act) > 8 ? 2 : 4;
 }
 
+// Entry c of n parts (maximum, sum, out) together, which lie `width` apart; their maximum and sum.
+__device__ __forceinline__ float join_parts(const float *parts, int n, int width, int c,
+                                            float *largest, float *sum) {
+    float top = -INFINITY, total = 0, x = 0;
+    for (int k = 0; k < n; k++) top = fmaxf(top, parts[k * width]);
+    for (int k = 0; k < n; k++) {
+        float weight = expf(parts[k * width] - exp_base(top));
+        total = fmaf(weight, parts[k * width + 1], total);
+        x = fmaf(weight, parts[k * width + c], x);
+    }
+    *largest = top;
+    *sum = total;
+    return x;
+}
+
 // out, maximum and sum of R query heads of one group, or fewer, over one share of the keys. A
 // block's threads form teams of row_lanes; a team takes keys of its own, each read once for all
 // heads, and keeps a softmax of its own; teams are joined at the end by way of shared memory.
@@ -2668,41 +2640,38 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_share(Attenti
                                                                          int splits, int least) {
     constexpr int B = keys_of_team<Act, R>();
     extern __shared__ unsigned char shared_memory[];
-    unsigned shared = a.H / a.G, chunks = (shared + R - 1) / R;
-    Unit u = unit_number(a, blockIdx.x, (unsigned)splits, a.G * chunks);
-    unsigned group = u.head / chunks, head = group * shared + u.head % chunks * R;
-    int heads = (int)min((unsigned)R, (group + 1) * shared - head), split = (int)u.tile;
+    Unit u = unit_number(a, blockIdx.x, (unsigned)splits, a.G, (a.shared + R - 1) / R);
+    unsigned head = u.head * a.shared + u.part * R;             // the first
+    int heads = (int)min((unsigned)R, (u.head + 1) * a.shared - head);
     int lanes = row_lanes(a.hd), teams = (int)blockDim.x / lanes, team = (int)threadIdx.x / lanes;
     unsigned column = threadIdx.x % (unsigned)lanes * 8;
-    Share share = share_keys(u.s, a.window, splits, least);
-    int j = share.begin + split * share.each, end = min(j + share.each, share.end);
-    if (u.s.nq == 0 || j >= end) return;
+    int each = keys_of_split(u.before, a.window, splits, least);
+    int j = first_key(u.before, a.window) + u.tile * each, end = min(j + each, end_key(u.before));
+    if (u.nq == 0 || j >= end) return;
 
     float q[R][8], out[R][8] = {}, largest[R], sum[R] = {};
 #pragma unroll
     for (int r = 0; r < R; r++) {
         largest[r] = -INFINITY;
-        load_piece(q[r], a.q + (u.s.q0 * a.H + head + (r < heads ? r : 0)) * a.hd, column, a.hd,
+        load_piece(q[r], a.q + (u.q0 * a.H + head + (r < heads ? r : 0)) * a.hd, column, a.hd,
                    a.pieces);
     }
-    size_t stride = (size_t)a.G * a.hd, at = u.s.k0 * stride + group * a.hd;
+    size_t at = u.k0 * a.k_stride + u.head * a.hd;
     for (; j < end; j += B * teams) {
         float k[B][8], v[B][8], s[B][R];
 #pragma unroll
         for (int b = 0; b < B; b++) {
             int key = j + b * teams + team;
             unsigned hd = key < end ? a.hd : 0;                 // 0: a row of zeros
-            load_piece(k[b], a.k + at + key * stride, column, hd, a.pieces);
-            load_piece(v[b], a.v + at + key * stride, column, hd, a.pieces);
+            load_piece(k[b], a.k + at + key * a.k_stride, column, hd, a.pieces);
+            load_piece(v[b], a.v + at + key * a.k_stride, column, hd, a.pieces);
         }
 #pragma unroll
-        for (int b = 0; b < B; b++)
+        for (int i = 0; i < B * R; i++) {
+            float &of = s[i / R][i % R] = 0;
 #pragma unroll
-            for (int r = 0; r < R; r++) {
-                s[b][r] = 0;
-#pragma unroll
-                for (int d = 0; d < 8; d++) s[b][r] = fmaf(q[r][d], k[b][d], s[b][r]);
-            }
+            for (int d = 0; d < 8; d++) of = fmaf(q[i % R][d], k[i / R][d], of);
+        }
         for (int lane = lanes / 2; lane; lane /= 2)
 #pragma unroll
             for (int i = 0; i < B * R; i++)
@@ -2729,8 +2698,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_share(Attenti
         }
     }
 
-    // all (teams, R, 2 + 8 lanes): maximum, sum, out
-    float *all = (float *)shared_memory;
+    float *all = (float *)shared_memory;        // (teams, R, 2 + 8 lanes): maximum, sum, out
     int width = 2 + 8 * lanes;
 #pragma unroll
     for (int r = 0; r < R; r++) {
@@ -2740,17 +2708,12 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_share(Attenti
         for (int d = 0; d < 8; d++) mine[2 + column + d] = out[r][d];
     }
     __syncthreads();
-    for (int i = (int)threadIdx.x; i < heads * (1 + (int)a.hd); i += (int)blockDim.x) {
-        int r = i / (1 + (int)a.hd), c = 1 + i % (1 + (int)a.hd);     // 1: the sum
-        float *part = a.parts + ((u.span * a.H + head + r) * (size_t)splits + split) * (2 + a.hd);
-        float top = -INFINITY, total = 0;
-        for (int k = 0; k < teams; k++) top = fmaxf(top, all[(k * R + r) * width]);
-        for (int k = 0; k < teams; k++) {
-            const float *of = all + (k * R + r) * width;
-            total = fmaf(expf(of[0] - exp_base(top)), of[c], total);
-        }
-        part[c] = total;
-        if (c == 1) part[0] = top;
+    for (int i = (int)threadIdx.x; i < heads * (int)a.hd; i += (int)blockDim.x) {
+        int r = i / (int)a.hd, c = 2 + i % (int)a.hd;
+        float *part = a.parts + ((u.span * a.H + head + r) * (size_t)splits + u.tile) * (2 + a.hd);
+        float top, total;
+        part[c] = join_parts(all + r * width, teams, R * width, c, &top, &total);
+        if (c == 2) part[0] = top, part[1] = total;
     }
 }
 
@@ -2758,20 +2721,13 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_share(Attenti
 template <typename Act>
 __global__ void attention_decode_join(Attention<Act> a, int splits, int least) {
     Unit u = unit_number(a, blockIdx.x, 1, a.H);
-    if (u.s.nq == 0) return;
-    Share share = share_keys(u.s, a.window, splits, least);
-    int used = (share.end - share.begin + share.each - 1) / share.each, width = 2 + (int)a.hd;
+    if (u.nq == 0) return;
+    int each = keys_of_split(u.before, a.window, splits, least), width = 2 + (int)a.hd;
+    int used = (end_key(u.before) - first_key(u.before, a.window) + each - 1) / each;
     const float *parts = a.parts + (u.span * a.H + u.head) * (size_t)splits * width;
-    size_t at = u.s.q0 * a.H + u.head;
-    float top = -INFINITY;
-    for (int k = 0; k < used; k++) top = fmaxf(top, parts[k * width]);
+    size_t at = u.q0 * a.H + u.head;
     for (int c = 2 + (int)threadIdx.x; c < width; c += (int)blockDim.x) {
-        float sum = 0, out = 0;
-        for (int k = 0; k < used; k++) {
-            float weight = expf(parts[k * width] - exp_base(top));
-            sum = fmaf(weight, parts[k * width + 1], sum);
-            out = fmaf(weight, parts[k * width + c], out);
-        }
+        float top, sum, out = join_parts(parts, used, width, c, &top, &sum);
         from_float(a.out + at * a.hd + (c - 2), out / sum);
         if (c == 2) a.lse[at] = top + logf(sum);
     }
@@ -2787,116 +2743,52 @@ static size_t attention_scratch(const OpSizes *s) {
     return max_size(terms, decode);
 }
 
-template <typename Act>
-static Attention<Act> attention_of(Device *dev, AttentionShape shape, const Batch *batch,
-                                   const void *q, const void *k, const void *v) {
-    Attention<Act> a = {};
-    a.q = (const Act *)q;
-    a.k = (const Act *)k;
-    a.v = (const Act *)v;
-    a.terms = (RowTerms *)dev->scratch;
-    a.parts = (float *)dev->scratch;
-    a.spans = batch->spans;
-    a.T = batch->T;
-    a.n_spans = (unsigned)batch->n_spans;
-    a.H = (unsigned)shape.H;
-    a.G = (unsigned)shape.G;
-    a.hd = (unsigned)shape.hd;
-    bool all = !shape.window || shape.window > batch->most_keys;
-    a.window = (int)(all ? batch->most_keys : shape.window);
-    a.scale = shape.scale;
-    a.pieces = shape.hd % 8 == 0 && ((uintptr_t)q | (uintptr_t)k | (uintptr_t)v) % 16 == 0;
-    return a;
-}
-
 // A grid has its blocks in x, where 2^31 - 1 fit; more than that are refused as none are.
 static unsigned grid_of(size_t blocks) { return blocks > 0x7FFFFFFF ? 0 : (unsigned)blocks; }
 
-// Rows of a block in which a warp has `each`: no more warps than n rows keep busy.
-static size_t tile_rows(size_t n, size_t each) {
-    return each * min_size(ceil_div(n, each), TILE_WARPS);
-}
-
-// Lets a kernel have more shared memory than 48 KB.
-static void allow_shared(Gpu *gpu, const void *kernel, size_t bytes) {
-    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         (int)bytes);
+// A kernel of `tiles`, a warp of which has `each` of the at most n rows of a sequence, in so many
+// heads; no more warps in a block than n rows keep busy. Shared memory: `bytes` for each of the
+// block's rows, and `more`; above 48 KB it has to be asked for.
+template <typename Kernel>
+static void launch_tiles(Gpu *gpu, const char *name, Kernel *kernel, const Attention<bf16> &a,
+                         size_t n, size_t each, size_t heads, size_t bytes, size_t more) {
+    size_t warps = min_size(ceil_div(n, each), TILE_WARPS), tiles = ceil_div(n, warps * each);
+    unsigned grid = grid_of(tiles * heads * a.n_spans), block = (unsigned)(warps * WARP);
+    bytes = bytes * warps * each + more;
+    cudaError_t e = cudaFuncSetAttribute(
+        (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     (void)cuda_failed(gpu, e, "shared memory of attention");
+    kernel<<<grid, block, bytes, gpu->stream>>>(a, (int)tiles);
+    launched(gpu, name);
 }
 
-// Whether the matrix units can do it; x, y and z are written.
-template <typename Act>
-static bool tiles_fit(const Gpu *gpu, const Attention<Act> &a, void *x, void *y, void *z) {
-    bool aligned = ((uintptr_t)x | (uintptr_t)y | (uintptr_t)z) % 16 == 0;
-    return sizeof(Act) == sizeof(bf16) && gpu->matrix_units && a.pieces && a.hd <= 256 && aligned;
-}
-
+// Takes the smallest tile that a head fits in.
 template <int HD>
-static void forward_tiles(Gpu *gpu, const Attention<bf16> &a, const Batch *batch) {
-    size_t rows = tile_rows(batch->most_queries, 16 * blocks_of_warp<HD>());
-    size_t tiles = ceil_div(batch->most_queries, rows);
-    size_t bytes = (rows + 2 * keys_of_tile<HD>()) * HD * sizeof(bf16);
-    unsigned block = (unsigned)(rows / (16 * blocks_of_warp<HD>()) * WARP);
-    allow_shared(gpu, (const void *)attention_forward_tiles<HD>, bytes);
-    attention_forward_tiles<HD><<<grid_of(tiles * a.H * a.n_spans), block, bytes, gpu->stream>>>(
-        a, (int)tiles);
-    launched(gpu, "attention_forward_tiles");
+static void run_tiles(Gpu *gpu, const Attention<bf16> &a, const Batch *batch) {
+    if constexpr (HD < 256)
+        if (a.hd > HD) return run_tiles<HD < 128 ? HD + 32 : HD + 64>(gpu, a, batch);
+    constexpr size_t own = 16 * blocks_of_warp<HD>(), step = rows_of_step<HD>(), row = 2 * HD;
+    size_t queries = batch->most_queries, keys = batch->most_keys, more = 4 * step * row;
+    if (!a.dout)
+        return launch_tiles(gpu, "attention_forward_tiles", attention_forward_tiles<HD>, a, queries,
+                            own, a.H, row, 2 * keys_of_tile<HD>() * row);
+    size_t with_terms = more + 2 * step * sizeof(RowTerms);
+    launch_tiles(gpu, "attention_backward_keys", attention_backward_keys<HD, true, HD <= 128>, a,
+                 keys, 16, a.G, 2 * row, with_terms);
+    if constexpr (HD > 128)
+        launch_tiles(gpu, "attention_backward_keys", attention_backward_keys<HD, false, true>, a,
+                     keys, 16, a.G, 2 * row, with_terms);
+    launch_tiles(gpu, "attention_backward_queries", attention_backward_queries<HD>, a, queries,
+                 own, a.H, 2 * row, more);
 }
 
-template <int HD, bool make_dk, bool make_dv>
-static void backward_keys(Gpu *gpu, const Attention<bf16> &a, const Batch *batch) {
-    size_t keys = tile_rows(batch->most_keys, 16), tiles = ceil_div(batch->most_keys, keys);
-    size_t bytes = (2 * keys + 4 * rows_of_step<HD>()) * HD * sizeof(bf16) +
-                   2 * rows_of_step<HD>() * sizeof(RowTerms);
-    unsigned grid = grid_of(tiles * a.G * a.n_spans), block = (unsigned)(keys / 16 * WARP);
-    allow_shared(gpu, (const void *)attention_backward_keys<HD, make_dk, make_dv>, bytes);
-    attention_backward_keys<HD, make_dk, make_dv><<<grid, block, bytes, gpu->stream>>>(
-        a, (int)tiles);
-    launched(gpu, "attention_backward_keys");
-}
-
-template <int HD>
-static void backward_tiles(Gpu *gpu, const Attention<bf16> &a, const Batch *batch) {
-    backward_keys<HD, true, HD <= 128>(gpu, a, batch);
-    if constexpr (HD > 128) backward_keys<HD, false, true>(gpu, a, batch);
-    size_t rows = tile_rows(batch->most_queries, 16 * blocks_of_warp<HD>());
-    size_t tiles = ceil_div(batch->most_queries, rows);
-    size_t bytes = (2 * rows + 4 * rows_of_step<HD>()) * HD * sizeof(bf16);
-    unsigned block = (unsigned)(rows / (16 * blocks_of_warp<HD>()) * WARP);
-    allow_shared(gpu, (const void *)attention_backward_queries<HD>, bytes);
-    attention_backward_queries<HD><<<grid_of(tiles * a.H * a.n_spans), block, bytes, gpu->stream>>>(
-        a, (int)tiles);
-    launched(gpu, "attention_backward_queries");
-}
-
-// Calls f<HD> with the smallest tile that a head fits in.
-#define FOR_HEAD_SIZE(f, gpu, a, batch) \
-    (a.hd <= 32    ? f<32>(gpu, a, batch) \
-     : a.hd <= 64  ? f<64>(gpu, a, batch) \
-     : a.hd <= 96  ? f<96>(gpu, a, batch) \
-     : a.hd <= 128 ? f<128>(gpu, a, batch) \
-     : a.hd <= 192 ? f<192>(gpu, a, batch) \
-                   : f<256>(gpu, a, batch))
-
-template <typename Act>
-static void forward_rows(Gpu *gpu, const Attention<Act> &a, const Batch *batch) {
-    size_t warps = batch->most_queries * a.H * ceil_div(a.hd, ROW_COLUMNS) * a.n_spans;
-    unsigned grid = grid_of(ceil_div(warps, 4));
-    attention_forward_rows<Act><<<grid, 4 * WARP, 0, gpu->stream>>>(
-        a, (unsigned)batch->most_queries);
-    launched(gpu, "attention_forward_rows");
-}
-
-template <typename Act>
-static void backward_rows(Gpu *gpu, const Attention<Act> &a, const Batch *batch) {
-    size_t columns = ceil_div(a.hd, ROW_COLUMNS) * a.n_spans, queries = batch->most_queries;
-    unsigned grid = grid_of(ceil_div(batch->most_keys * a.G * columns, 4));
-    attention_backward_key_rows<Act><<<grid, 4 * WARP, 0, gpu->stream>>>(
-        a, (unsigned)batch->most_keys);
-    launched(gpu, "attention_backward_key_rows");
-    grid = grid_of(ceil_div(queries * a.H * columns, 4));
-    attention_backward_query_rows<Act><<<grid, 4 * WARP, 0, gpu->stream>>>(a, (unsigned)queries);
-    launched(gpu, "attention_backward_query_rows");
+// A kernel of `rows`, for each of the at most n rows of a sequence in so many heads.
+template <typename Act, typename Kernel>
+static void launch_rows(Gpu *gpu, const char *name, Kernel *kernel, const Attention<Act> &a,
+                        size_t n, size_t heads) {
+    size_t warps = n * heads * ceil_div(a.hd, ROW_COLUMNS) * a.n_spans;
+    kernel<<<grid_of(ceil_div(warps, 4)), 4 * WARP, 0, gpu->stream>>>(a, (unsigned)n);
+    launched(gpu, name);
 }
 
 template <typename Act, int R>
@@ -2906,66 +2798,60 @@ static void decode(Gpu *gpu, const Attention<Act> &a, const Batch *batch) {
     size_t lanes = (size_t)row_lanes(a.hd), teams = DECODE_THREADS / lanes;
     size_t bytes = teams * R * (2 + 8 * lanes) * sizeof(float);
     int least = (int)teams * keys_of_team<Act, R>();
-    unsigned grid = (unsigned)(splits * pairs * ceil_div(a.H / a.G, R));
+    unsigned grid = (unsigned)(splits * pairs * ceil_div(a.shared, R));
     attention_decode_share<Act, R><<<grid, DECODE_THREADS, bytes, gpu->stream>>>(
         a, (int)splits, least);
     launched(gpu, "attention_decode_share");
-    grid = (unsigned)(a.H * a.n_spans);
+    grid = a.H * a.n_spans;
     attention_decode_join<Act><<<grid, DECODE_THREADS, 0, gpu->stream>>>(a, (int)splits, least);
     launched(gpu, "attention_decode_join");
 }
 
+// Both ops: attention_forward where dout is NULL, else attention_backward, which only reads out
+// and lse.
 template <typename Act>
-static void forward_as(Device *dev, void *out, real *lse, const void *q, const void *k,
-                       const void *v, AttentionShape shape, const Batch *batch) {
+static void attention(Device *dev, const void *out, void *dq, void *dk, void *dv, const void *q,
+                      const void *k, const void *v, const void *dout, const real *lse,
+                      AttentionShape shape, const Batch *batch) {
     Gpu *gpu = (Gpu *)dev->gpu;
-    Attention<Act> a = attention_of<Act>(dev, shape, batch, q, k, v);
-    bool few = (size_t)a.G * a.n_spans <= DECODE_BLOCKS;
-    a.out = (Act *)out;
-    a.lse = lse;
-    if (batch->most_queries == 1 && a.hd <= ROW_COLUMNS && few) {
-        if (a.H / a.G == 1) decode<Act, 1>(gpu, a, batch);
-        else if (a.H / a.G == 2) decode<Act, 2>(gpu, a, batch);
-        else if (a.H / a.G <= 4) decode<Act, 4>(gpu, a, batch);
-        else decode<Act, 8>(gpu, a, batch);
-    } else if (!tiles_fit(gpu, a, out, out, out)) forward_rows(gpu, a, batch);
-    else if constexpr (sizeof(Act) == sizeof(bf16)) FOR_HEAD_SIZE(forward_tiles, gpu, a, batch);
+    size_t H = shape.H, G = shape.G, hd = shape.hd, queries = batch->most_queries;
+    bool all = !shape.window || shape.window > batch->most_keys;
+    uintptr_t places = (uintptr_t)out | (uintptr_t)dq | (uintptr_t)dk | (uintptr_t)dv |
+                       (uintptr_t)q | (uintptr_t)k | (uintptr_t)v | (uintptr_t)dout;
+    Attention<Act> a = {                        // in the order of the structure
+        (Act *)out, (Act *)dq, (Act *)dk, (Act *)dv,
+        (const Act *)q, (const Act *)k, (const Act *)v, (const Act *)dout, (float *)lse,
+        (RowTerms *)dev->scratch, (float *)dev->scratch, batch->spans, batch->T, H * hd, G * hd,
+        (unsigned)batch->n_spans, (unsigned)H, (unsigned)G, (unsigned)(H / G), (unsigned)hd,
+        (int)(all ? batch->most_keys : shape.window), shape.scale, hd % 8 == 0 && places % 16 == 0};
+    if (dout) {
+        attention_row_terms<Act><<<grid_of(ceil_div(a.T * H, 4)), 4 * WARP, 0, gpu->stream>>>(a);
+        launched(gpu, "attention_row_terms");
+    } else if (queries == 1 && hd <= ROW_COLUMNS && G * a.n_spans <= DECODE_BLOCKS)
+        return a.shared == 1   ? decode<Act, 1>(gpu, a, batch)
+               : a.shared == 2 ? decode<Act, 2>(gpu, a, batch)
+               : a.shared <= 4 ? decode<Act, 4>(gpu, a, batch)
+                               : decode<Act, 8>(gpu, a, batch);
+    if constexpr (sizeof(Act) == sizeof(bf16))
+        if (gpu->matrix_units && a.pieces && hd <= 256) return run_tiles<32>(gpu, a, batch);
+    if (!dout)
+        return launch_rows(gpu, "attention_query_rows", attention_query_rows<Act, false>, a,
+                           queries, H);
+    launch_rows(gpu, "attention_key_rows", attention_key_rows<Act>, a, batch->most_keys, G);
+    launch_rows(gpu, "attention_query_rows", attention_query_rows<Act, true>, a, queries, H);
 }
 
 static void attention_forward(Device *dev, void *out, real *lse, const void *q, const void *k,
                               const void *v, AttentionShape shape, const Batch *batch) {
     if (((Gpu *)dev->gpu)->failed || !batch->T || !batch->n_spans) return;
-    if (dev->act == DT_BF16) forward_as<bf16>(dev, out, lse, q, k, v, shape, batch);
-    else forward_as<float>(dev, out, lse, q, k, v, shape, batch);
-}
-
-template <typename Act>
-static void backward_as(Device *dev, void *dq, void *dk, void *dv, const void *dout, const void *q,
-                        const void *k, const void *v, const void *out, const real *lse,
-                        AttentionShape shape, const Batch *batch) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    Attention<Act> a = attention_of<Act>(dev, shape, batch, q, k, v);
-    a.dq = (Act *)dq;
-    a.dk = (Act *)dk;
-    a.dv = (Act *)dv;
-    a.dout = (const Act *)dout;
-    a.attended = (const Act *)out;
-    a.lse = (float *)lse;                                       // only read
-    a.pieces = a.pieces && (uintptr_t)dout % 16 == 0;
-    unsigned grid = grid_of(ceil_div(a.T * a.H, 4));
-    attention_row_terms<Act><<<grid, 4 * WARP, 0, gpu->stream>>>(a);
-    launched(gpu, "attention_row_terms");
-    if (!tiles_fit(gpu, a, dq, dk, dv)) backward_rows(gpu, a, batch);
-    else if constexpr (sizeof(Act) == sizeof(bf16)) FOR_HEAD_SIZE(backward_tiles, gpu, a, batch);
+    FOR_ACT(dev, attention, dev, out, NULL, NULL, NULL, q, k, v, NULL, lse, shape, batch);
 }
 
 static void attention_backward(Device *dev, void *dq, void *dk, void *dv, const void *dout,
                                const void *q, const void *k, const void *v, const void *out,
                                const real *lse, AttentionShape shape, const Batch *batch) {
     if (((Gpu *)dev->gpu)->failed || !batch->T || !batch->n_spans) return;
-    if (dev->act == DT_BF16)
-        backward_as<bf16>(dev, dq, dk, dv, dout, q, k, v, out, lse, shape, batch);
-    else backward_as<float>(dev, dq, dk, dv, dout, q, k, v, out, lse, shape, batch);
+    FOR_ACT(dev, attention, dev, out, dq, dk, dv, q, k, v, dout, lse, shape, batch);
 }
 
 // =================================================================================================
