@@ -72,6 +72,14 @@ build/vendor.o: $(SOURCES) | build
 build/vendor_cpp: build/vendor.o test/vendor.cpp
 	$(CXX) -std=c++17 $(WARN) $(CFLAGS) -I. -o $@ test/vendor.cpp build/vendor.o $(LIBS)
 
+# qlora.cu on the CPU: the unchanged file with its launches rewritten, compiled by the C++ compiler
+# against test/cuda/cuda_on_cpu.h. In E go the objects; SANITIZE adds a sanitizer.
+E ?= build/emulated
+EMULATE = $(CXX) -std=c++17 -O1 -g -fno-strict-aliasing -ffp-contract=off -Itest/cuda/include -I. \
+    -I$(E) -Wall -Wextra $(if $(WERROR),-Werror) $(SANITIZE)
+EMULATOR = $(wildcard test/cuda/*.h test/cuda/include/*.h) test/cuda/translate.sh
+EMULATED_TESTS = $(E)/test_ops $(E)/test_gpu $(E)/selftest
+
 HAVE_CXX = $(shell command -v $(CXX) 2>/dev/null)
 
 test: qlora build/test build/test64 build/vendor_c $(if $(HAVE_CXX),$(EMULATED_TESTS))
@@ -111,14 +119,6 @@ fuzz: $(FUZZ_TARGETS:%=build/fuzz-%)
 	        -artifact_prefix=build/$$t- -print_final_stats=1 build/corpus/$$t build/seeds/$$t \
 	        >build/fuzz-log 2>&1 || { tail -n 60 build/fuzz-log; exit 1; }; \
 	    grep -E 'DONE|number_of_executed' build/fuzz-log; done
-
-# qlora.cu on the CPU: the unchanged file with its launches rewritten, compiled by the C++ compiler
-# against test/cuda/cuda_on_cpu.h. In E go the objects; SANITIZE adds a sanitizer.
-E ?= build/emulated
-EMULATE = $(CXX) -std=c++17 -O1 -g -fno-strict-aliasing -ffp-contract=off -Itest/cuda/include -I. \
-    -I$(E) -Wall -Wextra $(if $(WERROR),-Werror) $(SANITIZE)
-EMULATOR = $(wildcard test/cuda/*.h test/cuda/include/*.h) test/cuda/translate.sh
-EMULATED_TESTS = $(E)/test_ops $(E)/test_gpu $(E)/selftest
 
 $(E):
 	mkdir -p $@
