@@ -64,30 +64,21 @@ __device__ __forceinline__ void mma(float d[4], const uint32_t a[4], const uint3
 }
 
 // Four 8 x 8 matrices of bf16 from shared memory; lane l gives the address of row l % 8 of matrix
-// l / 8, and gets of each matrix row l / 4, columns 2 (l % 4) and + 1.
+// l / 8, and gets of each matrix row l / 4, columns 2 (l % 4) and + 1. The second: transposed.
+#ifdef __CUDACC__
+#define LOAD_MATRICES(how, r, row) \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" how ".shared.b16 {%0,%1,%2,%3}, [%4];" \
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) \
+                 : "r"((uint32_t)__cvta_generic_to_shared(row)) : "memory")
+#else
+#define LOAD_MATRICES(how, r, row) \
+    (*how ? emulated_ldmatrix_x4_trans(r, row) : emulated_ldmatrix_x4(r, row))
+#endif
 __device__ __forceinline__ void load_matrices(uint32_t r[4], const void *row) {
-#ifdef __CUDACC__
-    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-#else
-    emulated_ldmatrix_x4(r, row);
-#endif
+    LOAD_MATRICES("", r, row);
 }
-
-// The same, each matrix transposed on the way.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t r[4], const void *row) {
-#ifdef __CUDACC__
-    uint32_t address = (uint32_t)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-#else
-    emulated_ldmatrix_x4_trans(r, row);
-#endif
+    LOAD_MATRICES(".trans", r, row);
 }
 
 // Starts copying 16 bytes to shared memory, of which the first `bytes` (0 to 16) come from global
@@ -138,6 +129,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 // Activations are float or bf16: kernels are templates over the type, and compute in float.
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ void from_float(float *to, float x) { *to = x; }
 __device__ __forceinline__ void from_float(bf16 *to, float x) { *to = __float2bfloat16(x); }
 // x as a matrix product sees it: rounded to the activation type.
@@ -150,41 +142,21 @@ template <typename Act> __device__ __forceinline__ float rounded(float x) {
 // Sixteen and four bytes at once, whatever they hold, at addresses that are multiples of that. (A
 // memcpy says the same, but nvcc 13 makes single bytes of it.)
 template <typename T> __device__ __forceinline__ uint4 load16(const T *from) {
-#ifdef __CUDACC__
     __uint128_t bits = *(const __uint128_t *)from;
     uint4 v;
     memcpy(&v, &bits, 16);
     return v;
-#else
-    uint4 v;
-    memcpy(&v, __builtin_assume_aligned(from, 16), 16);
-    return v;
-#endif
 }
 template <typename T> __device__ __forceinline__ void store16(T *to, uint4 v) {
-#ifdef __CUDACC__
     __uint128_t bits;
     memcpy(&bits, &v, 16);
     *(__uint128_t *)to = bits;
-#else
-    memcpy(__builtin_assume_aligned(to, 16), &v, 16);
-#endif
 }
 template <typename T> __device__ __forceinline__ uint32_t load4(const T *from) {
-#ifdef __CUDACC__
     return *(const uint32_t *)from;
-#else
-    uint32_t v;
-    memcpy(&v, __builtin_assume_aligned(from, 4), 4);
-    return v;
-#endif
 }
 template <typename T> __device__ __forceinline__ void store4(T *to, uint32_t v) {
-#ifdef __CUDACC__
     *(uint32_t *)to = v;
-#else
-    memcpy(__builtin_assume_aligned(to, 4), &v, 4);
-#endif
 }
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
@@ -242,7 +214,7 @@ template <int width, typename T> __device__ __forceinline__ void store(T *to, co
                                           : launch<float, 1>(__VA_ARGS__))
 
 // Sum and maximum over a warp; every lane gets the same bits (xor order is symmetric).
-__device__ __forceinline__ float warp_sum(float x) {
+template <typename T> __device__ __forceinline__ T warp_sum(T x) {
     for (int lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lane);
     return x;
 }
@@ -255,9 +227,9 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Sum and maximum over a block, for all its threads; partial (32) is shared memory. With barriers.
+// The same over a block, for all its threads; partial (32) is shared memory. With barriers.
 template <typename T> __device__ __forceinline__ T block_sum(T x, T *partial) {
-    for (int lane = WARP / 2; lane; lane /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lane);
+    x = warp_sum(x);
     __syncthreads();                                // partial may still be read from the last call
     if (threadIdx.x % WARP == 0) partial[threadIdx.x / WARP] = x;
     __syncthreads();
@@ -351,7 +323,8 @@ static void gpu_fail(Gpu *gpu, const char *format, ...) {
     va_end(args);
 }
 
-// True when the call failed; the first failure is kept.
+// True when the call failed; the first failure is kept. The rest of the file calls `try_cuda` where
+// nothing follows from a failure.
 static bool cuda_failed(Gpu *gpu, cudaError_t error, const char *what) {
     if (error == cudaSuccess) return false;
     (void)cudaGetLastError();                       // else the next launch is blamed as well
@@ -359,10 +332,37 @@ static bool cuda_failed(Gpu *gpu, cudaError_t error, const char *what) {
     return true;
 }
 
-// After each launch.
-static void launched(Gpu *gpu, const char *kernel) {
-    (void)cuda_failed(gpu, cudaGetLastError(), kernel);
+static void try_cuda(Gpu *gpu, cudaError_t error, const char *what) {
+    (void)cuda_failed(gpu, error, what);
 }
+
+// After each launch.
+static void launched(Gpu *gpu, const char *kernel) { try_cuda(gpu, cudaGetLastError(), kernel); }
+
+// Whether an op cannot do anything any more.
+static bool unusable(Gpu *gpu) {
+    return gpu->failed || cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice");
+}
+
+// Waits for all that a stream was asked for. True when something of it failed.
+static bool wait_failed(Gpu *gpu, cudaStream_t stream) {
+    return cuda_failed(gpu, cudaStreamSynchronize(stream), "waiting for the GPU");
+}
+
+// Launches a kernel; arguments are cast to what it takes, as an op's void * to activations.
+template <typename... To, typename... From>
+static void launch(Device *dev, const char *name, void (*kernel)(To...), dim3 grid, unsigned block,
+                   From... arguments) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    kernel<<<grid, block, 0, gpu->stream>>>((To)arguments...);
+    launched(gpu, name);
+}
+
+// name_kernel; its instance for the activations of dev; and for rows of n of them too.
+#define LAUNCH(dev, name, ...) launch(dev, #name, name##_kernel, __VA_ARGS__)
+#define LAUNCH_ACT(dev, name, ...) \
+    ((dev)->act == DT_BF16 ? launch(dev, #name, name##_kernel<bf16>, __VA_ARGS__) \
+                           : launch(dev, #name, name##_kernel<float>, __VA_ARGS__))
 
 __attribute__((format(printf, 2, 3)))
 static int open_fail(qlora_error *err, const char *format, ...) {
@@ -408,9 +408,7 @@ static void *gpu_allocate(Device *dev, size_t bytes, qlora_error *err) {
     Gpu *gpu = (Gpu *)dev->gpu;
     void *memory = NULL;
     size_t available = 0, total = 0;
-    if (gpu->failed) return open_fail(err, "GPU: %s", gpu->message), (void *)NULL;
-    if (cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice"))
-        return open_fail(err, "GPU: %s", gpu->message), (void *)NULL;
+    if (unusable(gpu)) return open_fail(err, "GPU: %s", gpu->message), (void *)NULL;
     if (device_memory(&memory, bytes) == cudaSuccess) return memory;
     (void)cudaGetLastError();                       // a refusal that the caller may recover from
     if (cudaMemGetInfo(&available, &total) != cudaSuccess) (void)cudaGetLastError();
@@ -427,10 +425,9 @@ static void gpu_release(Device *dev, void *memory, size_t bytes) {
     (void)bytes;
     if (!memory) return;
     forget_panels(gpu);
-    (void)cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice");
-    (void)cuda_failed(gpu, cudaStreamSynchronize(gpu->side), "waiting for the GPU");
-    (void)cuda_failed(gpu, cudaStreamSynchronize(gpu->stream), "waiting for the GPU");
-    (void)cuda_failed(gpu, cudaFree(memory), "cudaFree");
+    try_cuda(gpu, cudaSetDevice(gpu->number), "cudaSetDevice");
+    (void)wait_failed(gpu, gpu->side), (void)wait_failed(gpu, gpu->stream);
+    try_cuda(gpu, cudaFree(memory), "cudaFree");
 }
 
 static size_t gpu_available(Device *dev) {
@@ -443,7 +440,7 @@ static size_t gpu_available(Device *dev) {
 
 static void gpu_upload(Device *dev, void *to, const void *host, size_t bytes) {
     Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice")) return;
+    if (unusable(gpu)) return;
     gpu->written = true;
     for (size_t at = 0, n; at < bytes; at += n) {
         char *piece = gpu->staging + (size_t)gpu->piece * STAGING_BYTES;
@@ -463,26 +460,22 @@ static void gpu_upload(Device *dev, void *to, const void *host, size_t bytes) {
 static void gpu_download(Device *dev, void *host, const void *from, size_t bytes) {
     Gpu *gpu = (Gpu *)dev->gpu;
     if (!bytes) return;
-    if (gpu->failed || cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice") ||
+    if (unusable(gpu) ||
         cuda_failed(gpu, cudaMemcpyAsync(host, from, bytes, cudaMemcpyDeviceToHost, gpu->stream),
-                    "download") ||
-        cuda_failed(gpu, cudaStreamSynchronize(gpu->stream), "waiting for the GPU"))
+                    "download") || wait_failed(gpu, gpu->stream))
         memset(host, 0, bytes);
 }
 
 static void gpu_zero(Device *dev, void *memory, size_t bytes) {
     Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !bytes) return;
-    if (cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice")) return;
-    (void)cuda_failed(gpu, cudaMemsetAsync(memory, 0, bytes, gpu->stream), "cudaMemsetAsync");
+    if (gpu->failed || !bytes || unusable(gpu)) return;
+    try_cuda(gpu, cudaMemsetAsync(memory, 0, bytes, gpu->stream), "cudaMemsetAsync");
 }
 
 static int gpu_check(Device *dev, qlora_error *err) {
     Gpu *gpu = (Gpu *)dev->gpu;
-    if (!gpu->failed && !cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice") &&
-        !cuda_failed(gpu, cudaStreamSynchronize(gpu->stream), "waiting for the GPU"))
-        (void)cuda_failed(gpu, cudaStreamSynchronize(gpu->side), "waiting for the GPU");
-    return gpu->failed ? open_fail(err, "GPU: %s", gpu->message) : 0;
+    bool bad = unusable(gpu) || wait_failed(gpu, gpu->stream) || wait_failed(gpu, gpu->side);
+    return bad ? open_fail(err, "GPU: %s", gpu->message) : 0;
 }
 
 // =================================================================================================
@@ -503,27 +496,15 @@ typedef struct {
     uint8_t by_size[8];             // FP4
 } CodeLevels;
 
-__device__ __forceinline__ int nf4_code(const CodeLevels &levels, float x) {
-    int code = 0;
-#pragma unroll
-    for (int k = 0; k < 15; k++) code += x > levels.thresholds[k];
-    return code;
-}
-
-// Ties go to the lower value, which is the larger magnitude of a negative one.
-__device__ __forceinline__ int fp4_code(const CodeLevels &levels, float x) {
+// Ties go to the lower value, which is the larger magnitude of a negative one of FP4.
+__device__ __forceinline__ int nearest_code(const CodeLevels &levels, float x) {
+    bool flip = !levels.nf4 && x < 0;
     int rank = 0;
 #pragma unroll
-    for (int k = 0; k < 7; k++)
-        rank += x < 0 ? -x >= levels.thresholds[k] : x > levels.thresholds[k];
-    return levels.by_size[rank] | (x < 0 ? 8 : 0);
-}
-
-template <typename Raw> __device__ __forceinline__ float raw_float(const void *raw, size_t i) {
-    return to_float(((const Raw *)raw)[i]);
-}
-template <> __device__ __forceinline__ float raw_float<__half>(const void *raw, size_t i) {
-    return __half2float(((const __half *)raw)[i]);
+    for (int k = 0; k < 15; k++)
+        if (levels.nf4 || k < 7)
+            rank += flip ? -x >= levels.thresholds[k] : x > levels.thresholds[k];
+    return levels.nf4 ? rank : levels.by_size[rank] | (flip ? 8 : 0);
 }
 
 // Twin of quantize_block: eight lanes own a block of 64, a lane 8 of its values and so 4 bytes of
@@ -537,7 +518,7 @@ __global__ void quantize_kernel(uint8_t *packed, float *absmax, const void *raw,
     float x[8], largest = 0;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        x[i] = at + i < n ? raw_float<Raw>(raw, at + i) : 0;
+        x[i] = at + i < n ? to_float(((const Raw *)raw)[at + i]) : 0;
         largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
     }
     for (int lane = 4; lane; lane /= 2) {
@@ -552,20 +533,13 @@ __global__ void quantize_kernel(uint8_t *packed, float *absmax, const void *raw,
         float s = full ? __fmul_rn(x[i], reciprocal) : __fdiv_rn(x[i], divisor);
         s = s > -1.0f ? s : -1.0f;
         s = s < 1.0f ? s : 1.0f;
-        codes[i] = (uint8_t)(levels.nf4 ? nf4_code(levels, s) : fp4_code(levels, s));
+        codes[i] = (uint8_t)nearest_code(levels, s);
         if (at + i >= n) codes[i] = levels.nf4 ? 7 : 0;     // an odd tail's partner is the value 0
     }
 #pragma unroll
     for (int i = 0; i < 8; i += 2)
         if (at + i < n) packed[(at + i) / 2] = (uint8_t)(codes[i] << 4 | codes[i + 1]);
     if (at < n && at % QUANT_BLOCK == 0) absmax[block] = full ? largest : divisor;
-}
-
-template <typename Raw>
-static void quantize_launch(Gpu *gpu, uint8_t *packed, float *absmax, const void *raw,
-                            const CodeLevels &levels, size_t n) {
-    unsigned grid = blocks_for(n, 128 * 8);
-    quantize_kernel<Raw><<<grid, 128, 0, gpu->stream>>>(packed, absmax, raw, levels, n);
 }
 
 static void quantize(Device *dev, uint8_t *packed, float *absmax, const void *raw, DType from,
@@ -578,10 +552,9 @@ static void quantize(Device *dev, uint8_t *packed, float *absmax, const void *ra
     else memcpy(levels.thresholds, qlora_fp4_thresholds, sizeof qlora_fp4_thresholds);
     memcpy(levels.by_size, qlora_fp4_by_size, sizeof levels.by_size);
     gpu->written = true;
-    if (from == DT_BF16) quantize_launch<bf16>(gpu, packed, absmax, raw, levels, n);
-    else if (from == DT_F16) quantize_launch<__half>(gpu, packed, absmax, raw, levels, n);
-    else quantize_launch<float>(gpu, packed, absmax, raw, levels, n);
-    launched(gpu, "quantize");
+    auto kernel = from == DT_BF16 ? quantize_kernel<bf16>
+                : from == DT_F16 ? quantize_kernel<__half> : quantize_kernel<float>;
+    launch(dev, "quantize", kernel, blocks_for(n, 128 * 8), 128, packed, absmax, raw, levels, n);
 }
 
 // sums[i] = the sum, in order, of the i-th SCALE_SUM scales. A thread owns a sum: the order leaves
@@ -617,8 +590,7 @@ __global__ void quantize_scales_kernel(uint8_t *codes, float *absmax2, const flo
         x[i] = at + i * WARP < n ? absmax[at + i * WARP] - offset : 0;
         largest = fmaxf(largest, fabsf(x[i]));
     }
-    for (int lane = WARP / 2; lane; lane /= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, lane));
+    largest = warp_max(largest);
     float reciprocal = __fdiv_rn(1.0f, fmaxf(largest, 1e-38f));
     for (int i = 0; i < SCALE_BLOCK / WARP; i++) {
         float scaled = fminf(fmaxf(__fmul_rn(x[i], reciprocal), -1.0f), 1.0f);
@@ -643,17 +615,11 @@ static float quantize_scales(Device *dev, uint8_t *codes, float *absmax2, const 
     if (gpu->failed || !n) return 0;
     for (size_t start = 0; start < n; start += each) {
         size_t here = min_size(each, n - start), sums = ceil_div(here, SCALE_SUM);
-        unsigned grid = blocks_for(sums, WARP);
-        sum_scales_kernel<<<grid, WARP, 0, gpu->stream>>>(gpu->sums, absmax + start, here);
-        launched(gpu, "sum_scales");
-        add_sums_kernel<<<1, 1, 0, gpu->stream>>>(total, gpu->sums, sums, start == 0);
-        launched(gpu, "add_sums");
+        LAUNCH(dev, sum_scales, blocks_for(sums, WARP), WARP, gpu->sums, absmax + start, here);
+        LAUNCH(dev, add_sums, 1, 1, total, gpu->sums, sums, start == 0);
     }
-    enum { THREADS = 128 };
-    unsigned grid = blocks_for(n, THREADS / WARP * SCALE_BLOCK);
-    quantize_scales_kernel<<<grid, THREADS, 0, gpu->stream>>>(codes, absmax2, absmax, n, map,
-                                                              total);
-    launched(gpu, "quantize_scales");
+    LAUNCH(dev, quantize_scales, blocks_for(n, 4 * SCALE_BLOCK), 4 * WARP, codes, absmax2, absmax,
+           n, map, total);
     gpu_download(dev, &sum, total, sizeof sum);
     return (float)(sum / (double)n);
 }
@@ -674,8 +640,7 @@ static void low_rank(Device *dev, real *delta, const real *B, const real *A, rea
                      size_t K, size_t r) {
     Gpu *gpu = (Gpu *)dev->gpu;
     if (gpu->failed || !rows || !K) return;
-    low_rank_kernel<<<blocks_for(rows, 1), 128, 0, gpu->stream>>>(delta, B, A, s, K, r);
-    launched(gpu, "low_rank");
+    LAUNCH(dev, low_rank, blocks_for(rows, 1), 128, delta, B, A, s, K, r);
 }
 
 // --------------------------------------------------------------------------------------- reading
@@ -712,7 +677,7 @@ __device__ __forceinline__ void read_weight(float *x, const Weight &w, size_t at
     if (w.dtype == DT_F32) load<width>(x, (const float *)w.data + at);
     else if (w.dtype == DT_BF16) load<width>(x, (const bf16 *)w.data + at);
     else if (w.dtype == DT_F16) {
-        for (int i = 0; i < width; i++) x[i] = __half2float(((const __half *)w.data)[at + i]);
+        for (int i = 0; i < width; i++) x[i] = to_float(((const __half *)w.data)[at + i]);
     } else {
         float scale = block_scale(w, at / QUANT_BLOCK, code8);
         if constexpr (width == 8) {
@@ -781,8 +746,7 @@ static const size_t panel_most = (size_t)256 << 20;
 static void forget_panels(Gpu *gpu) {
     for (int i = 0; i < 2; i++) {
         Panel *p = &gpu->panels[i];
-        if (p->beside)
-            (void)cuda_failed(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
+        if (p->beside) try_cuda(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
         p->data = NULL;
         p->beside = false;
     }
@@ -833,10 +797,9 @@ static size_t panel_rows(const Device *dev, const Weight *w, size_t pitch) {
 template <typename Act, int width>
 static void dequantise_launch(void *panel, size_t pitch, const Weight *w, size_t first, size_t rows,
                               cudaStream_t stream) {
-    const int threads = 128;
-    dim3 grid(blocks_for(rows, threads / WARP), blocks_for(w->K, DEQUANTISE_PIECES * WARP * width));
+    dim3 grid(blocks_for(rows, 4), blocks_for(w->K, DEQUANTISE_PIECES * WARP * width));
     Act *to = (Act *)panel;
-    dequantise_kernel<Act, width><<<grid, threads, 0, stream>>>(to, pitch, *w, first, rows);
+    dequantise_kernel<Act, width><<<grid, 4 * WARP, 0, stream>>>(to, pitch, *w, first, rows);
 }
 
 // Makes a panel of rows first .. first+rows-1 of w in the place that is not `busy`. On the side
@@ -848,18 +811,13 @@ static Panel *make_panel(Device *dev, const Weight *w, size_t first, size_t rows
     if (&gpu->panels[gpu->panel] == busy) gpu->panel ^= 1;
     Panel *p = &gpu->panels[gpu->panel];
     gpu->panel ^= 1;
-    if (beside) (void)cuda_failed(gpu, cudaStreamWaitEvent(gpu->side, p->unused, 0), "panel");
-    else if (p->beside)
-        (void)cuda_failed(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
-    p->data = w->data;
-    p->first = first;
-    p->rows = rows;
-    p->pitch = pitch;
-    p->beside = beside;
+    if (beside) try_cuda(gpu, cudaStreamWaitEvent(gpu->side, p->unused, 0), "panel");
+    else if (p->beside) try_cuda(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
+    *p = {w->data, first, rows, pitch, beside, p->ready, p->unused};
     FOR_ACT_AND_ROWS(dev, w->K, dequantise_launch, panel_memory(dev, p), pitch, w, first, rows,
                      beside ? gpu->side : gpu->stream);
     launched(gpu, "dequantise");
-    if (beside) (void)cuda_failed(gpu, cudaEventRecord(p->ready, gpu->side), "panel");
+    if (beside) try_cuda(gpu, cudaEventRecord(p->ready, gpu->side), "panel");
     return p;
 }
 
@@ -871,7 +829,7 @@ static void check_panels(Device *dev) {
     if (!gpu->written && gpu->panel_scratch == dev->scratch + dev->scratch_size) return;
     forget_panels(gpu);
     for (int i = 0; i < 2 && !gpu->recording; i++)
-        (void)cuda_failed(gpu, cudaEventRecord(gpu->panels[i].unused, gpu->stream), "panel");
+        try_cuda(gpu, cudaEventRecord(gpu->panels[i].unused, gpu->stream), "panel");
     gpu->panel_scratch = dev->scratch + dev->scratch_size;
     gpu->written = false;
 }
@@ -880,12 +838,11 @@ static void check_panels(Device *dev) {
 static Panel *take_panel(Device *dev, const Weight *w, size_t first, size_t rows, size_t pitch) {
     Gpu *gpu = (Gpu *)dev->gpu;
     check_panels(dev);
-    for (int i = 0; i < 2; i++) {
-        Panel *p = &gpu->panels[i];
+    for (Panel &panel : gpu->panels) {
+        Panel *p = &panel;
         if (p->data != w->data || p->first != first || p->rows != rows || p->pitch != pitch)
             continue;
-        if (p->beside)
-            (void)cuda_failed(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
+        if (p->beside) try_cuda(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
         p->beside = false;
         return p;
     }
@@ -895,8 +852,8 @@ static Panel *take_panel(Device *dev, const Weight *w, size_t first, size_t rows
 // Everything that reads the panel has been asked for.
 static void leave_panel(Gpu *gpu, Panel *p) {
     p->data = NULL;
-    if (gpu->recording) return;                     // nothing runs beside a recording
-    (void)cuda_failed(gpu, cudaEventRecord(p->unused, gpu->stream), "panel");
+    if (!gpu->recording)                            // nothing runs beside a recording
+        try_cuda(gpu, cudaEventRecord(p->unused, gpu->stream), "panel");
 }
 
 // A hint. A wrong one costs the effort.
@@ -957,11 +914,16 @@ static void gemm(Gpu *gpu, void *C, cudaDataType c_type, size_t ldc, Matrix A, M
         gpu_fail(gpu, "cublasGemmEx (%zu, %zu, %zu): status %d", m, n, k, (int)status);
 }
 
-// to (rows, columns), dense, = from; before Ampere only. A block owns a row.
-__global__ void widen_kernel(float *to, const bf16 *from, size_t pitch, size_t columns) {
+// to (.., to_pitch) = from (.., pitch), `columns` of each row. A block owns a row.
+template <typename To, typename From, int width>
+__global__ void copy_rows_kernel(To *to, size_t to_pitch, const From *from, size_t pitch,
+                                 size_t columns) {
     size_t row = blockIdx.x;
-    for (size_t i = threadIdx.x; i < columns; i += blockDim.x)
-        to[row * columns + i] = to_float(from[row * pitch + i]);
+    for (size_t i = width * threadIdx.x; i < columns; i += width * blockDim.x) {
+        float x[width];
+        load<width>(x, from + row * pitch + i);
+        store<width>(to + row * to_pitch + i, x);
+    }
 }
 
 // to = beta to + from (rows, columns), rounded once.
@@ -975,37 +937,34 @@ __global__ void narrow_kernel(bf16 *to, size_t pitch, const float *from, size_t 
 }
 
 // Rows first .. first+n-1 of op(M) (.., k), widened into the given buffer.
-static Matrix widened(Gpu *gpu, float *to, Matrix M, size_t first, size_t n, size_t k) {
+static Matrix widened(Device *dev, float *to, Matrix M, size_t first, size_t n, size_t k) {
     size_t rows = M.transposed ? k : n, columns = M.transposed ? n : k;
     const bf16 *from = (const bf16 *)M.data + first * (M.transposed ? 1 : M.pitch);
-    widen_kernel<<<blocks_for(rows, 1), 128, 0, gpu->stream>>>(to, from, M.pitch, columns);
-    launched(gpu, "widen");
+    launch(dev, "widen", copy_rows_kernel<float, bf16, 1>, blocks_for(rows, 1), 128, to, columns,
+           from, M.pitch, columns);
     return {to, columns, M.transposed, true};
 }
 
 // The same without bf16 units: operands are widened a piece of C at a time, multiplied as float32,
 // and the sum is rounded once.
-static void matmul_widened(Gpu *gpu, Matrix C, Matrix A, Matrix B, size_t m, size_t n, size_t k,
+static void matmul_widened(Device *dev, Matrix C, Matrix A, Matrix B, size_t m, size_t n, size_t k,
                            float alpha, float beta) {
+    Gpu *gpu = (Gpu *)dev->gpu;
     float *a = gpu->widened, *b = a + WIDENED, *c = b + WIDENED;
     if (k > WIDENED) return gpu_fail(gpu, "matrix product: %zu is too large a size", k);
     size_t height = min_size(m, WIDENED / k), width = min_size(n, WIDENED / max_size(k, height));
     for (size_t i = 0; i < m; i += height) {
         size_t rows = min_size(height, m - i);
-        Matrix left = widened(gpu, a, A, i, rows, k);
+        Matrix left = widened(dev, a, A, i, rows, k);
         for (size_t j = 0; j < n && !gpu->failed; j += width) {
-            size_t columns = min_size(width, n - j);
-            Matrix right = transposed(widened(gpu, b, transposed(B), j, columns, k));
-            if (C.full) {
-                gemm(gpu, (float *)C.data + i * C.pitch + j, CUDA_R_32F, C.pitch, left, right,
-                     CUDA_R_32F, rows, columns, k, alpha, beta);
-                continue;
-            }
-            gemm(gpu, c, CUDA_R_32F, columns, left, right, CUDA_R_32F, rows, columns, k, alpha, 0);
-            bf16 *to = (bf16 *)C.data + i * C.pitch + j;
-            unsigned grid = blocks_for(rows, 1);
-            narrow_kernel<<<grid, 128, 0, gpu->stream>>>(to, C.pitch, c, columns, beta);
-            launched(gpu, "narrow");
+            size_t columns = min_size(width, n - j), at = i * C.pitch + j;
+            Matrix right = transposed(widened(dev, b, transposed(B), j, columns, k));
+            float *to = C.full ? (float *)C.data + at : c;
+            gemm(gpu, to, CUDA_R_32F, C.full ? C.pitch : columns, left, right, CUDA_R_32F, rows,
+                 columns, k, alpha, C.full ? beta : 0);
+            if (!C.full)
+                LAUNCH(dev, narrow, blocks_for(rows, 1), 128, (bf16 *)C.data + at, C.pitch, c,
+                       columns, beta);
         }
     }
 }
@@ -1016,7 +975,7 @@ static void matmul(Device *dev, Matrix C, Matrix A, Matrix B, size_t m, size_t n
     Gpu *gpu = (Gpu *)dev->gpu;
     if (gpu->failed || !m || !n || !k) return;
     bool narrow = dev->act == DT_BF16;
-    if (narrow && !gpu->matrix_units) return matmul_widened(gpu, C, A, B, m, n, k, alpha, beta);
+    if (narrow && !gpu->matrix_units) return matmul_widened(dev, C, A, B, m, n, k, alpha, beta);
     cudaDataType type = narrow ? CUDA_R_16BF : CUDA_R_32F;
     gemm(gpu, C.data, C.full ? CUDA_R_32F : type, C.pitch, A, B, type, m, n, k, alpha, beta);
 }
@@ -1058,44 +1017,25 @@ __device__ __forceinline__ void mask8(float m[8], const Mask &a, const Span &spa
     for (int i = 0; i < 8; i++) m[i] = unit_float(bits[i]) < a.dropout ? 0 : keep;
 }
 
-// y (T, K) = dropout(x) rounded. A block owns a row, a thread 8 columns of it at a time. Reads and
-// writes each value once; ten rounds of Philox for 4 values are about as long as that takes.
-template <typename Act, int width>
-__global__ void dropout_kernel(Act *y, const Act *x, size_t K, Mask a) {
-    size_t t = blockIdx.x;
-    const Span &span = span_of(a.spans, a.n_spans, t);
-    for (size_t k = 8 * threadIdx.x; k < K; k += 8 * blockDim.x) {
-        float m[8], v[8];
-        mask8(m, a, span, t, k);
-        if constexpr (width == 8) {
-            load8(v, x + t * K + k);
-            for (int i = 0; i < 8; i++) v[i] *= m[i];
-            store8(y + t * K + k, v);
-        } else
-            for (int i = 0; i < 8 && k + i < K; i++)
-                from_float(y + t * K + k + i, to_float(x[t * K + k + i]) * m[i]);
-    }
-}
-
-// sum (T, K) = or += dropout's mask times part: the way back. Out: activations, or float32 where
-// more is to come.
+// sum (T, K) = or += dropout(part), rounded: forward, and the way back, where Out is float32 if
+// more is to come. A block owns a row, a thread 8 columns at a time. Reads and writes each value once;
+// ten rounds of Philox for 4 values are about as long as that takes.
 template <typename Out, typename Act, int width>
-__global__ void dropout_back_kernel(Out *sum, const Act *part, size_t K, Mask a, bool add) {
+__global__ void dropout_kernel(Out *sum, const Act *part, size_t K, Mask a, bool add) {
     size_t t = blockIdx.x;
     const Span &span = span_of(a.spans, a.n_spans, t);
     for (size_t k = 8 * threadIdx.x; k < K; k += 8 * blockDim.x) {
-        float m[8], v[8], s[8] = {0};
+        float m[8], v[width], s[width];
         mask8(m, a, span, t, k);
-        if constexpr (width == 8) {
-            load8(v, part + t * K + k);
-            if (add) load8(s, sum + t * K + k);
-            for (int i = 0; i < 8; i++) s[i] += v[i] * m[i];
-            store8(sum + t * K + k, s);
-        } else
-            for (int i = 0; i < 8 && k + i < K; i++) {
-                Out *to = sum + t * K + k + i;
-                from_float(to, (add ? to_float(*to) : 0) + to_float(part[t * K + k + i]) * m[i]);
-            }
+#pragma unroll
+        for (int i = 0; i < 8; i += width) {
+            size_t at = t * K + k + i;
+            if (k + i >= K) continue;
+            load<width>(v, part + at);
+            if (add) load<width>(s, sum + at);
+            for (int j = 0; j < width; j++) v[j] = add ? s[j] + v[j] * m[i + j] : v[j] * m[i + j];
+            store<width>(sum + at, v);
+        }
     }
 }
 
@@ -1112,38 +1052,20 @@ static Mask mask_of(const Lora *lora, const Batch *batch) {
 }
 
 template <typename Act, int width>
-static void dropout_launch(Gpu *gpu, void *y, const void *x, size_t K, const Mask &a, size_t T) {
-    unsigned grid = blocks_for(T, 1);
-    dropout_kernel<Act, width><<<grid, 128, 0, gpu->stream>>>((Act *)y, (const Act *)x, K, a);
-}
-
-static void dropout(Device *dev, void *y, const void *x, size_t K, const Lora *lora,
-                    const Batch *batch) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    FOR_ACT_AND_ROWS(dev, K, dropout_launch, gpu, y, x, K, mask_of(lora, batch), batch->T);
-    launched(gpu, "dropout");
-}
-
-template <typename Act, int width>
-static void dropout_back_launch(Gpu *gpu, Matrix sum, const void *from, size_t K, const Mask &a,
-                                size_t T, bool add) {
-    unsigned grid = blocks_for(T, 1);
-    const Act *part = (const Act *)from;
-    Act *to = (Act *)sum.data;
-    float *full = (float *)sum.data;
+static void dropout_launch(Device *dev, Matrix sum, const void *part, size_t K, const Mask &a,
+                           size_t T, bool add) {
+    unsigned n = blocks_for(T, 1);
     if (sum.full)
-        dropout_back_kernel<float, Act, width><<<grid, 128, 0, gpu->stream>>>(full, part, K, a,
-                                                                              add);
-    else
-        dropout_back_kernel<Act, Act, width><<<grid, 128, 0, gpu->stream>>>(to, part, K, a, add);
+        launch(dev, "dropout", dropout_kernel<float, Act, width>, n, 128, sum.data, part, K, a,
+               add);
+    else launch(dev, "dropout", dropout_kernel<Act, Act, width>, n, 128, sum.data, part, K, a, add);
 }
 
-static void dropout_back(Device *dev, Matrix sum, const void *part, size_t K, const Lora *lora,
-                         const Batch *batch, bool add) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    FOR_ACT_AND_ROWS(dev, K, dropout_back_launch, gpu, sum, part, K, mask_of(lora, batch),
-                     batch->T, add);
-    launched(gpu, "dropout_back");
+// sum (T, K) = or += dropout(part).
+static void dropout(Device *dev, Matrix sum, const void *part, size_t K, const Lora *lora,
+                    const Batch *batch, bool add) {
+    FOR_ACT_AND_ROWS(dev, K, dropout_launch, dev, sum, part, K, mask_of(lora, batch), batch->T,
+                     add);
 }
 
 // ------------------------------------------------------------------------- operands of the adapter
@@ -1172,7 +1094,6 @@ typedef struct {
 
 static Masters16 round_masters(Device *dev, Carve *scratch, const Product *products, size_t n,
                                bool both) {
-    Gpu *gpu = (Gpu *)dev->gpu;
     Masters16 m = {};
     Masters a = {};
     size_t pieces = 0, most = 0;
@@ -1194,10 +1115,7 @@ static Masters16 round_masters(Device *dev, Carve *scratch, const Product *produ
     for (size_t i = 0; i < n && both; i++)
         m.B[i] = (char *)m.A + a.to[n + i] * act_size(dev->act);
     dim3 grid((unsigned)min_size(ceil_div(most, 128), 1024), (unsigned)pieces);
-    if (dev->act == DT_BF16)
-        round_masters_kernel<bf16><<<grid, 128, 0, gpu->stream>>>((bf16 *)m.A, a);
-    else round_masters_kernel<float><<<grid, 128, 0, gpu->stream>>>((float *)m.A, a);
-    launched(gpu, "round_masters");
+    LAUNCH_ACT(dev, round_masters, grid, 128, m.A, a);
     return m;
 }
 
@@ -1232,17 +1150,6 @@ __global__ void panel_columns_kernel(Act *panel, size_t pitch, const float *B, c
     }
 }
 
-// wide (T, pitch) = x (T, K) in its first columns. A block owns a row.
-template <typename Act, int width>
-__global__ void widen_rows_kernel(Act *wide, size_t pitch, const Act *x, size_t K) {
-    size_t t = blockIdx.x;
-    const size_t each = width == 8 ? 16 / sizeof(Act) : 1;
-    for (size_t k = each * threadIdx.x; k < K; k += each * blockDim.x) {
-        if constexpr (width == 8) store16(wide + t * pitch + k, load16(x + t * K + k));
-        else wide[t * pitch + k] = x[t * K + k];
-    }
-}
-
 // logits (S, C) += bias (C).
 __global__ void add_bias_kernel(float *logits, const float *bias, size_t C) {
     size_t s = blockIdx.x;
@@ -1265,92 +1172,85 @@ static size_t extra_columns(const Linear *linear) {
     return round_up(linear->lora.r + (linear->bias ? 2 : 0), 8);
 }
 
-// What a forward pass keeps in scratch.
+// What a pass keeps in scratch.
 typedef struct {
     Masters16 masters;
-    float *low;                     // (T, R) x~ A^T
-    void *masked;                   // (T, K) x~, when there is dropout
+    float *low;                     // (T, R) x~ A^T; forward
+    void *du;                       // (T, R) act; backward
+    void *masked;                   // (T, K) x~, backward later du A, when there is dropout
     void *wide;                     // (T, pitch) [x | u | 1], when there is anything beside x
     size_t pitch;
-} Forward;
+    float *sum;                     // (T, K) dx before it is rounded, where it is needed
+} Work;
 
 // With scratch.base NULL this only counts.
-static Forward carve_forward(Device *dev, Carve *scratch, const Product *products, size_t n,
-                             const Batch *batch, bool head) {
-    Forward f = {};
-    size_t extra = 0, K = products[0].linear->weight.K, size = act_size(dev->act);
+static Work carve_work(Device *dev, Carve *scratch, const Product *products, size_t n,
+                       const Batch *batch, bool head, bool back) {
+    const Gpu *gpu = (const Gpu *)dev->gpu;
+    const Weight *weight = &products[0].linear->weight;
+    Work f = {};
+    size_t extra = 0, K = weight->K, T = batch->T, size = act_size(dev->act);
     bool drops = false;
     for (size_t i = 0; i < n; i++) {
         extra = max_size(extra, extra_columns(products[i].linear));
         drops = drops || has_dropout(&products[i].linear->lora, batch);
     }
-    f.masters = round_masters(dev, scratch, products, n, head);
-    f.low = (float *)carve(scratch, batch->T * f.masters.R, sizeof(float));
-    f.masked = drops ? carve(scratch, batch->T * K, size) : NULL;
+    bool pieces = n > 1 || (!in_place(dev, weight) &&
+                            panel_rows(dev, weight, panel_pitch(gpu, weight, 0)) < weight->N);
+    f.masters = round_masters(dev, scratch, products, n, head || back);
+    if (back) f.du = carve(scratch, T * f.masters.R, size);
+    else f.low = (float *)carve(scratch, T * f.masters.R, sizeof(float));
+    if (drops) f.masked = carve(scratch, T * K, size);
     f.pitch = round_up(K + extra, 8);
-    f.wide = extra && !head ? carve(scratch, batch->T * f.pitch, size) : NULL;
+    if (extra && !head && !back) f.wide = carve(scratch, T * f.pitch, size);
+    if (back && pieces && !head && dev->act == DT_BF16)
+        f.sum = (float *)carve(scratch, T * K, sizeof(float));
     return f;
 }
 
-template <typename Act, int width>
-static void widen_rows_launch(Gpu *gpu, const Forward *f, const void *from, size_t K, size_t T) {
-    const Act *x = (const Act *)from;
-    unsigned grid = blocks_for(T, 1);
-    widen_rows_kernel<Act, width><<<grid, 128, 0, gpu->stream>>>((Act *)f->wide, f->pitch, x, K);
+// False when there is too little scratch.
+static bool begin_work(Device *dev, Work *f, const Product *products, size_t n, const Batch *batch,
+                       bool head, bool back) {
+    Carve count = {NULL, 0};
+    carve_work(dev, &count, products, n, batch, head, back);
+    Carve scratch = {op_scratch(dev, count.used), 0};
+    if (scratch.base) *f = carve_work(dev, &scratch, products, n, batch, head, back);
+    return scratch.base != NULL;
 }
 
-static void widen_rows(Device *dev, const Forward *f, const void *x, size_t K, size_t T) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    FOR_ACT_AND_ROWS(dev, K, widen_rows_launch, gpu, f, x, K, T);
-    launched(gpu, "widen_rows");
+// x, or x~ where product i has dropout.
+static Matrix lora_input(Device *dev, const Work *f, const Lora *lora, const void *x, size_t K,
+                         const Batch *batch) {
+    if (!has_dropout(lora, batch)) return act_matrix(x, K);
+    dropout(dev, act_matrix(f->masked, K), x, K, lora, batch, false);
+    return act_matrix(f->masked, K);
 }
 
 // 1 and 2 for all products that see the same x~ at once, for the others one by one.
-static void lora_down(Device *dev, const Forward *f, const Product *products, size_t n,
-                      const void *x, const Batch *batch) {
+static void lora_down(Device *dev, const Work *f, const Product *products, size_t n, const void *x,
+                      const Batch *batch) {
     size_t K = products[0].linear->weight.K, T = batch->T, R = f->masters.R;
     Matrix A = act_matrix(f->masters.A, K), low = full_matrix(f->low, R);
     if (!f->masked)
         return matmul(dev, low, act_matrix(x, K), transposed(A), T, R, K, 1, 0);
     for (size_t i = 0; i < n; i++) {
         const Lora *lora = &products[i].linear->lora;
-        bool drops = has_dropout(lora, batch);
         if (!lora->r) continue;
-        if (drops) dropout(dev, f->masked, x, K, lora, batch);
         Matrix a = from_column(dev, A, f->masters.at[i] * K);
         matmul(dev, from_column(dev, low, f->masters.at[i]),
-               act_matrix(drops ? f->masked : x, K), transposed(a), T, lora->r, K, 1, 0);
+               lora_input(dev, f, lora, x, K, batch), transposed(a), T, lora->r, K, 1, 0);
     }
 }
 
-template <typename Act>
-static void finish_u_launch(Gpu *gpu, const Forward *f, const Product *product, size_t i,
-                            size_t T) {
+// The end of 2 for product i, and what stands beside x for it.
+static void finish_u(Device *dev, const Work *f, const Product *product, size_t i, size_t T) {
     const Linear *linear = product->linear;
     size_t r = linear->lora.r, extra = extra_columns(linear);
-    const float *low = f->low + f->masters.at[i];
-    Act *wide = f->wide ? (Act *)f->wide + linear->weight.K : NULL;
-    finish_u_kernel<Act><<<blocks_for(T, 4), 4 * WARP, 0, gpu->stream>>>(
-        (Act *)product->u, wide, f->pitch, low, f->masters.R, linear->lora.scale, T, r,
-        linear->bias != NULL, extra);
-}
-
-// The end of 2 for product i, and what stands beside x for it.
-static void finish_u(Device *dev, const Forward *f, const Product *product, size_t i, size_t T) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (!product->linear->lora.r && !extra_columns(product->linear)) return;
-    FOR_ACT(dev, finish_u_launch, gpu, f, product, i, T);
-    launched(gpu, "finish_u");
-}
-
-template <typename Act>
-static void panel_columns_launch(Gpu *gpu, void *panel, size_t pitch, const Linear *linear,
-                                 size_t first, size_t rows) {
-    size_t r = linear->lora.r, extra = extra_columns(linear);
-    const float *B = r ? linear->lora.B + first * r : NULL;
-    const float *bias = linear->bias ? linear->bias + first : NULL;
-    panel_columns_kernel<Act><<<blocks_for(rows, 4), 4 * WARP, 0, gpu->stream>>>(
-        (Act *)panel + linear->weight.K, pitch, B, bias, rows, r, extra);
+    if (!r && !extra) return;
+    void *wide = f->wide ? from_column(dev, act_matrix(f->wide, 0), linear->weight.K).data : NULL;
+    LAUNCH_ACT(dev, finish_u, blocks_for(T, 4), 4 * WARP, product->u, wide, f->pitch,
+               f->low + f->masters.at[i], f->masters.R, linear->lora.scale, T, r,
+               linear->bias != NULL, extra);
 }
 
 // A walk over the rows of several weights, as many at a time as a panel holds; the next panel is
@@ -1397,11 +1297,20 @@ static bool walk(Device *dev, Walk *w, bool beside_x) {
         make_panel(dev, &next.products[next.i].linear->weight, next.first, next.rows, next.pitch,
                    w->panel, true);
     if (beside_x && extra_columns(linear)) {
-        FOR_ACT(dev, panel_columns_launch, gpu, panel_memory(dev, w->panel), w->pitch, linear,
-                w->first, w->rows);
-        launched(gpu, "panel_columns");
+        size_t r = linear->lora.r, K = linear->weight.K;
+        LAUNCH_ACT(dev, panel_columns, blocks_for(w->rows, 4), 4 * WARP,
+                   from_column(dev, act_matrix(w->data, w->pitch), K).data, w->pitch,
+                   r ? linear->lora.B + w->first * r : NULL,
+                   linear->bias ? linear->bias + w->first : NULL, w->rows, r,
+                   extra_columns(linear));
     }
     return true;
+}
+
+template <typename Act, int width>
+static void widen_rows(Device *dev, const Work *f, const void *x, size_t K, size_t T) {
+    launch(dev, "widen_rows", copy_rows_kernel<Act, Act, width>, blocks_for(T, 1), 128, f->wide,
+           f->pitch, x, K, K);
 }
 
 static void linears_forward(Device *dev, Product *products, size_t n, const void *x,
@@ -1412,13 +1321,10 @@ static void linears_forward(Device *dev, Product *products, size_t n, const void
     gpu->rows = batch->T;
     if (batch->T <= FEW_ROWS && few_rows_forward(dev, products, n, x, batch)) return;
     size_t T = batch->T, K = products[0].linear->weight.K, done = 0;
-    Carve count = {NULL, 0};
-    carve_forward(dev, &count, products, n, batch, false);
-    Carve scratch = {op_scratch(dev, count.used), 0};
-    if (!scratch.base) return;
-    Forward f = carve_forward(dev, &scratch, products, n, batch, false);
+    Work f;
+    if (!begin_work(dev, &f, products, n, batch, false, false)) return;
     lora_down(dev, &f, products, n, x, batch);
-    if (f.wide) widen_rows(dev, &f, x, K, T);
+    if (f.wide) FOR_ACT_AND_ROWS(dev, K, widen_rows, dev, &f, x, K, T);
     Walk w = {products, n, 0, 0, 0, 0, NULL, NULL};
     while (walk(dev, &w, true)) {
         const Product *p = &products[w.i];
@@ -1438,11 +1344,8 @@ static void head_logits(Device *dev, real *logits, const Product *slice, const v
     size_t T = rows->T, K = linear->weight.K, C = linear->weight.N, r = linear->lora.r;
     if (gpu->failed || !T || !C) return;
     if (T <= FEW_ROWS && few_rows_logits(dev, logits, slice, x, rows)) return;
-    Carve count = {NULL, 0};
-    carve_forward(dev, &count, slice, 1, rows, true);
-    Carve scratch = {op_scratch(dev, count.used), 0};
-    if (!scratch.base) return;
-    Forward f = carve_forward(dev, &scratch, slice, 1, rows, true);
+    Work f;
+    if (!begin_work(dev, &f, slice, 1, rows, true, false)) return;
     Matrix y = full_matrix(logits, C);
     Walk w = {slice, 1, 0, 0, 0, 0, NULL, NULL};
     while (walk(dev, &w, false))
@@ -1455,8 +1358,7 @@ static void head_logits(Device *dev, real *logits, const Product *slice, const v
                1, 1);
     }
     if (!linear->bias) return;
-    add_bias_kernel<<<blocks_for(T, 1), 128, 0, gpu->stream>>>(logits, linear->bias, C);
-    launched(gpu, "add_bias");
+    LAUNCH(dev, add_bias, blocks_for(T, 1), 128, logits, linear->bias, C);
 }
 
 // --------------------------------------------------------------------------------------- backward
@@ -1466,35 +1368,8 @@ static void head_logits(Device *dev, real *logits, const Product *slice, const v
 //     3   dx = dy W + dropout(du A)                     (T, K)
 // Several linears add to one dx. Its sum is float32 where it has several parts, and rounded once.
 
-// What a backward pass keeps in scratch.
-typedef struct {
-    Masters16 masters;
-    void *du;                       // (T, R) act
-    void *masked;                   // (T, K) x~, later du A, when there is dropout
-    float *sum;                     // (T, K) dx before it is rounded, where it is needed
-} Backward;
-
-static Backward carve_backward(Device *dev, Carve *scratch, const Product *products, size_t n,
-                               const Batch *batch, bool head) {
-    const Gpu *gpu = (const Gpu *)dev->gpu;
-    const Weight *weight = &products[0].linear->weight;
-    Backward b = {};
-    size_t K = weight->K, size = act_size(dev->act);
-    bool drops = false;
-    for (size_t i = 0; i < n; i++)
-        drops = drops || has_dropout(&products[i].linear->lora, batch);
-    bool pieces = n > 1 || (!in_place(dev, weight) &&
-                            panel_rows(dev, weight, panel_pitch(gpu, weight, 0)) < weight->N);
-    b.masters = round_masters(dev, scratch, products, n, true);
-    b.du = carve(scratch, batch->T * b.masters.R, size);
-    b.masked = drops ? carve(scratch, batch->T * K, size) : NULL;
-    b.sum = pieces && !head && dev->act == DT_BF16
-                ? (float *)carve(scratch, batch->T * K, sizeof(float)) : NULL;
-    return b;
-}
-
 // 1 and 2.
-static void lora_backward(Device *dev, const Backward *b, const Product *products, size_t n,
+static void lora_backward(Device *dev, const Work *b, const Product *products, size_t n,
                           const void *x, const Batch *batch) {
     size_t T = batch->T, K = products[0].linear->weight.K, R = b->masters.R;
     for (size_t i = 0; i < n; i++) {
@@ -1503,18 +1378,16 @@ static void lora_backward(Device *dev, const Backward *b, const Product *product
         if (!r) continue;
         Matrix dy = act_matrix(products[i].y, N), u = act_matrix(products[i].u, r);
         Matrix du = from_column(dev, act_matrix(b->du, R), b->masters.at[i]);
-        bool drops = has_dropout(lora, batch);
         matmul(dev, du, dy, act_matrix(b->masters.B[i], r), T, r, N, lora->scale, 0);
         if (!lora->dA) continue;
-        if (drops) dropout(dev, b->masked, x, K, lora, batch);
         matmul(dev, full_matrix(lora->dB, r), transposed(dy), u, N, r, T, 1, 1);
-        matmul(dev, full_matrix(lora->dA, K), transposed(du), act_matrix(drops ? b->masked : x, K),
-               r, K, T, 1, 1);
+        matmul(dev, full_matrix(lora->dA, K), transposed(du),
+               lora_input(dev, b, lora, x, K, batch), r, K, T, 1, 1);
     }
 }
 
 // 3, second half: dx = or += dropout(du A) of all products. Returns whether dx has a value now.
-static bool lora_dx(Device *dev, Matrix dx, const Backward *b, const Product *products, size_t n,
+static bool lora_dx(Device *dev, Matrix dx, const Work *b, const Product *products, size_t n,
                     const Batch *batch, bool begun) {
     size_t T = batch->T, K = products[0].linear->weight.K, R = b->masters.R;
     Matrix A = act_matrix(b->masters.A, K), du = act_matrix(b->du, R);
@@ -1526,7 +1399,7 @@ static bool lora_dx(Device *dev, Matrix dx, const Backward *b, const Product *pr
         if (!lora->r) continue;
         if (has_dropout(lora, batch)) {
             matmul(dev, act_matrix(b->masked, K), du_i, A_i, T, K, lora->r, 1, 0);
-            dropout_back(dev, dx, b->masked, K, lora, batch, begun);
+            dropout(dev, dx, b->masked, K, lora, batch, begun);
         } else matmul(dev, dx, du_i, A_i, T, K, lora->r, 1, begun);
         begun = true;
     }
@@ -1546,11 +1419,7 @@ template <typename Act> __global__ void round_rows_kernel(Act *y, const float *x
 static void round_rows(Device *dev, void *y, const real *x, size_t n) {
     Gpu *gpu = (Gpu *)dev->gpu;
     if (gpu->failed || !n) return;
-    unsigned grid = blocks_for(n, 128 * 8);
-    if (dev->act == DT_BF16)
-        round_rows_kernel<bf16><<<grid, 128, 0, gpu->stream>>>((bf16 *)y, x, n);
-    else round_rows_kernel<float><<<grid, 128, 0, gpu->stream>>>((float *)y, x, n);
-    launched(gpu, "round_rows");
+    LAUNCH_ACT(dev, round_rows, blocks_for(n, 128 * 8), 128, y, x, n);
 }
 
 // dx: (T, K) act and written, or with `head` float32 and added to; NULL: nothing below learns.
@@ -1560,12 +1429,9 @@ static void backward(Device *dev, void *dx, bool head, const Product *products, 
     if (gpu->failed || !n || !batch->T) return;
     if (n > MOST_PRODUCTS) return gpu_fail(gpu, "more than %d linears at once", MOST_PRODUCTS);
     size_t T = batch->T, K = products[0].linear->weight.K;
-    Carve count = {NULL, 0};
-    carve_backward(dev, &count, products, n, batch, head);
-    Carve scratch = {op_scratch(dev, count.used), 0};
-    if (!scratch.base) return;
+    Work b;
+    if (!begin_work(dev, &b, products, n, batch, head, true)) return;
     gpu->rows = max_size(T, FEW_ROWS + 1);          // backward always goes through panels
-    Backward b = carve_backward(dev, &scratch, products, n, batch, head);
     lora_backward(dev, &b, products, n, x, batch);
     if (!dx) return;
     Matrix sum = b.sum ? full_matrix(b.sum, K) : act_matrix(dx, K);
@@ -1970,8 +1836,8 @@ static void swiglu_backward(Device *dev, void *dgate, void *dup, const void *dy,
 //  Three ways to the same result:
 //      tiles    bf16 on matrix units, after Dao 2022 and 2023 (FlashAttention): scores exist in
 //               registers only, the softmax is a running maximum and sum. Training and prompts.
-//      decode   one query in each sequence: the keys are split among blocks, so that the whole GPU
-//               reads the cache, and the parts are joined by a second kernel.
+//      decode   one query in each sequence: keys are split among blocks, so that the whole GPU
+//               reads the cache; a second kernel joins the parts.
 //      rows     a warp for each row, plain arithmetic: float mode, GPUs before Ampere, odd sizes.
 //  Sums are formed in an order that depends on shapes only, so every run gives the same bits.
 //
@@ -1989,8 +1855,8 @@ enum { DECODE_BLOCKS = 512, DECODE_THREADS = 128 };
 
 // What the backward pass knows of a query in one head.
 struct RowTerms {
-    float lse2;                         // log2(e) lse
-    float expected;                     // dout . out = sum_j p_j dp_j
+    float lse2 = INFINITY;              // log2(e) lse; of a query that does not exist p = 2^-inf
+    float expected = 0;                 // dout . out = sum_j p_j dp_j
 };
 
 // What all kernels here are given. Tensors as in the op table; those not needed are NULL.
@@ -2012,55 +1878,35 @@ template <typename Act> struct Attention {
 __device__ __forceinline__ int first_key(int own, int window) { return max(own + 1 - window, 0); }
 __device__ __forceinline__ int end_key(int own) { return own + 1; }
 
-// Does any of n queries, the first of which is `own`, see any of the keys j .. j+keys-1; does each
-// see all?
+// Does any of n queries, the first of which is `own`, see any of the keys j .. j+keys-1?
 __device__ __forceinline__ bool any_seen(int own, int n, int j, int keys, int window) {
     return j < end_key(own + n - 1) && first_key(own, window) < j + keys;
 }
-__device__ __forceinline__ bool all_seen(int own, int n, int j, int keys, int window) {
-    return first_key(own + n - 1, window) <= j && j + keys <= end_key(own);
-}
 
-// What unit number `index` of a grid is about: `tile` of `tiles`, then part of `parts` of a head,
-// head of `heads`, span; so units which run together share a head's keys in the cache.
+// What unit `index` of a grid is about: `tile` of `tiles`, then part of `parts` of a head, head of
+// `heads`, span: units that run together share keys in the cache. Beyond the last span nq = nk = 0.
 struct Unit {
     size_t q0, k0;                      // the sequence: rows q0 .. and k0 .. of the tensors
-    int nq, nk, before;                 // `before` keys precede the first query's own
-    int tile;
+    int nq, nk, before, tile;           // `before` keys precede the first query's own
     unsigned part, head, span;
-    bool exists;
 };
 
-template <typename Act>
-__device__ __forceinline__ Unit unit_number(const Attention<Act> &a, size_t index, unsigned tiles,
-                                            unsigned heads, unsigned parts = 1) {
-    Unit u;
-    u.tile = (int)(index % tiles);
-    u.part = (unsigned)(index / tiles % parts);
-    u.head = (unsigned)(index / tiles / parts % heads);
-    u.span = (unsigned)(index / tiles / parts / heads);
-    u.exists = u.span < a.n_spans;
-    Span span = a.spans[u.exists ? u.span : 0];
-    u.q0 = span.q0;
-    u.k0 = span.k0;
-    u.nq = (int)span.nq;
-    u.nk = (int)span.nk;
-    u.before = u.nk - u.nq;
-    return u;
+template <typename Act> __device__ __forceinline__ Unit
+unit_number(const Attention<Act> &a, size_t index, unsigned tiles, unsigned heads, unsigned parts) {
+    size_t head = index / tiles / parts;
+    unsigned n = (unsigned)(head / heads);
+    Span s = n < a.n_spans ? a.spans[n] : Span();
+    return {s.q0, s.k0, (int)s.nq, (int)s.nk, (int)s.nk - (int)s.nq, (int)(index % tiles),
+            (unsigned)(index / tiles % parts), (unsigned)(head % heads), n};
 }
 
 // Signed, as everything here, but known to the compiler not to be negative.
 __device__ __forceinline__ int lane_number() { return (int)(threadIdx.x % WARP); }
 __device__ __forceinline__ int warp_number() { return (int)(threadIdx.x / WARP); }
 
-// Over each `lanes` neighbours of a warp, a power of two; all of them get the same bits.
-__device__ __forceinline__ float sum_lanes(float x, int lanes) {
-    for (int lane = lanes / 2; lane; lane /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lane);
-    return x;
-}
-__device__ __forceinline__ float max_lanes(float x, int lanes) {    // of those that are numbers
-    for (int lane = lanes / 2; lane; lane /= 2)
-        x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, lane));
+// Over each `lanes` neighbours of a warp, a power of two, of those that are numbers.
+__device__ __forceinline__ float max_lanes(float x, int lanes) {
+    for (int lane = lanes / 2; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, lane));
     return x;
 }
 // What is subtracted from scores before exp: 0 while there are none, for -inf - -inf is NaN.
@@ -2071,8 +1917,7 @@ __device__ __forceinline__ float exp_base(float max) { return max == -INFINITY ?
 // A tile is (rows, HD) bf16 in shared memory, HD the head size rounded up to 32, 64, 96, 128, 192
 // or 256. A warp owns whole rows of a product and keeps them in registers as mma leaves them: of
 // block (m, n), 16 x 8, lane l holds x[m][n][0..3] = row l/4, columns 2 (l%4) and + 1, then row
-// l/4 + 8.
-// That is also how mma takes its left operand, so p goes from one product to the next in registers.
+// l/4 + 8. mma takes its left operand like that, so p goes to the next product in registers.
 
 enum { TILE_WARPS = 4 };
 
@@ -2086,8 +1931,7 @@ template <int HD> __host__ __device__ constexpr int rows_of_step() { return HD <
 // Where element (row, column) of a tile lies, column a multiple of 8. The 16-byte pieces of each
 // 128 bytes, or 64 where rows are no multiple of 128, change places by the number of the row, so
 // that the eight rows which load_matrices reads in one column lie in different banks.
-template <int HD>
-__device__ __forceinline__ unsigned place(unsigned row, unsigned column) {
+template <int HD> __device__ __forceinline__ unsigned place(unsigned row, unsigned column) {
     constexpr unsigned n = HD % 64 ? 4 : 8;
     unsigned turn = HD % 64 ? row / 2 % n : row % n;
     return row * HD + column / (8 * n) * (8 * n) + ((column / 8 % n) ^ turn) * 8;
@@ -2095,9 +1939,8 @@ __device__ __forceinline__ unsigned place(unsigned row, unsigned column) {
 
 // Begins to copy the first `real` rows of a head, `stride` elements apart, to a tile; what is
 // beyond them and beyond hd becomes zero.
-template <int HD>
-__device__ __forceinline__ void copy_tile(bf16 *tile, const bf16 *from, size_t stride,
-                                          unsigned rows, int real, unsigned hd) {
+template <int HD> __device__ __forceinline__ void
+copy_tile(bf16 *tile, const bf16 *from, size_t stride, unsigned rows, int real, unsigned hd) {
     constexpr unsigned pieces = HD / 8;
     unsigned row = threadIdx.x / pieces, column = threadIdx.x % pieces * 8;
     unsigned step = blockDim.x / pieces;        // a tile's products fit 32 bits
@@ -2111,16 +1954,14 @@ __device__ __forceinline__ void copy_tile(bf16 *tile, const bf16 *from, size_t s
 }
 
 // s (16 M x N) = a b^T with rows row .. row + 16 M - 1 of tile a and N rows of tile b.
-template <int HD, int M, int N>
-__device__ __forceinline__ void multiply_rows(float s[M][N / 8][4], const bf16 *a, int row,
-                                              const bf16 *b) {
+template <int HD, int M, int N> __device__ __forceinline__ void
+multiply_rows(float s[M][N / 8][4], const bf16 *a, int row, const bf16 *b) {
     int lane = lane_number();
 #pragma unroll
     for (int i = 0; i < M * N / 2; i++) s[i / (N / 2)][i / 4 % (N / 8)][i % 4] = 0;
 #pragma unroll
     for (int d = 0; d < HD; d += 16) {
         uint32_t x[M][4];
-#pragma unroll
         for (int m = 0; m < M; m++)
             load_matrices(x[m], a + (row + 16 * m) * HD + place<HD>(lane % 16, d + lane / 16 * 8));
 #pragma unroll
@@ -2128,7 +1969,6 @@ __device__ __forceinline__ void multiply_rows(float s[M][N / 8][4], const bf16 *
             uint32_t y[4];
             load_matrices(y, b + n * HD + place<HD>(lane / 16 * 8 + lane % 8,
                                                     d + lane / 8 % 2 * 8));
-#pragma unroll
             for (int m = 0; m < M; m++) {
                 mma(s[m][n / 8], x[m], y, s[m][n / 8]);
                 mma(s[m][n / 8 + 1], x[m], y + 2, s[m][n / 8 + 1]);
@@ -2146,9 +1986,8 @@ __device__ __forceinline__ void pack_operand(uint32_t x[N / 16][4], const float 
 }
 
 // o (16 M x HD) += p (16 M x N) times tile b (N x HD).
-template <int HD, int M, int N>
-__device__ __forceinline__ void add_product(float o[M][HD / 8][4], const uint32_t p[M][N / 16][4],
-                                            const bf16 *b) {
+template <int HD, int M, int N> __device__ __forceinline__ void
+add_product(float o[M][HD / 8][4], const uint32_t p[M][N / 16][4], const bf16 *b) {
     int lane = lane_number();
 #pragma unroll
     for (int n = 0; n < N; n += 16) {
@@ -2156,7 +1995,6 @@ __device__ __forceinline__ void add_product(float o[M][HD / 8][4], const uint32_
         for (int d = 0; d < HD; d += 16) {
             uint32_t y[4];
             load_matrices_transposed(y, b + n * HD + place<HD>(lane % 16, d + lane / 16 * 8));
-#pragma unroll
             for (int m = 0; m < M; m++) {
                 mma(o[m][d / 8], p[m][n / 16], y, o[m][d / 8]);
                 mma(o[m][d / 8 + 1], p[m][n / 16], y + 2, o[m][d / 8 + 1]);
@@ -2170,6 +2008,7 @@ __device__ __forceinline__ void add_product(float o[M][HD / 8][4], const uint32_
 template <int M, int N>
 __device__ __forceinline__ void hide_unseen(float s[M][N / 8][4], int low, int window) {
     int lane = lane_number();
+    if (low + 16 * M <= 1 && N <= low + window) return;         // all are seen
 #pragma unroll
     for (int i = 0; i < M * N / 2; i++) {
         int m = i / (N / 2), n = i / 4 % (N / 8), e = i % 4;
@@ -2180,9 +2019,8 @@ __device__ __forceinline__ void hide_unseen(float s[M][N / 8][4], int low, int w
 
 // The scores s of some more keys become p = 2^(scale2 (s - max)); when the maximum of a row grows,
 // its sum and out so far shrink. A lane's sum is of its own columns only.
-template <int HD, int N>
-__device__ __forceinline__ void softmax_step(float s[N / 8][4], float o[HD / 8][4],
-                                             float largest[2], float sum[2], float scale2) {
+template <int HD, int N> __device__ __forceinline__ void
+softmax_step(float s[N / 8][4], float o[HD / 8][4], float largest[2], float sum[2], float scale2) {
     float shrink[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {                      // rows l/4 and l/4 + 8
@@ -2207,10 +2045,9 @@ __device__ __forceinline__ void softmax_step(float s[N / 8][4], float o[HD / 8][
 
 // Writes a warp's rows of x, each times a factor, to those rows of a head that exist: by way of the
 // warp's own rows of a tile that is not needed any more, so that it can be 16 bytes at a time.
-template <int HD, int M>
-__device__ __forceinline__ void store_rows(bf16 *to, size_t stride, bf16 *tile, int row, int real,
-                                           unsigned hd, const float x[M][HD / 8][4],
-                                           const float factor[M][2]) {
+template <int HD, int M> __device__ __forceinline__ void
+store_rows(bf16 *to, size_t stride, bf16 *tile, int row, int real, unsigned hd,
+           const float x[M][HD / 8][4], const float factor[M][2]) {
     int lane = lane_number();
     __syncwarp();
 #pragma unroll
@@ -2233,20 +2070,19 @@ __device__ __forceinline__ void store_rows(bf16 *to, size_t stride, bf16 *tile, 
 // arrives, while out grows the next k does. The last queries, which see most keys, come first.
 // At HD 128: 56 KB of shared memory and 254 registers, two blocks in a multiprocessor; 171 bytes
 // of shared memory per mma, 1.3 cycles, and 16 bytes of L2 a cycle and multiprocessor.
-template <int HD>
-__global__ void __launch_bounds__(TILE_WARPS * WARP) attention_forward_tiles(Attention<bf16> a,
-                                                                             int tiles) {
+template <int HD> __global__ void __launch_bounds__(TILE_WARPS * WARP)
+attention_forward_tiles(Attention<bf16> a, int tiles) {
     constexpr int M = blocks_of_warp<HD>(), N = keys_of_tile<HD>();
     extern __shared__ unsigned char shared_memory[];
-    int lane = lane_number(), row = warp_number() * 16 * M;
-    int rows = (int)blockDim.x / WARP * 16 * M;
-    Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.H);
+    int lane = lane_number(), row = warp_number() * 16 * M, rows = (int)blockDim.x / WARP * 16 * M;
+    Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.H, 1);
     int i = (tiles - 1 - u.tile) * rows, left = u.nq - i;  // first query of the block
     if (left <= 0) return;
 
     bf16 *k = (bf16 *)shared_memory, *v = k + N * HD, *q = v + N * HD;
     size_t at = (u.q0 + i) * a.H + u.head;                      // of the first row, in (T, H)
-    size_t k_at = u.k0 * a.k_stride + u.head / a.shared * a.hd;
+    size_t k_at = (u.k0 * a.G + u.head / a.shared) * a.hd;
+    unsigned k_stride = a.G * a.hd;             // as 64 bits it costs registers
     int own = u.before + i, end = min(end_key(own + rows - 1), u.nk);
     int j = first_key(own, a.window) / N * N;
     own = row < left ? own + row : -end;                        // of the warp's first query, if any
@@ -2255,24 +2091,23 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_forward_tiles(Att
     for (int m = 0; m < M; m++) largest[m][0] = largest[m][1] = -INFINITY;
     float scale2 = a.scale * LOG2_E;
     copy_tile<HD>(q, a.q + at * a.hd, a.q_stride, rows, left, a.hd);
-    k_at += j * a.k_stride;
-    copy_tile<HD>(k, a.k + k_at, a.k_stride, N, end - j, a.hd);
+    k_at += (size_t)j * k_stride;
+    copy_tile<HD>(k, a.k + k_at, k_stride, N, end - j, a.hd);
     copy_commit();
     for (; j < end; j += N) {
         bool busy = any_seen(own, 16 * M, j, N, a.window);      // the same in a whole warp
         copy_wait<0>();
         __syncthreads();                        // k is there, and v is no longer needed
-        copy_tile<HD>(v, a.v + k_at, a.k_stride, N, end - j, a.hd);
+        copy_tile<HD>(v, a.v + k_at, k_stride, N, end - j, a.hd);
         copy_commit();
         if (busy) multiply_rows<HD, M, N>(s, q, row, k);        // 1
         copy_wait<0>();
         __syncthreads();                        // v is there, and k is no longer needed
-        k_at += N * a.k_stride;
-        if (j + N < end) copy_tile<HD>(k, a.k + k_at, a.k_stride, N, end - j - N, a.hd);
+        k_at += (size_t)N * k_stride;
+        if (j + N < end) copy_tile<HD>(k, a.k + k_at, k_stride, N, end - j - N, a.hd);
         copy_commit();
         if (busy) {
-            if (!all_seen(own, 16 * M, j, N, a.window))
-                hide_unseen<M, N>(s, end_key(own) - a.window - j, a.window);
+            hide_unseen<M, N>(s, end_key(own) - a.window - j, a.window);
             uint32_t p[M][N / 16][4];
 #pragma unroll
             for (int m = 0; m < M; m++) {
@@ -2284,14 +2119,14 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_forward_tiles(Att
         }
     }
 #pragma unroll
-    for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++) {
-            int r = row + 16 * m + lane / 4 + 8 * half;
-            float total = sum_lanes(sum[m][half], 4);
-            sum[m][half] = 1 / total;
-            if (lane % 4 == 0 && r < left)
-                a.lse[at + (size_t)r * a.H] = largest[m][half] * a.scale + logf(total);
-        }
+    for (int e = 0; e < 2 * M; e++) {
+        int r = row + lane / 4 + 8 * e;
+        float total = sum[e / 2][e % 2];                        // of four lanes
+        for (int by = 2; by; by /= 2) total += __shfl_xor_sync(0xFFFFFFFFu, total, by);
+        sum[e / 2][e % 2] = 1 / total;
+        if (lane % 4 == 0 && r < left)
+            a.lse[at + (size_t)r * a.H] = largest[e / 2][e % 2] * a.scale + logf(total);
+    }
     store_rows<HD, M>(a.out + at * a.hd, a.q_stride, q, row, left, a.hd, o, sum);
 }
 
@@ -2300,8 +2135,7 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_forward_tiles(Att
 //     2   ds_j = p_j (dp_j - sum_i p_i dp_i),    and that sum is dout . out
 //     1   dq = scale sum_j ds_j k_j     dk_j += scale ds_j q
 //
-// terms (H, T): of each query its log2(e) lse and dout . out. A warp owns a row of a head.
-// Reads out and dout once: 4 T H hd bytes.
+// terms: a warp owns a row of a head. Reads out and dout once: 4 T H hd bytes.
 template <typename Act> __global__ void attention_row_terms(Attention<Act> a) {
     int lane = lane_number();
     size_t index = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / WARP, t = index / a.H;
@@ -2310,32 +2144,26 @@ template <typename Act> __global__ void attention_row_terms(Attention<Act> a) {
     for (size_t d = lane; d < a.hd; d += WARP)
         sum = fmaf(to_float(a.dout[index * a.hd + d]), to_float(a.out[index * a.hd + d]), sum);
     sum = warp_sum(sum);
-    if (lane == 0) {
-        RowTerms terms = {a.lse[index] * LOG2_E, sum};
-        a.terms[index % a.H * a.T + t] = terms;
-    }
+    if (lane == 0) a.terms[index % a.H * a.T + t] = {a.lse[index] * LOG2_E, sum};
 }
 
 // dk and dv of a block of keys of one group: 16 keys for each warp, in registers, while queries
 // pass by, of one head of the group after the other: a tile of q and one of dout at a time and the
 // next under way. Scores are formed turned, keys x queries, so that p and ds are left operands of
 // the sums over queries. Keys that nobody sees get 0. Beyond HD 128, where both sums do not fit in
-// registers, one launch makes dv and another dk.
-// At HD 128: 64.5 KB of shared memory, two blocks in a multiprocessor; 320 bytes of shared memory
-// per mma, 2.5 cycles, which is what limits this kernel.
-template <int HD, bool make_dk, bool make_dv>
-__global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_keys(Attention<bf16> a,
-                                                                             int tiles) {
+// registers, one launch makes dv and another dk. At HD 128: 64.5 KB of shared memory, two blocks in
+// a multiprocessor; 320 bytes of it per mma, 2.5 cycles, which is what limits this kernel.
+template <int HD, bool make_dk, bool make_dv> __global__ void __launch_bounds__(TILE_WARPS * WARP)
+attention_backward_keys(Attention<bf16> a, int tiles) {
     constexpr int M = rows_of_step<HD>();                       // queries at a time
     extern __shared__ unsigned char shared_memory[];
-    int lane = lane_number(), row = warp_number() * 16;
-    int keys = (int)blockDim.x / WARP * 16;
-    Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.G);
+    int lane = lane_number(), row = warp_number() * 16, keys = (int)blockDim.x / WARP * 16;
+    Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.G, 1);
     int j = u.tile * keys;
     if (j >= u.nk) return;
 
     bf16 *q = (bf16 *)shared_memory, *dout = q + 2 * M * HD;    // (2, M, HD)
-    RowTerms *terms = (RowTerms *)(dout + 2 * M * HD), mine = {INFINITY, 0};    // (2, M)
+    RowTerms *terms = (RowTerms *)(dout + 2 * M * HD), mine;    // (2, M)
     bf16 *k = (bf16 *)(terms + 2 * M), *v = k + keys * HD;
     size_t k_at = (u.k0 + j) * a.k_stride + u.head * a.hd;
     // The last query that sees a key is `before` + window - 1 places after it.
@@ -2365,8 +2193,7 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_keys(Att
             copy_tile<HD>(dout + to, a.dout + at, a.q_stride, M, u.nq - next, a.hd);
             copy_commit();
             next += (int)threadIdx.x;
-            mine.lse2 = INFINITY;               // those beyond the last query get p = 2^-inf
-            mine.expected = 0;
+            mine = RowTerms();
             if (threadIdx.x < M && next < u.nq) mine = a.terms[head * a.T + u.q0 + next];
         }
         int own = u.before + i;
@@ -2374,8 +2201,7 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_keys(Att
 
         float p[1][M / 8][4], ds[1][M / 8][4];
         multiply_rows<HD, 1, M>(p, k, row, q + buffer * HD);
-        if (!all_seen(own, M, j + row, 16, a.window))
-            hide_unseen<1, M>(p, j + row - own, a.window);
+        hide_unseen<1, M>(p, j + row - own, a.window);
         if (make_dk) multiply_rows<HD, 1, M>(ds, v, row, dout + buffer * HD);   // dp
 #pragma unroll
         for (int e = 0; e < M / 2; e++) {
@@ -2402,14 +2228,12 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_keys(Att
 // dq of a block of queries of one head, 16 M for each warp, in registers, while keys pass by: a
 // tile of k and one of v at a time and the next under way. The last queries come first.
 // At HD 128: 96 KB of shared memory, 213 bytes from it per mma.
-template <int HD>
-__global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_queries(Attention<bf16> a,
-                                                                                int tiles) {
+template <int HD> __global__ void __launch_bounds__(TILE_WARPS * WARP)
+attention_backward_queries(Attention<bf16> a, int tiles) {
     constexpr int M = blocks_of_warp<HD>(), N = rows_of_step<HD>();
     extern __shared__ unsigned char shared_memory[];
-    int lane = lane_number(), row = warp_number() * 16 * M;
-    int rows = (int)blockDim.x / WARP * 16 * M;
-    Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.H);
+    int lane = lane_number(), row = warp_number() * 16 * M, rows = (int)blockDim.x / WARP * 16 * M;
+    Unit u = unit_number(a, blockIdx.x, (unsigned)tiles, a.H, 1);
     int i = (tiles - 1 - u.tile) * rows, left = u.nq - i;
     if (left <= 0) return;
 
@@ -2423,20 +2247,15 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_queries(
 
     float dq[M][HD / 8][4] = {}, scale2 = a.scale * LOG2_E;
     RowTerms terms[M][2];
-    for (int m = 0; m < M; m++)
-        for (int half = 0; half < 2; half++) {
-            int r = row + 16 * m + lane / 4 + 8 * half;
-            terms[m][half].lse2 = INFINITY;
-            terms[m][half].expected = 0;
-            if (r < left) terms[m][half] = a.terms[u.head * a.T + u.q0 + i + r];
-        }
+    for (int e = 0; e < 2 * M; e++) {
+        int r = row + lane / 4 + 8 * e;
+        if (r < left) terms[e / 2][e % 2] = a.terms[u.head * a.T + u.q0 + i + r];
+    }
     copy_tile<HD>(q, a.q + q_at, a.q_stride, rows, left, a.hd);
     copy_tile<HD>(dout, a.dout + q_at, a.q_stride, rows, left, a.hd);
     for (int j = first - N, buffer = 1; j < end; j += N, buffer ^= 1) {
-        if (j >= first) {
-            copy_wait<0>();
-            __syncthreads();                    // this step's are there, the last step's not needed
-        }
+        copy_wait<0>();
+        __syncthreads();                        // this step's are there, the last step's not needed
         if (j + N < end) {                      // the next step's
             size_t at = k_at + (j + N) * a.k_stride;
             int to = (buffer ^ 1) * N * HD;
@@ -2449,8 +2268,7 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_queries(
         float s[M][N / 8][4], ds[M][N / 8][4];
         const bf16 *k_tile = k + buffer * N * HD, *v_tile = v + buffer * N * HD;
         multiply_rows<HD, M, N>(s, q, row, k_tile);
-        if (!all_seen(own, 16 * M, j, N, a.window))
-            hide_unseen<M, N>(s, end_key(own) - a.window - j, a.window);
+        hide_unseen<M, N>(s, end_key(own) - a.window - j, a.window);
         multiply_rows<HD, M, N>(ds, dout, row, v_tile);         // dp
         uint32_t x[M][N / 16][4];
 #pragma unroll
@@ -2465,8 +2283,7 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_queries(
         }
         add_product<HD, M, N>(dq, x, k_tile);
     }
-    float scale[M][2];
-    for (int m = 0; m < M; m++) scale[m][0] = scale[m][1] = a.scale;
+    const float scale[2][2] = {{a.scale, a.scale}, {a.scale, a.scale}};
     store_rows<HD, M>(a.dq + q_at, a.q_stride, q, row, left, a.hd, dq, scale);
 }
 
@@ -2477,12 +2294,10 @@ __global__ void __launch_bounds__(TILE_WARPS * WARP) attention_backward_queries(
 // 32nd column of the own row and adds up. Arithmetic as in chapter 3, 4 and 14 hd FLOPs for a pair.
 
 // Columns column .. column+7 of a row; those beyond hd are 0.
-template <typename Act>
-__device__ __forceinline__ void load_piece(float x[8], const Act *row, unsigned column, unsigned hd,
-                                           bool pieces) {
+template <typename Act> __device__ __forceinline__ void
+load_piece(float x[8], const Act *row, unsigned column, unsigned hd, bool pieces) {
     if (pieces && column < hd) load8(x, row + column);
     else
-#pragma unroll
         for (unsigned i = 0; i < 8; i++) x[i] = column + i < hd ? to_float(row[column + i]) : 0;
 }
 
@@ -2493,33 +2308,29 @@ __device__ __forceinline__ float dot_rows(const Act *a, const Act *b, const Atte
         float x[8], y[8];
         load_piece(x, a, d, of.hd, of.pieces);
         load_piece(y, b, d, of.hd, of.pieces);
-#pragma unroll
         for (int i = 0; i < 8; i++) sum = fmaf(x[i], y[i], sum);
     }
     return sum;
 }
 
-// p and scale ds of the query and the key that begin there.
-template <typename Act>
-__device__ __forceinline__ void pair_terms(const Attention<Act> &a, size_t query, size_t key,
-                                           float lse, float expected, float *p, float *ds) {
-    *p = expf(a.scale * dot_rows(a.q + query, a.k + key, a) - lse);
+// p and scale ds of query t of a head and the key that begins at `key`.
+template <typename Act> __device__ __forceinline__ void
+pair_terms(const Attention<Act> &a, size_t t, unsigned head, size_t key, float *p, float *ds) {
+    size_t query = t * a.q_stride + head * a.hd;
+    float expected = a.terms[head * a.T + t].expected;
+    *p = expf(a.scale * dot_rows(a.q + query, a.k + key, a) - a.lse[t * a.H + head]);
     *ds = a.scale * *p * (dot_rows(a.dout + query, a.v + key, a) - expected);
 }
 
 // sum (this lane's columns) += weight row
-template <typename Act>
-__device__ __forceinline__ void add_row(float sum[LANE_COLUMNS], float weight, const Act *row,
-                                        unsigned column, unsigned hd) {
-#pragma unroll
+template <typename Act> __device__ __forceinline__ void
+add_row(float sum[LANE_COLUMNS], float weight, const Act *row, unsigned column, unsigned hd) {
     for (int c = 0; c < LANE_COLUMNS; c++, column += WARP)
         if (column < hd) sum[c] = fmaf(weight, to_float(row[column]), sum[c]);
 }
 
-template <typename Act>
-__device__ __forceinline__ void store_row(Act *row, const float x[LANE_COLUMNS], float factor,
-                                          unsigned column, unsigned hd) {
-#pragma unroll
+template <typename Act> __device__ __forceinline__ void
+store_row(Act *row, const float x[LANE_COLUMNS], float factor, unsigned column, unsigned hd) {
     for (int c = 0; c < LANE_COLUMNS; c++, column += WARP)
         if (column < hd) from_float(row + column, x[c] * factor);
 }
@@ -2535,15 +2346,13 @@ __device__ __forceinline__ Unit row_of_warp(const Attention<Act> &a, unsigned n,
 template <typename Act, bool backward>
 __global__ void attention_query_rows(Attention<Act> a, unsigned most_queries) {
     Unit u = row_of_warp(a, most_queries, a.H);
-    if (!u.exists || u.tile >= u.nq) return;
+    if (u.tile >= u.nq) return;
     int lane = lane_number(), own = u.before + u.tile, end = end_key(own);
     unsigned column = u.part * ROW_COLUMNS + (unsigned)lane, hd = a.hd;
     size_t t = u.q0 + u.tile, at = t * a.H + u.head, query = at * hd;
     size_t k_at = u.k0 * a.k_stride + u.head / a.shared * hd;
-    const Act *added = (backward ? a.k : a.v) + k_at;
+    const Act *of = (backward ? a.k : a.v) + k_at;
     float x[LANE_COLUMNS] = {}, largest = -INFINITY, sum = 0;   // x: out or dq
-    float lse = backward ? a.lse[at] : 0;
-    float expected = backward ? a.terms[u.head * a.T + t].expected : 0;
     for (int j = first_key(own, a.window); j < end; j += WARP) {
         int n = min((int)WARP, end - j);
         size_t key = k_at + (j + lane) * a.k_stride;
@@ -2554,23 +2363,20 @@ __global__ void attention_query_rows(Attention<Act> a, unsigned most_queries) {
             float shrink = expf(largest - base);
             largest = now;
             weight = expf(s - base);                                                        // 2
-            sum = fmaf(sum, shrink, sum_lanes(weight, WARP));
-#pragma unroll
+            sum = fmaf(sum, shrink, warp_sum(weight));
             for (int c = 0; c < LANE_COLUMNS; c++) x[c] *= shrink;
-        } else if (lane < n) pair_terms(a, query, key, lse, expected, &p, &weight);
+        } else if (lane < n) pair_terms(a, t, u.head, key, &p, &weight);
         for (int k = 0; k < n; k++)                                                         // 3
-            add_row(x, __shfl_sync(0xFFFFFFFFu, weight, k), added + (j + k) * a.k_stride, column,
-                    hd);
+            add_row(x, __shfl_sync(0xFFFFFFFFu, weight, k), of + (j + k) * a.k_stride, column, hd);
     }
     store_row((backward ? a.dq : a.out) + query, x, backward ? 1 : 1 / sum, column, hd);
     if (!backward && u.part == 0 && lane == 0) a.lse[at] = largest + logf(sum);
 }
 
 // dk and dv of a key in one group.
-template <typename Act>
-__global__ void attention_key_rows(Attention<Act> a, unsigned most_keys) {
+template <typename Act> __global__ void attention_key_rows(Attention<Act> a, unsigned most_keys) {
     Unit u = row_of_warp(a, most_keys, a.G);
-    if (!u.exists || u.tile >= u.nk) return;
+    if (u.tile >= u.nk) return;
     int lane = lane_number(), first = max(u.tile - u.before, 0);
     int end = min(u.nq, u.tile - u.before + a.window);
     unsigned column = u.part * ROW_COLUMNS + (unsigned)lane, hd = a.hd;
@@ -2579,13 +2385,10 @@ __global__ void attention_key_rows(Attention<Act> a, unsigned most_keys) {
     for (unsigned head = u.head * a.shared; head < (u.head + 1) * a.shared; head++)
         for (int i = first; i < end; i += WARP) {
             int n = min((int)WARP, end - i);
-            size_t t = u.q0 + i + lane, query = u.q0 * a.q_stride + head * hd;
             float p = 0, ds = 0;
-            if (lane < n)
-                pair_terms(a, query + (i + lane) * a.q_stride, key, a.lse[t * a.H + head],
-                           a.terms[head * a.T + t].expected, &p, &ds);
+            if (lane < n) pair_terms(a, u.q0 + i + lane, head, key, &p, &ds);
             for (int k = 0; k < n; k++) {
-                size_t at = query + (i + k) * a.q_stride;
+                size_t at = (u.q0 + i + k) * a.q_stride + head * hd;
                 add_row(dv, __shfl_sync(0xFFFFFFFFu, p, k), a.dout + at, column, hd);
                 add_row(dk, __shfl_sync(0xFFFFFFFFu, ds, k), a.q + at, column, hd);
             }
@@ -2635,9 +2438,8 @@ __device__ __forceinline__ float join_parts(const float *parts, int n, int width
 // block's threads form teams of row_lanes; a team takes keys of its own, each read once for all
 // heads, and keeps a softmax of its own; teams are joined at the end by way of shared memory.
 // Reads 4 G hd bytes of each key once, which is all the time it should take.
-template <typename Act, int R>
-__global__ void __launch_bounds__(DECODE_THREADS) attention_decode_share(Attention<Act> a,
-                                                                         int splits, int least) {
+template <typename Act, int R> __global__ void __launch_bounds__(DECODE_THREADS)
+attention_decode_share(Attention<Act> a, int splits, int least) {
     constexpr int B = keys_of_team<Act, R>();
     extern __shared__ unsigned char shared_memory[];
     Unit u = unit_number(a, blockIdx.x, (unsigned)splits, a.G, (a.shared + R - 1) / R);
@@ -2669,7 +2471,6 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_share(Attenti
 #pragma unroll
         for (int i = 0; i < B * R; i++) {
             float &of = s[i / R][i % R] = 0;
-#pragma unroll
             for (int d = 0; d < 8; d++) of = fmaf(q[i % R][d], k[i / R][d], of);
         }
         for (int lane = lanes / 2; lane; lane /= 2)
@@ -2679,20 +2480,16 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_share(Attenti
 #pragma unroll
         for (int r = 0; r < R; r++) {
             float before = largest[r];
-#pragma unroll
             for (int b = 0; b < B; b++) {
                 s[b][r] = j + b * teams + team < end ? a.scale * s[b][r] : -INFINITY;
                 largest[r] = fmaxf(largest[r], s[b][r]);
             }
             float base = exp_base(largest[r]), shrink = expf(before - base);
             sum[r] *= shrink;
-#pragma unroll
             for (int d = 0; d < 8; d++) out[r][d] *= shrink;
-#pragma unroll
             for (int b = 0; b < B; b++) {
                 float p = expf(s[b][r] - base);
                 sum[r] += p;
-#pragma unroll
                 for (int d = 0; d < 8; d++) out[r][d] = fmaf(p, v[b][d], out[r][d]);
             }
         }
@@ -2704,7 +2501,6 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_share(Attenti
     for (int r = 0; r < R; r++) {
         float *mine = all + (team * R + r) * width;
         if (column == 0) mine[0] = largest[r], mine[1] = sum[r];
-#pragma unroll
         for (int d = 0; d < 8; d++) mine[2 + column + d] = out[r][d];
     }
     __syncthreads();
@@ -2720,7 +2516,7 @@ __global__ void __launch_bounds__(DECODE_THREADS) attention_decode_share(Attenti
 // Joins the shares of a query in one head: a block for each.
 template <typename Act>
 __global__ void attention_decode_join(Attention<Act> a, int splits, int least) {
-    Unit u = unit_number(a, blockIdx.x, 1, a.H);
+    Unit u = unit_number(a, blockIdx.x, 1, a.H, 1);
     if (u.nq == 0) return;
     int each = keys_of_split(u.before, a.window, splits, least), width = 2 + (int)a.hd;
     int used = (end_key(u.before) - first_key(u.before, a.window) + each - 1) / each;
@@ -2739,8 +2535,7 @@ __global__ void attention_decode_join(Attention<Act> a, int splits, int least) {
 // the parts of a decode step.
 static size_t attention_scratch(const OpSizes *s) {
     size_t shared = s->G ? s->H / s->G : 1, decode = DECODE_BLOCKS * shared * (2 + s->hd) * 4;
-    size_t terms = s->training ? s->T * s->H * sizeof(RowTerms) : 0;
-    return max_size(terms, decode);
+    return max_size(s->training ? s->T * s->H * sizeof(RowTerms) : 0, decode);
 }
 
 // A grid has its blocks in x, where 2^31 - 1 fit; more than that are refused as none are.
@@ -2763,8 +2558,7 @@ static void launch_tiles(Gpu *gpu, const char *name, Kernel *kernel, const Atten
 }
 
 // Takes the smallest tile that a head fits in.
-template <int HD>
-static void run_tiles(Gpu *gpu, const Attention<bf16> &a, const Batch *batch) {
+template <int HD> static void run_tiles(Gpu *gpu, const Attention<bf16> &a, const Batch *batch) {
     if constexpr (HD < 256)
         if (a.hd > HD) return run_tiles<HD < 128 ? HD + 32 : HD + 64>(gpu, a, batch);
     constexpr size_t own = 16 * blocks_of_warp<HD>(), step = rows_of_step<HD>(), row = 2 * HD;
@@ -2794,28 +2588,27 @@ static void launch_rows(Gpu *gpu, const char *name, Kernel *kernel, const Attent
 template <typename Act, int R>
 static void decode(Gpu *gpu, const Attention<Act> &a, const Batch *batch) {
     size_t pairs = (size_t)a.G * a.n_spans, blocks = min_size(2 * gpu->processors, DECODE_BLOCKS);
-    size_t splits = max_size(min_size(blocks / pairs, ceil_div(batch->most_keys, 16)), 1);
+    int splits = (int)max_size(min_size(blocks / pairs, ceil_div(batch->most_keys, 16)), 1);
     size_t lanes = (size_t)row_lanes(a.hd), teams = DECODE_THREADS / lanes;
     size_t bytes = teams * R * (2 + 8 * lanes) * sizeof(float);
     int least = (int)teams * keys_of_team<Act, R>();
     unsigned grid = (unsigned)(splits * pairs * ceil_div(a.shared, R));
-    attention_decode_share<Act, R><<<grid, DECODE_THREADS, bytes, gpu->stream>>>(
-        a, (int)splits, least);
+    attention_decode_share<Act, R><<<grid, DECODE_THREADS, bytes, gpu->stream>>>(a, splits, least);
     launched(gpu, "attention_decode_share");
     grid = a.H * a.n_spans;
-    attention_decode_join<Act><<<grid, DECODE_THREADS, 0, gpu->stream>>>(a, (int)splits, least);
+    attention_decode_join<Act><<<grid, DECODE_THREADS, 0, gpu->stream>>>(a, splits, least);
     launched(gpu, "attention_decode_join");
 }
 
-// Both ops: attention_forward where dout is NULL, else attention_backward, which only reads out
-// and lse.
+// Both ops: attention_backward, which only reads out and lse, where there is dout.
 template <typename Act>
 static void attention(Device *dev, const void *out, void *dq, void *dk, void *dv, const void *q,
                       const void *k, const void *v, const void *dout, const real *lse,
                       AttentionShape shape, const Batch *batch) {
     Gpu *gpu = (Gpu *)dev->gpu;
-    size_t H = shape.H, G = shape.G, hd = shape.hd, queries = batch->most_queries;
-    bool all = !shape.window || shape.window > batch->most_keys;
+    if (gpu->failed || !batch->T || !batch->n_spans) return;
+    size_t H = shape.H, G = shape.G, hd = shape.hd;
+    size_t queries = batch->most_queries, keys = batch->most_keys;
     uintptr_t places = (uintptr_t)out | (uintptr_t)dq | (uintptr_t)dk | (uintptr_t)dv |
                        (uintptr_t)q | (uintptr_t)k | (uintptr_t)v | (uintptr_t)dout;
     Attention<Act> a = {                        // in the order of the structure
@@ -2823,7 +2616,8 @@ static void attention(Device *dev, const void *out, void *dq, void *dk, void *dv
         (const Act *)q, (const Act *)k, (const Act *)v, (const Act *)dout, (float *)lse,
         (RowTerms *)dev->scratch, (float *)dev->scratch, batch->spans, batch->T, H * hd, G * hd,
         (unsigned)batch->n_spans, (unsigned)H, (unsigned)G, (unsigned)(H / G), (unsigned)hd,
-        (int)(all ? batch->most_keys : shape.window), shape.scale, hd % 8 == 0 && places % 16 == 0};
+        (int)(shape.window ? min_size(shape.window, keys) : keys), shape.scale,
+        hd % 8 == 0 && places % 16 == 0};
     if (dout) {
         attention_row_terms<Act><<<grid_of(ceil_div(a.T * H, 4)), 4 * WARP, 0, gpu->stream>>>(a);
         launched(gpu, "attention_row_terms");
@@ -2837,20 +2631,18 @@ static void attention(Device *dev, const void *out, void *dq, void *dk, void *dv
     if (!dout)
         return launch_rows(gpu, "attention_query_rows", attention_query_rows<Act, false>, a,
                            queries, H);
-    launch_rows(gpu, "attention_key_rows", attention_key_rows<Act>, a, batch->most_keys, G);
+    launch_rows(gpu, "attention_key_rows", attention_key_rows<Act>, a, keys, G);
     launch_rows(gpu, "attention_query_rows", attention_query_rows<Act, true>, a, queries, H);
 }
 
 static void attention_forward(Device *dev, void *out, real *lse, const void *q, const void *k,
                               const void *v, AttentionShape shape, const Batch *batch) {
-    if (((Gpu *)dev->gpu)->failed || !batch->T || !batch->n_spans) return;
     FOR_ACT(dev, attention, dev, out, NULL, NULL, NULL, q, k, v, NULL, lse, shape, batch);
 }
 
 static void attention_backward(Device *dev, void *dq, void *dk, void *dv, const void *dout,
                                const void *q, const void *k, const void *v, const void *out,
                                const real *lse, AttentionShape shape, const Batch *batch) {
-    if (((Gpu *)dev->gpu)->failed || !batch->T || !batch->n_spans) return;
     FOR_ACT(dev, attention, dev, out, dq, dk, dv, q, k, v, dout, lse, shape, batch);
 }
 
@@ -3068,109 +2860,78 @@ static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t 
 // =================================================================================================
 //  8. Decoding one token: matrix-vector products, sampling, recorded steps
 //
-//  A token that is generated passes each weight once, so what counts is how fast weights come from
-//  memory. Little's law: 4.3 TB/s at 700 ns are 3 MB on their way, 23 KB for each of an H200's 132
-//  processors, so 64 KB are kept under way. And they arrive at 32 weights of 4 bits per cycle and
-//  processor, as many levels as its shared memory can look up: nothing else may cost much.
+//  A generated token passes each weight once, so what counts is how fast weights come from memory.
+//  Little's law: 4.3 TB/s at 700 ns are 3 MB on their way, 23 KB for each of an H200's processors;
+//  64 KB are kept under way. They arrive at 32 weights of 4 bits per cycle and processor, as many
+//  levels as its shared memory can look up: nothing else may cost much.
 // =================================================================================================
 
 // ------------------------------------------------------------------------------ at most eight rows
 //
-// linears_forward and head_logits for T <= 8: weights are read once for all rows, straight from
-// their 4-bit codes, and no panel is made. Three kernels:
-//     low    u = s x A^T of all products: needed by the other two, for products with an adapter
-//     tiles  y on matrix units, which take the weights 16 rows at a time and x as 8 columns: T = 1
-//            wastes seven of them, and they are idle otherwise
-//     plain  y in plain arithmetic: float mode, GPUs before Ampere, sizes that do not divide
+// linears_forward and head_logits for T <= 8: weights are read once for all rows, no panel is made,
+// and several products of one x are one launch. Two kernels:
+//     tiles  y on matrix units, 16 rows of W by 8 columns of x, of which T = 1 wastes seven; the
+//            units are idle otherwise. 4-bit and bf16 weights
+//     plain  y in plain arithmetic: everything else; and before either, u = s x A^T
 // A weight is rounded to the activation type as everywhere, so a prompt and the tokens after it see
-// the same matrix. Several products of one x are one launch: their rows are numbered through.
+// the same matrix.
 
 enum { TILE = 16, DECODE_WARPS = 8 };
 
-// One linear of a launch.
-struct FewPart {
-    Weight weight;
-    const float *bias, *A, *B;      // (N) or NULL, (r, K), (N, r)
+// One linear of a launch. Its units are tiles or, in the plain kernel, rows of W or A.
+struct FewPart : Linear {
     void *u, *y;                    // (T, r) act, (T, N) act; y of the head: float
-    float scale;
-    size_t r;
-    unsigned first;                 // number of its first tile (tiles) or row (plain)
+    unsigned first;                 // number of its first unit: those of all parts are one row
 };
 
 struct FewRows {
     FewPart part[MOST_PRODUCTS];
     const void *x;                  // (T, K) act
     unsigned K, T;
-    unsigned units, parts;          // units: tiles or rows of all parts
+    unsigned units, parts;          // units of all parts
     unsigned rounds;                // tiles: steps of one warp in a tile, rounded up to even
     unsigned split;                 // ... and warps that share one tile's columns
     bool wide;                      // y is float
 };
 
-// Which part unit number `unit` belongs to.
 __device__ __forceinline__ unsigned part_of(const FewRows &a, unsigned unit) {
     unsigned p = 0;
     while (p + 1 < a.parts && unit >= a.part[p + 1].first) p++;
     return p;
 }
 
-// u (T, r) = s x A^T. A block for each row of each A: r K floats read, a few microseconds.
-template <typename Act> __global__ void few_rows_low(const __grid_constant__ FewRows a) {
-    __shared__ float sums[WARP][FEW_ROWS];
-    unsigned p = 0, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    size_t j = blockIdx.x;
-    while (j >= a.part[p].r) j -= a.part[p++].r;
-    const float *A = a.part[p].A + j * (size_t)a.K;
-    const Act *x = (const Act *)a.x;
+// low: u (T, r) = s x A^T, a few microseconds. Else y = x W^T + b + u B^T, any size and type. A
+// block owns a row of A or W, its threads the columns in turn: many threads for the few rows of A.
+template <typename Act, bool low>
+__global__ void few_rows_plain(const __grid_constant__ FewRows a) {
+    __shared__ float partial[WARP];
+    const FewPart &part = a.part[part_of(a, blockIdx.x)];
+    const Act *x = (const Act *)a.x, *u = (const Act *)part.u;
+    size_t n = blockIdx.x - part.first, N = part.weight.N, r = part.lora.r;
     float sum[FEW_ROWS] = {0};
 #pragma unroll 4
     for (unsigned k = threadIdx.x; k < a.K; k += blockDim.x) {
-        float w = rounded<Act>(A[k]);
-#pragma unroll
-        for (unsigned t = 0; t < FEW_ROWS; t++)
-            if (t < a.T) sum[t] += w * to_float(x[(size_t)t * a.K + k]);
-    }
-    for (unsigned t = 0; t < FEW_ROWS; t++) {
-        sum[t] = warp_sum(sum[t]);
-        if (lane == 0) sums[warp][t] = sum[t];
-    }
-    __syncthreads();
-    if (threadIdx.x < a.T) {
-        float total = 0;
-        for (unsigned w = 0; w < blockDim.x / WARP; w++) total += sums[w][threadIdx.x];
-        from_float((Act *)a.part[p].u + threadIdx.x * a.part[p].r + j, a.part[p].scale * total);
-    }
-}
-
-// ------------------------------------------------------------------------------------------- plain
-
-// y = x W^T + b + u B^T. A warp owns a row of W, its lanes the columns in turn. Any sizes.
-template <typename Act> __global__ void few_rows_plain(const __grid_constant__ FewRows a) {
-    unsigned unit = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    unsigned lane = threadIdx.x % WARP, p = part_of(a, unit);
-    const FewPart &part = a.part[p];
-    size_t n = unit - part.first, N = part.weight.N;
-    if (unit >= a.units) return;                // a whole warp; there is no barrier
-    const Act *x = (const Act *)a.x, *u = (const Act *)part.u;
-    float sum[FEW_ROWS] = {0};
-    for (unsigned k = lane; k < a.K; k += WARP) {
         float w;
-        read_weight<1>(&w, part.weight, n * a.K + k, part.weight.code, part.weight.code8);
+        if (low) w = part.lora.A[n * a.K + k];
+        else read_weight<1>(&w, part.weight, n * a.K + k, part.weight.code, part.weight.code8);
         w = rounded<Act>(w);
 #pragma unroll
         for (unsigned t = 0; t < FEW_ROWS; t++)
             if (t < a.T) sum[t] += w * to_float(x[(size_t)t * a.K + k]);
     }
-    for (size_t j = lane; j < part.r; j += WARP) {
-        float w = rounded<Act>(part.B[n * part.r + j]);
+    for (size_t j = threadIdx.x; !low && j < r; j += blockDim.x) {
+        float w = rounded<Act>(part.lora.B[n * r + j]);
 #pragma unroll
         for (unsigned t = 0; t < FEW_ROWS; t++)
-            if (t < a.T) sum[t] += w * to_float(u[t * part.r + j]);
+            if (t < a.T) sum[t] += w * to_float(u[t * r + j]);
     }
+#pragma unroll
     for (unsigned t = 0; t < FEW_ROWS; t++) {
-        float y = warp_sum(sum[t]) + (part.bias ? part.bias[n] : 0);
-        if (lane != 0 || t >= a.T) continue;
-        if (a.wide) ((float *)part.y)[t * N + n] = y;
+        if (t >= a.T) break;
+        float y = block_sum(sum[t], partial) + (!low && part.bias ? part.bias[n] : 0);
+        if (threadIdx.x != 0) continue;
+        if (low) from_float((Act *)part.u + t * r + n, part.lora.scale * y);
+        else if (a.wide) ((float *)part.y)[t * N + n] = y;
         else from_float((Act *)part.y + t * N + n, y);
     }
 }
@@ -3178,22 +2939,24 @@ template <typename Act> __global__ void few_rows_plain(const __grid_constant__ F
 // ------------------------------------------------------------------------------------------- tiles
 //
 // A tile is 16 rows of W. The `split` warps that share it take its columns in turn, a step at a
-// time: of each row 128 bytes, that is 256, 64 or 32 columns for 4, 16 or 32 bits. In a step lane l
-// holds 32 bytes of row l/4 and 32 of row l/4 + 8, as the left operand of mma wants its rows. Its
-// columns differ from what mma calls them, but a sum does not mind as long as x, the right operand,
-// is numbered alike: a lane always multiplies eight neighbours of its rows ("octet") with the same
-// eight of x. Two steps are on their way while a third is worked on, across the ends of tiles too.
+// time: 128 bytes of each row, 256 or 64 columns of 4 or 16 bits. In a step lane l holds 32 bytes
+// of rows l/4 and l/4 + 8, as the left operand of mma wants its rows. Its columns differ from what
+// mma calls them, but a sum does not mind as long as x, the right operand, is numbered alike: a
+// lane multiplies eight neighbours of its rows ("octet") with the same eight of x. Two steps are on
+// their way while a third is worked on, across the ends of tiles too.
 
 // What a lane loaded of one step.
 struct Step {
-    uint4 raw[2][2];                // 32 bytes of rows l/4, l/4 + 8
+    uint32_t raw[2][8];             // 32 bytes of rows l/4, l/4 + 8
     float absmax[2];                // 4-bit: of the one block that they are of each row,
     uint32_t code[2];               // ... and the code of the scale, when scales are quantised
 };
 
 // What a lane loads next.
 struct Stream {
-    unsigned tile, round, part;     // the how manieth of this warp's steps in the tile
+    unsigned lane, first, next;     // columns: where step 0 begins, from a step to the next
+    unsigned ahead;                 // from a tile of this warp to its next
+    unsigned tile, round, part;     // round: the how manieth of its steps in the tile
     const char *row[2];             // where its rows begin
     unsigned block[2];              // 4-bit: the first block of each
 };
@@ -3202,90 +2965,47 @@ struct Stream {
 // and lane l finds its copy in banks 2 (l%16) and + 1, whatever the byte. 32 KB.
 struct alignas(8) LevelPair { float first, second; };
 
-template <DType type> struct Packing {
-    static constexpr bool is_4bit = type == DT_NF4;
-    static constexpr unsigned bits = is_4bit ? 4 : type == DT_F32 ? 32 : 16;
-    static constexpr unsigned columns = is_4bit ? 256 : type == DT_F32 ? 32 : 64;   // of a step
-    static constexpr unsigned octets = columns / 32;                                // of a lane
-    static constexpr unsigned skip = is_4bit ? 8 : 32;      // from one octet of a lane to its next
-    static __device__ __forceinline__ unsigned first(unsigned lane) {   // column of octet 0
-        return lane % 4 * (is_4bit ? 64 : 8);
-    }
-};
-
-// Row `half` (0: l/4, 1: l/4 + 8) of a lane in a tile; past the last one: the last one.
-__device__ __forceinline__ size_t tile_row(const FewPart &part, unsigned tile, unsigned lane,
-                                           int half) {
-    size_t row = (size_t)(tile - part.first) * TILE + lane / 4 + 8 * half;
+// Number of a tile's row in its matrix; past the last one: the last one.
+__device__ __forceinline__ size_t tile_row(const FewPart &part, unsigned tile, unsigned i) {
+    size_t row = (size_t)(tile - part.first) * TILE + i;
     return row < part.weight.N ? row : part.weight.N - 1;
 }
 
-template <DType type>
-__device__ __forceinline__ void open_tile(Stream &s, const FewRows &a, unsigned tile,
-                                          unsigned lane) {
+template <unsigned bits>
+__device__ __forceinline__ void open_tile(Stream &s, const FewRows &a, unsigned tile) {
     s.tile = tile, s.round = 0, s.part = part_of(a, tile);
     if (tile >= a.units) return;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        size_t first = tile_row(a.part[s.part], tile, lane, half) * a.K;
-        s.row[half] = (const char *)a.part[s.part].weight.data + first * Packing<type>::bits / 8;
+        size_t first = tile_row(a.part[s.part], tile, s.lane / 4 + 8 * half) * a.K;
+        s.row[half] = (const char *)a.part[s.part].weight.data + first * bits / 8;
         s.block[half] = (unsigned)(first / QUANT_BLOCK);
     }
 }
 
-// Starts loading one step and moves on to the warp's next. Past K a lane loads something else that
-// is there, to be multiplied with a scale of 0, or nothing.
-template <DType type>
-__device__ __forceinline__ void load_step(Step &s, Stream &from, const FewRows &a, unsigned mine,
-                                          unsigned lane, unsigned tiles_ahead) {
-    typedef Packing<type> P;
+// Starts loading one step and moves on to the warp's next. Past K a lane loads zeros; of 4 bits
+// something that is there, to be multiplied with a scale of 0.
+template <unsigned bits>
+__device__ __forceinline__ void load_step(Step &s, Stream &from, const FewRows &a) {
     if (from.tile >= a.units) return;
     const Weight &w = a.part[from.part].weight;
-    const uint4 zero = {0, 0, 0, 0};
-    unsigned k = (from.round * a.split + mine) * P::columns + P::first(lane);
-    if (P::is_4bit && k >= a.K) k = 0;
+    unsigned k = from.first + from.round * from.next;
+    if (bits == 4 && k >= a.K) k = 0;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const char *bytes = from.row[half] + k * P::bits / 8;
-        if (P::is_4bit) {
-            unsigned block = from.block[half] + k / QUANT_BLOCK;
-            s.raw[half][0] = load16(bytes);
-            s.raw[half][1] = load16(bytes + 16);
-            if (w.absmax) s.absmax[half] = w.absmax[block];
-            else s.code[half] = w.absmax8[block], s.absmax[half] = w.absmax2[block / SCALE_BLOCK];
-        } else {
-            constexpr unsigned skip = type == DT_F32 ? 4 : P::skip;
-            s.raw[half][0] = k < a.K ? load16(bytes) : zero;
-            s.raw[half][1] = k + skip < a.K ? load16(bytes + skip * P::bits / 8) : zero;
-        }
-    }
-    if (++from.round == a.rounds) open_tile<type>(from, a, from.tile + tiles_ahead, lane);
-}
-
-__device__ __forceinline__ uint32_t word_of(const uint4 &v, int i) {
-    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
-}
-
-// Octet o of one row as four pairs of bf16.
-template <DType type>
-__device__ __forceinline__ void octet(uint32_t pair[4], const uint4 raw[2], int o, float scale,
-                                      const char *levels) {
+        const char *bytes = from.row[half] + k * bits / 8;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (type == DT_NF4) {
-            uint32_t byte = __byte_perm(word_of(raw[o / 4], o % 4), 0, 0x4440 + i);
-            LevelPair l = *(const LevelPair *)(levels + byte * 128);
-            pair[i] = pack_bf16(l.first * scale, l.second * scale);
-        } else if (type == DT_F32) {
-            pair[i] = pack_bf16(__uint_as_float(word_of(raw[i / 2], 2 * i % 4)),
-                                __uint_as_float(word_of(raw[i / 2], 2 * i % 4 + 1)));
-        } else {
-            uint32_t both = word_of(raw[o], i);
-            pair[i] = type == DT_BF16 ? both
-                                      : pack_bf16(__half2float(__ushort_as_half(both & 0xFFFF)),
-                                                  __half2float(__ushort_as_half(both >> 16)));
+        for (int i = 0; i < 2; i++) {
+            uint4 raw = {0, 0, 0, 0};
+            if (bits == 4 || k + i * 32 < a.K) raw = load16(bytes + i * (bits == 4 ? 16 : 64));
+            memcpy(s.raw[half] + 4 * i, &raw, 16);
         }
+        if (bits != 4) continue;
+        unsigned block = from.block[half] + k / QUANT_BLOCK;
+        if (w.absmax) s.absmax[half] = w.absmax[block];
+        else s.code[half] = w.absmax8[block], s.absmax[half] = w.absmax2[block / SCALE_BLOCK];
     }
+    if (++from.round == a.rounds) open_tile<bits>(from, a, from.tile + from.ahead);
 }
 
 // sum (16, 8) += an octet of each row times the same columns of x, in each lane.
@@ -3299,24 +3019,30 @@ __device__ __forceinline__ void multiply_octet(float sum[4], const uint32_t top[
 
 // sum += x W^T over the columns of one step, for a lane those from k on; x is the lane's row. Past
 // K its weights are 0, so any x will do; and past T any row, for its sums are not asked for.
-template <DType type>
+template <unsigned bits>
 __device__ __forceinline__ void multiply_step(float sum[4], const Step &s, const bf16 *x,
                                               unsigned k, unsigned K, const Weight &w,
                                               const char *levels, const float *code8) {
-    typedef Packing<type> P;
+    const unsigned skip = bits == 4 ? 8 : 32;           // from one octet to the next
     float scale[2] = {s.absmax[0], s.absmax[1]};
-    if (P::is_4bit && !w.absmax)
+    if (bits == 4 && !w.absmax)
         for (int half = 0; half < 2; half++)
             scale[half] = __fadd_rn(__fmul_rn(code8[s.code[half]], s.absmax[half]), w.offset);
-    const bf16 *from = k < K ? x + k : x;
-    if (P::is_4bit && k >= K) scale[0] = scale[1] = 0;
+    if (bits == 4 && k >= K) k = 0, scale[0] = scale[1] = 0;
 #pragma unroll
-    for (unsigned o = 0; o < P::octets; o++) {
-        uint4 right = load16(P::is_4bit || k + o * P::skip < K ? from + o * P::skip : x);
-        uint32_t top[4], bottom[4];
-        octet<type>(top, s.raw[0], o, scale[0], levels);
-        octet<type>(bottom, s.raw[1], o, scale[1], levels);
-        multiply_octet(sum, top, bottom, right);
+    for (unsigned o = 0; o < 32 / bits; o++) {
+        uint4 right = load16(x + (bits == 4 || k + o * skip < K ? k + o * skip : 0));
+        uint32_t pair[2][4];                    // of bf16: the octet of each row
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t *raw = s.raw[i / 4];
+            if constexpr (bits == 4) {
+                uint32_t byte = __byte_perm(raw[o], 0, 0x4440 + i % 4);
+                LevelPair l = *(const LevelPair *)(levels + byte * 128);
+                pair[i / 4][i % 4] = pack_bf16(l.first * scale[i / 4], l.second * scale[i / 4]);
+            } else pair[i / 4][i % 4] = raw[4 * o + i % 4];
+        }
+        multiply_octet(sum, pair[0], pair[1], right);
     }
 }
 
@@ -3324,17 +3050,18 @@ __device__ __forceinline__ void multiply_step(float sum[4], const Step &s, const
 __device__ __forceinline__ void multiply_low_rank(float sum[4], const FewRows &a,
                                                   const FewPart &part, unsigned tile,
                                                   unsigned mine, unsigned lane) {
-    const bf16 *u = (const bf16 *)part.u + lane / 4 * part.r;
-    const float *B[2] = {part.B + tile_row(part, tile, lane, 0) * part.r,
-                         part.B + tile_row(part, tile, lane, 1) * part.r};
-    for (size_t j0 = 32 * mine; j0 < part.r; j0 += 32 * a.split) {
+    size_t r = part.lora.r;
+    const bf16 *u = (const bf16 *)part.u + lane / 4 * r;
+    const float *B = part.lora.B + tile_row(part, tile, lane / 4) * r;
+    const float *C = part.lora.B + tile_row(part, tile, lane / 4 + 8) * r;
+    for (size_t j0 = 32 * mine; j0 < r; j0 += 32 * a.split) {
         uint32_t top[4], bottom[4], low[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             size_t j = j0 + lane % 4 * 8 + 2 * i;
-            bool first = j < part.r, second = j + 1 < part.r, row = lane / 4 < a.T;
-            top[i] = pack_bf16(first ? B[0][j] : 0, second ? B[0][j + 1] : 0);
-            bottom[i] = pack_bf16(first ? B[1][j] : 0, second ? B[1][j + 1] : 0);
+            bool first = j < r, second = j + 1 < r, row = lane / 4 < a.T;
+            top[i] = pack_bf16(first ? B[j] : 0, second ? B[j + 1] : 0);
+            bottom[i] = pack_bf16(first ? C[j] : 0, second ? C[j + 1] : 0);
             low[i] = pack_bf16(row && first ? to_float(u[j]) : 0,
                                row && second ? to_float(u[j + 1]) : 0);
         }
@@ -3342,57 +3069,60 @@ __device__ __forceinline__ void multiply_low_rank(float sum[4], const FewRows &a
     }
 }
 
-// y = x W^T + b + u B^T for bf16 x. K is a multiple of 64 (4-bit) or 8, rows of W and x begin at
-// multiples of 16 bytes, 4-bit weights have less than 2^32 blocks. A block of threads stays and
-// takes tile after tile. Two weights of 4 bits cost a lane 6 instructions: byte, address, lookup,
-// two products, one rounding; and every 8th time an mma. 4 KB of each warp are under way.
-template <DType type>
+// y = x W^T + b + u B^T for bf16 x, W of 4 or 16 bits. K is a multiple of 64 (4-bit) or 8, rows of
+// W and x begin at multiples of 16 bytes, 4-bit weights have less than 2^32 blocks. A block of
+// threads stays and takes tile after tile. Two weights of 4 bits cost a lane 6 instructions: byte,
+// address, lookup, two products, one rounding; every 8th time an mma. 4 KB a warp are under way.
+template <unsigned bits>
 __global__ void __launch_bounds__(WARP * DECODE_WARPS, 2)
 few_rows_tiles(const __grid_constant__ FewRows a) {
-    typedef Packing<type> P;
-    __shared__ LevelPair levels[P::is_4bit ? 256 * 16 : 1];
-    __shared__ float code8[P::is_4bit ? 256 : 1];
+    __shared__ LevelPair levels[bits == 4 ? 256 * 16 : 1];
+    __shared__ float code8[bits == 4 ? 256 : 1];
     __shared__ float sums[2][DECODE_WARPS][TILE * FEW_ROWS];
     // from a shuffle, so that the compiler knows it is one number for the whole warp
     const unsigned warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / WARP, 0);
     const unsigned lane = threadIdx.x % WARP;
     const unsigned mine = warp % a.split, together = blockDim.x / WARP / a.split;
-    const unsigned tiles_ahead = gridDim.x * together;
+    const unsigned ahead = gridDim.x * together;
+    const unsigned columns = 1024 / bits, octet = lane % 4 * (bits == 4 ? 64 : 8);   // of a step
     Stream stream = {};
     Step ring[2] = {};
-    open_tile<type>(stream, a, blockIdx.x * together + warp / a.split, lane);
-    load_step<type>(ring[0], stream, a, mine, lane, tiles_ahead);
-    load_step<type>(ring[1], stream, a, mine, lane, tiles_ahead);
+    stream.lane = lane, stream.first = columns * mine + octet, stream.next = columns * a.split;
+    stream.ahead = ahead;
+    open_tile<bits>(stream, a, blockIdx.x * together + warp / a.split);
+    load_step<bits>(ring[0], stream, a);
+    load_step<bits>(ring[1], stream, a);
 
     unsigned before = MOST_PRODUCTS, turn = 0;
-    for (unsigned base = blockIdx.x * together; base < a.units; base += tiles_ahead, turn ^= 1) {
+    for (unsigned base = blockIdx.x * together; base < a.units; base += ahead, turn ^= 1) {
         unsigned p = part_of(a, base), tile = base + warp / a.split;
         const FewPart &part = a.part[p];
-        if (P::is_4bit && p != before) {        // each part may have levels of its own
+        const Weight &w = part.weight;
+        if (bits == 4 && p != before) {         // each part may have levels of its own
             __syncthreads();
             for (unsigned i = threadIdx.x; i < 256 * 16; i += blockDim.x)
-                levels[i] = {part.weight.code[i / 256], part.weight.code[i / 16 % 16]};
-            for (unsigned i = threadIdx.x; i < 256 && !part.weight.absmax; i += blockDim.x)
-                code8[i] = part.weight.code8[i];
+                levels[i] = {w.code[i / 256], w.code[i / 16 % 16]};
+            for (unsigned i = threadIdx.x; i < 256 && !w.absmax; i += blockDim.x)
+                code8[i] = w.code8[i];
             __syncthreads();
             before = p;
         }
 
         float sum[4] = {0, 0, 0, 0};
         if (mine == 0 && part.bias) {
-            sum[0] = sum[1] = part.bias[tile_row(part, tile, lane, 0)];
-            sum[2] = sum[3] = part.bias[tile_row(part, tile, lane, 1)];
+            sum[0] = sum[1] = part.bias[tile_row(part, tile, lane / 4)];
+            sum[2] = sum[3] = part.bias[tile_row(part, tile, lane / 4 + 8)];
         }
         multiply_low_rank(sum, a, part, tile, mine, lane);
         const bf16 *x = (const bf16 *)a.x + min(lane / 4, a.T - 1) * (size_t)a.K;
-        unsigned k = mine * P::columns;
+        unsigned k = mine * columns;
         for (unsigned round = 0; round < a.rounds; round += 2) {
 #pragma unroll
-            for (int i = 0; i < 2; i++, k += a.split * P::columns) {
+            for (int i = 0; i < 2; i++, k += a.split * columns) {
                 if (k < a.K)
-                    multiply_step<type>(sum, ring[i], x, k + P::first(lane), a.K, part.weight,
+                    multiply_step<bits>(sum, ring[i], x, k + octet, a.K, w,
                                         (const char *)levels + lane % 16 * 8, code8);
-                load_step<type>(ring[i], stream, a, mine, lane, tiles_ahead);
+                load_step<bits>(ring[i], stream, a);
             }
         }
 
@@ -3403,144 +3133,115 @@ few_rows_tiles(const __grid_constant__ FewRows a) {
             unsigned t = i % FEW_ROWS, which = i / (TILE * FEW_ROWS);
             size_t n = (size_t)(base + which - part.first) * TILE + i / FEW_ROWS % TILE;
             float total = 0;
-            for (unsigned w = 0; w < a.split; w++)
-                total += sums[turn][which * a.split + w][i % (TILE * FEW_ROWS)];
-            if (t >= a.T || n >= part.weight.N) continue;
-            if (a.wide) ((float *)part.y)[t * part.weight.N + n] = total;
-            else from_float((bf16 *)part.y + t * part.weight.N + n, total);
+            for (unsigned s = 0; s < a.split; s++)
+                total += sums[turn][which * a.split + s][i % (TILE * FEW_ROWS)];
+            if (t >= a.T || n >= w.N) continue;
+            if (a.wide) ((float *)part.y)[t * w.N + n] = total;
+            else from_float((bf16 *)part.y + t * w.N + n, total);
         }
     }
 }
 
-// How the tiles of a launch are spread: few columns for each warp where that gives every processor
-// a block, and else at least two steps.
-static unsigned few_rows_grid(Gpu *gpu, FewRows *a, int columns, unsigned warps) {
-    size_t steps = ceil_div(a->K, columns), blocks;
-    a->split = 1;
-    for (;; a->split *= 2) {
-        unsigned together = warps / a->split;
-        blocks = a->units = 0;
-        for (size_t p = 0; p < a->parts; p++) {         // no block has tiles of two parts at a time
-            size_t tiles = ceil_div(a->part[p].weight.N, TILE);
+// How the units of a launch are spread: rows, or with `bits` tiles, with few columns for each warp
+// where that gives every processor a block, and else at least two steps. Result: the blocks.
+static unsigned spread_units(const Gpu *gpu, FewRows *a, bool low, unsigned bits, unsigned warps) {
+    size_t steps = bits ? ceil_div(a->K, 1024 / bits) : 1, processors = gpu->processors, blocks;
+    for (a->split = 1;; a->split *= 2) {
+        unsigned together = bits ? warps / a->split : 1;
+        a->units = 0;
+        for (size_t p = 0; p < a->parts; p++) {         // no block has units of two parts at a time
+            size_t rows = low ? a->part[p].lora.r : a->part[p].weight.N;
             a->part[p].first = a->units;
-            a->units += round_up(tiles, together);
+            a->units += round_up(ceil_div(rows, bits ? TILE : 1), together);
         }
         blocks = a->units / together;
         if (2 * a->split > warps || 2 * a->split > steps) break;
-        if (4 * a->split > steps && blocks >= (size_t)gpu->processors) break;
+        if (4 * a->split > steps && blocks >= processors) break;
     }
     a->rounds = round_up(ceil_div(steps, a->split), 2);
-    return (unsigned)(blocks < 2 * (size_t)gpu->processors ? blocks : 2 * gpu->processors);
+    return bits ? min_size(blocks, 2 * processors) : blocks;
 }
 
-// Can this linear be worked on in tiles?
-static bool in_tiles(Device *dev, const Weight *w, const void *x) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    size_t unit = w->dtype == DT_NF4 || w->dtype == DT_FP4 ? QUANT_BLOCK : 8;
-    return dev->act == DT_BF16 && gpu->matrix_units && w->K && w->K % unit == 0 &&
-           (uintptr_t)x % 16 == 0 && (uintptr_t)w->data % 16 == 0;
+// Bits of a weight that can be worked on in tiles, else 0.
+static unsigned tile_bits(const Device *dev, const Weight *w, const void *x) {
+    unsigned bits = w->dtype == DT_NF4 || w->dtype == DT_FP4 ? 4 : w->dtype == DT_BF16 ? 16 : 0;
+    bool can = dev->act == DT_BF16 && ((const Gpu *)dev->gpu)->matrix_units && w->K &&
+               w->K % (bits == 4 ? QUANT_BLOCK : 8) == 0 && (uintptr_t)x % 16 == 0 &&
+               (uintptr_t)w->data % 16 == 0;
+    return can ? bits : 0;
 }
 
-static void few_rows_launch(Device *dev, FewRows *a, unsigned warps) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    bool tiles = in_tiles(dev, &a->part[0].weight, a->x);
-    unsigned threads = WARP * warps, low = 0;
-    for (size_t p = 0; p < a->parts; p++) low += (unsigned)a->part[p].r;
-    if (low > 0) {
-        if (dev->act == DT_BF16) few_rows_low<bf16><<<low, threads, 0, gpu->stream>>>(*a);
-        else few_rows_low<float><<<low, threads, 0, gpu->stream>>>(*a);
-        launched(gpu, "few_rows_low");
-    }
-    if (!tiles) {
-        a->units = 0;
-        for (size_t p = 0; p < a->parts; p++) {
-            a->part[p].first = a->units;
-            a->units += a->part[p].weight.N;
-        }
-        unsigned blocks = blocks_for(a->units, warps);
-        if (blocks == 0) return;
-        if (dev->act == DT_BF16) few_rows_plain<bf16><<<blocks, threads, 0, gpu->stream>>>(*a);
-        else few_rows_plain<float><<<blocks, threads, 0, gpu->stream>>>(*a);
-        return launched(gpu, "few_rows_plain");
-    }
-    DType type = a->part[0].weight.dtype;
-    int columns = type == DT_F32 ? 32 : type == DT_BF16 || type == DT_F16 ? 64 : 256;
-    unsigned blocks = few_rows_grid(gpu, a, columns, warps);
-    if (blocks == 0) return;
-    if (columns == 256) few_rows_tiles<DT_NF4><<<blocks, threads, 0, gpu->stream>>>(*a);
-    else if (type == DT_BF16) few_rows_tiles<DT_BF16><<<blocks, threads, 0, gpu->stream>>>(*a);
-    else if (type == DT_F16) few_rows_tiles<DT_F16><<<blocks, threads, 0, gpu->stream>>>(*a);
-    else few_rows_tiles<DT_F32><<<blocks, threads, 0, gpu->stream>>>(*a);
-    launched(gpu, "few_rows_tiles");
-}
-
-// The products in launches of up to four whose weights have one type.
+// The products in launches of up to four that one kernel takes. False: not for these kernels.
 static bool few_rows(Device *dev, float *logits, const Product *products, size_t n, const void *x,
                      const Batch *batch, unsigned warps) {
+    Gpu *gpu = (Gpu *)dev->gpu;
+    const bool half = dev->act == DT_BF16;
+    const unsigned threads = WARP * warps;
     if (batch->T > FEW_ROWS) return false;
     for (size_t i = 0; i < n; i++)
         if (has_dropout(&products[i].linear->lora, batch)) return false;
-    if (batch->T == 0) return true;
-    for (size_t i = 0; i < n;) {
+    for (size_t i = 0; i < n && batch->T;) {
         FewRows a = {};
-        DType type = products[i].linear->weight.dtype;
+        unsigned bits = tile_bits(dev, &products[i].linear->weight, x), blocks;
         a.x = x, a.T = batch->T, a.K = products[i].linear->weight.K, a.wide = logits != NULL;
-        for (; i < n && a.parts < MOST_PRODUCTS && products[i].linear->weight.dtype == type; i++) {
-            const Linear *l = products[i].linear;
-            bool tiles = in_tiles(dev, &l->weight, x);
-            if (a.parts && tiles != in_tiles(dev, &a.part[0].weight, x)) break;
-            void *y = logits ? logits : products[i].y;
-            a.part[a.parts++] = {l->weight, l->bias,       l->lora.A, l->lora.B, products[i].u,
-                                 y,         l->lora.scale, l->lora.r, 0};
+        for (; i < n && a.parts < MOST_PRODUCTS; i++) {
+            const Product *p = &products[i];
+            if (tile_bits(dev, &p->linear->weight, x) != bits) break;
+            a.part[a.parts++] = {*p->linear, p->u, logits ? logits : p->y, 0};
         }
-        few_rows_launch(dev, &a, warps);
+        if ((blocks = spread_units(gpu, &a, true, 0, 1))) {
+            if (half) few_rows_plain<bf16, true><<<blocks, threads, 0, gpu->stream>>>(a);
+            else few_rows_plain<float, true><<<blocks, threads, 0, gpu->stream>>>(a);
+            launched(gpu, "few_rows_low");
+        }
+        if (!(blocks = spread_units(gpu, &a, false, bits, warps))) continue;
+        if (bits == 4) few_rows_tiles<4><<<blocks, threads, 0, gpu->stream>>>(a);
+        else if (bits) few_rows_tiles<16><<<blocks, threads, 0, gpu->stream>>>(a);
+        else if (half) few_rows_plain<bf16, false><<<blocks, WARP, 0, gpu->stream>>>(a);
+        else few_rows_plain<float, false><<<blocks, WARP, 0, gpu->stream>>>(a);
+        launched(gpu, bits ? "few_rows_tiles" : "few_rows_plain");
     }
     return true;
 }
 
-// The two ways in, from linears_forward and head_logits: false when they do not apply.
-static bool few_rows_forward(Device *dev, Product *products, size_t n, const void *x,
-                             const Batch *batch) {
-    return few_rows(dev, NULL, products, n, x, batch, DECODE_WARPS);
+// The two ways in.
+static bool few_rows_forward(Device *dev, Product *p, size_t n, const void *x, const Batch *batch) {
+    return few_rows(dev, NULL, p, n, x, batch, DECODE_WARPS);
 }
-static bool few_rows_logits(Device *dev, float *logits, const Product *slice, const void *x,
+static bool few_rows_logits(Device *dev, float *logits, const Product *p, const void *x,
                             const Batch *rows) {
-    return few_rows(dev, logits, slice, 1, x, rows, DECODE_WARPS);
+    return few_rows(dev, logits, p, 1, x, rows, DECODE_WARPS);
 }
 
 // ---------------------------------------------------------------------------------------- sampling
 //
 // Draws from the softmax as `sample` of qlora.c does: all tokens in one order, best first, equal
-// scores by id; top-k, top-p and min-p each cut the order's end off; the drawn token is the one at
-// which the running sum passes u times the whole. No sort is needed for that. Three questions of
-// one kind are asked, "at which token does the running count, or sum, pass this?", and each is
-// answered by going down digits, as one finds a word in a dictionary: a histogram of the first
-// digit tells in which bin the border lies and what comes before it; then the second digit of the
-// tokens in that bin; and so on, until one token is left.
+// scores by id; top-k, top-p and min-p cut the order's end off; the drawn token is the one at which
+// the running sum passes u times the whole. Instead of sorting, "where does the running count, or
+// sum, pass this?" is answered as one finds a word in a dictionary: a histogram of the first digit
+// tells in which bin the border lies and what comes before; then the second digit of the tokens in
+// that bin; and so on, until one token is left. Summed are integers, which give the same in every
+// order: exp(score - best) in units of 2^-40. 152 k tokens are wrong by 1e-7 of the best at most.
 //
-// A sum of floats depends on its order and threads add in any order. So what is summed are
-// integers: exp(score - best) in units of 2^-40. They add up alike in every order, and 152 k tokens
-// are wrong by 1e-7 of the best at most.
-//
-// The first digit is not one of the score's bits, for most tokens agree in sign and exponent, and
-// thousands of threads would queue at a few bins. It is the distance to the best score in 1/64: no
-// bin has more than some hundred tokens of a usual vocabulary. The rest of a key are the 32 bits of
-// the score, ordered, and those of the id: 8 digits of 8 bits, of which two or three are needed.
-//
-// One block reads V scores 4 to 7 times from the cache, 600 KB each at V = 152 k: some 40 us, while
-// an 8B model needs 1100 us for the token. Equal scores everywhere cost most: 32 lanes queue.
+// The first digit is the distance to the best score in 1/64: most tokens agree in sign and exponent
+// of their score, and threads would queue. The rest of a key are the 32 bits of the score, ordered,
+// and those of the id: 8 digits, of which two or three are needed. One block reads V scores 4 to 7
+// times from the cache, 600 KB each at V = 152 k: some 40 us, while an 8B model needs 1100 us for
+// the token. Equal scores everywhere cost most: 32 lanes queue.
 
 enum { COARSE = 2048, FINE = 256, SAMPLE_THREADS = 1024 };
 
 // Tokens counted and weighed. Shared memory adds 32 bits in one instruction, not 64.
-struct Bin { uint32_t count, low, high; };
+struct Bin {
+    uint32_t count, low, high;
+    __device__ __forceinline__ uint64_t mass() const { return (uint64_t)high << 32 | low; }
+};
 
 // What the threads of the block know together.
 struct Search {
-    Bin coarse[COARSE], fine[FINE];
+    Bin coarse[COARSE], fine[FINE];             // coarse: of all tokens
     uint64_t counts[WARP], masses[WARP];        // of each warp's bins
-    uint64_t target;                            // what is left of it in the bin found
-    uint64_t passed;                            // mass before the bin found
+    uint64_t target, passed;                    // what is left of it in the bin found; mass before
     uint64_t key;
     uint32_t bin, count, listed;                // found: its number, tokens in it
 };
@@ -3557,13 +3258,13 @@ __device__ __forceinline__ float key_score(uint64_t key) {
     return __uint_as_float(bits >> 31 ? bits & 0x7FFFFFFF : ~bits);
 }
 
-// Distance to the best; below 32, for exp(-32) is nothing in units of 2^-40.
+// Distance to the best, at most 32, for exp(-32) is nothing in units of 2^-40.
 __device__ __forceinline__ float distance(float score, float best) {
     float d = score == best ? 0 : best - score;
     return d < 32 ? d : 32;
 }
 __device__ __forceinline__ uint64_t token_mass(float d) {
-    return d < 32 ? (uint64_t)(expf(-d) * 0x1p40f + 0.5f) : 0;
+    return (uint64_t)(expf(-d) * 0x1p40f + 0.5f);
 }
 __device__ __forceinline__ uint32_t coarse_bin(float d) {
     return d < 32 ? (uint32_t)(d * 64) : COARSE - 1;
@@ -3571,6 +3272,7 @@ __device__ __forceinline__ uint32_t coarse_bin(float d) {
 
 __device__ __forceinline__ void clear_bins(Bin *bins, unsigned n) {
     for (unsigned i = threadIdx.x; i < n; i += blockDim.x) bins[i] = {0, 0, 0};
+    __syncthreads();
 }
 __device__ __forceinline__ void add_to_bin(Bin *bin, uint64_t mass) {
     uint32_t low = (uint32_t)mass, before = atomicAdd(&bin->low, low);
@@ -3582,11 +3284,9 @@ __device__ __forceinline__ void add_to_bin(Bin *bin, uint64_t mass) {
 // Which of n bins the running total passes s.target in. A thread adds up its bins, then the warps.
 __device__ void find_bin(Search &s, const Bin *bins, unsigned n, bool by_count) {
     unsigned each = n / blockDim.x + (n < blockDim.x), first = threadIdx.x * each;
-    unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    uint64_t count = 0, mass = 0, target = s.target;
-    for (unsigned i = first; i < first + each && i < n; i++)
-        count += bins[i].count, mass += (uint64_t)bins[i].high << 32 | bins[i].low;
-    uint64_t counts = count, masses = mass;
+    unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, end = min(first + each, n);
+    uint64_t counts = 0, masses = 0, target = s.target;
+    for (unsigned i = first; i < end; i++) counts += bins[i].count, masses += bins[i].mass();
     for (unsigned delta = 1; delta < WARP; delta *= 2) {
         uint64_t c = __shfl_up_sync(0xFFFFFFFFu, counts, delta);
         uint64_t m = __shfl_up_sync(0xFFFFFFFFu, masses, delta);
@@ -3594,22 +3294,19 @@ __device__ void find_bin(Search &s, const Bin *bins, unsigned n, bool by_count) 
     }
     if (lane == WARP - 1) s.counts[warp] = counts, s.masses[warp] = masses;
     __syncthreads();
-    counts -= count, masses -= mass;                    // before this thread's bins
     for (unsigned w = 0; w < warp; w++) counts += s.counts[w], masses += s.masses[w];
-    for (unsigned i = first; i < first + each && i < n; i++) {
-        mass = (uint64_t)bins[i].high << 32 | bins[i].low;
-        uint64_t before = by_count ? counts : masses, value = by_count ? bins[i].count : mass;
-        if (before <= target && target < before + value) {
-            s.bin = i, s.count = bins[i].count;
-            s.target = target - before, s.passed += masses;
-        }
-        counts += bins[i].count, masses += mass;
+    for (unsigned i = end; i-- > first;) {              // backwards, from the sums with all of them
+        counts -= bins[i].count, masses -= bins[i].mass();
+        uint64_t before = by_count ? counts : masses;
+        uint64_t value = by_count ? bins[i].count : bins[i].mass();
+        if (before <= target && target < before + value)
+            s.bin = i, s.count = bins[i].count, s.target = target - before, s.passed += masses;
     }
     __syncthreads();
 }
 
 // Key of the token at which the running total of the order passes `target`. *total becomes the mass
-// of the tokens up to it, itself included. The coarse bins are those of all tokens.
+// of the tokens up to it, itself included.
 __device__ uint64_t find_token(Search &s, uint64_t *total, uint64_t *list, const float *scores,
                                size_t V, float best, uint64_t target, bool by_count) {
     __syncthreads();
@@ -3622,7 +3319,6 @@ __device__ uint64_t find_token(Search &s, uint64_t *total, uint64_t *list, const
     uint64_t prefix = 0, mask = 0;
     for (int shift = 56; s.count > 1; shift -= 8) {
         clear_bins(s.fine, FINE);
-        __syncthreads();
         for (uint32_t i = threadIdx.x; i < s.listed; i += blockDim.x)
             if (((list[i] ^ prefix) & mask) == 0)
                 add_to_bin(&s.fine[list[i] >> shift & 255],
@@ -3645,12 +3341,10 @@ __device__ uint64_t draw_token(Search &s, uint64_t *list, const float *scores, s
     float best = key_score(first);
     uint64_t kept = 0, last = ~(uint64_t)0;
     clear_bins(s.coarse, COARSE);
-    __syncthreads();
     for (size_t v = threadIdx.x; v < V; v += blockDim.x) {
         float d = distance(scores[v], best);
-        uint64_t mass = token_mass(d);
-        add_to_bin(&s.coarse[coarse_bin(d)], mass);
-        kept += mass;
+        add_to_bin(&s.coarse[coarse_bin(d)], token_mass(d));
+        kept += token_mass(d);
     }
     kept = block_sum(kept, s.masses);
     if (how.top_k > 0 && (size_t)how.top_k < V)
@@ -3677,46 +3371,39 @@ __device__ uint64_t draw_token(Search &s, uint64_t *list, const float *scores, s
 __global__ void __launch_bounds__(SAMPLE_THREADS)
 next_token_block(float *z, size_t V, Sequence q, qlora_sampling how) {
     __shared__ Search s;
-    __shared__ uint64_t bests[WARP];
-    uint64_t *list = (uint64_t *)q.work;
+    uint64_t *list = (uint64_t *)q.work, best = ~(uint64_t)0;
     uint32_t *marked = (uint32_t *)(list + V), n = *q.n;
-    if (how.repetition_penalty != 1) {                  // each token seen so far counts once
-        for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) {
-            float *seen = &z[q.ids[i]];
-            if (atomicExch(&marked[q.ids[i]], 1u) == 0)
-                *seen = *seen > 0 ? *seen / how.repetition_penalty : *seen * how.repetition_penalty;
-        }
-        __syncthreads();
-        for (uint32_t i = threadIdx.x; i < n; i += blockDim.x) atomicExch(&marked[q.ids[i]], 0u);
+    bool penalty = how.repetition_penalty != 1;         // each token seen so far counts once
+    for (uint32_t i = threadIdx.x; penalty && i < n; i += blockDim.x) {
+        float *seen = &z[q.ids[i]];
+        if (atomicExch(&marked[q.ids[i]], 1u) == 0)
+            *seen = *seen > 0 ? *seen / how.repetition_penalty : *seen * how.repetition_penalty;
     }
-    uint64_t best = ~(uint64_t)0;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; penalty && i < n; i += blockDim.x)
+        atomicExch(&marked[q.ids[i]], 0u);
     for (size_t v = threadIdx.x; v < V; v += blockDim.x) {
         // + 0: of -0 and 0, which are equal, only 0 is left
-        float score = (how.temperature > 0 ? z[v] / how.temperature : z[v]) + 0.0f;
-        uint64_t key = token_key(score, v);
-        z[v] = score;
-        best = key < best ? key : best;
+        z[v] = (how.temperature > 0 ? z[v] / how.temperature : z[v]) + 0.0f;
+        best = min(best, token_key(z[v], v));
     }
-    for (int lane = WARP / 2; lane; lane /= 2) {
-        uint64_t other = __shfl_xor_sync(0xFFFFFFFFu, best, lane);
-        best = other < best ? other : best;
-    }
-    if (threadIdx.x % WARP == 0) bests[threadIdx.x / WARP] = best;
+    for (int lane = WARP / 2; lane; lane /= 2)
+        best = min(best, __shfl_xor_sync(0xFFFFFFFFu, best, lane));
+    if (threadIdx.x % WARP == 0) s.masses[threadIdx.x / WARP] = best;
     __syncthreads();
-    for (unsigned w = 0; w < blockDim.x / WARP; w++) best = bests[w] < best ? bests[w] : best;
+    for (unsigned w = 0; w < blockDim.x / WARP; w++) best = min(best, s.masses[w]);
     if (how.temperature > 0)
         best = draw_token(s, list, z, V, best, how,
                           random_u32(how.seed, RANDOM_SAMPLE, 0, n - q.prompt));
     __syncthreads();
     if (threadIdx.x == 0) {
         q.ids[n] = *q.id = (int32_t)(uint32_t)best;
-        *q.n = n + 1;
-        *q.position += 1;
-        q.span->nk += 1;
+        *q.n = n + 1, *q.position += 1, q.span->nk += 1;
     }
 }
 
 static void sample(Gpu *gpu, real *logits, const Sequence *s, size_t V, unsigned threads) {
+    if (gpu->failed) return;
     Sequence there = *s;
     there.how = NULL;                                   // the host's
     next_token_block<<<1, threads, 0, gpu->stream>>>(logits, V, there, *s->how);
@@ -3724,8 +3411,7 @@ static void sample(Gpu *gpu, real *logits, const Sequence *s, size_t V, unsigned
 }
 
 static void next_token(Device *dev, real *logits, const Sequence *s, size_t V) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (!gpu->failed) sample(gpu, logits, s, V, SAMPLE_THREADS);
+    sample((Gpu *)dev->gpu, logits, s, V, SAMPLE_THREADS);
 }
 
 // ---------------------------------------------------------------------------------- recorded steps
@@ -3735,22 +3421,21 @@ static void next_token(Device *dev, real *logits, const Sequence *s, size_t V) {
 
 static void replay(Device *dev, void **record, void (*step)(void *user), void *user) {
     Gpu *gpu = (Gpu *)dev->gpu;
+    const char *what = "recording a step";
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = (cudaGraphExec_t)*record;
     if (gpu->failed || cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice")) return;
     if (!exec) {
         // Relaxed: the first launch of a kernel may have to load it.
-        if (cuda_failed(gpu, cudaStreamBeginCapture(gpu->stream, cudaStreamCaptureModeRelaxed),
-                        "recording a step"))
-            return;
+        cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+        if (cuda_failed(gpu, cudaStreamBeginCapture(gpu->stream, mode), what)) return;
         gpu->recording = true;
         step(user);
         gpu->recording = false;
-        (void)cuda_failed(gpu, cudaStreamEndCapture(gpu->stream, &graph), "recording a step");
-        if (!gpu->failed &&
-            !cuda_failed(gpu, cudaGraphInstantiate(&exec, graph, 0), "recording a step"))
+        (void)cuda_failed(gpu, cudaStreamEndCapture(gpu->stream, &graph), what);
+        if (!gpu->failed && !cuda_failed(gpu, cudaGraphInstantiate(&exec, graph, 0), what))
             *record = exec;
-        if (graph) (void)cuda_failed(gpu, cudaGraphDestroy(graph), "recording a step");
+        if (graph) (void)cuda_failed(gpu, cudaGraphDestroy(graph), what);
         if (gpu->failed) return;
     }
     (void)cuda_failed(gpu, cudaGraphLaunch(exec, gpu->stream), "replaying a step");
@@ -3789,15 +3474,13 @@ static void *find_blas() {
     static const char *const names[] = {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11",
                                         "libcublas.so"};
     const char *home = getenv("CUDA_HOME");
-    const char *folders[] = {"", home ? home : "", "/usr/local/cuda"};
+    const char *folders[] = {NULL, home && *home ? home : "/usr/local/cuda", "/usr/local/cuda"};
     char path[4096];
-    for (int folder = 0; folder < 3; folder++)
-        for (int name = 0; name < 4; name++) {
-            if (folder > 0 && !*folders[folder]) continue;
-            snprintf(path, sizeof path, "%s%s%s", folders[folder], folder ? "/lib64/" : "",
-                     names[name]);
-            void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-            if (library) return library;
+    for (const char *folder : folders)
+        for (const char *name : names) {
+            snprintf(path, sizeof path, "%s%s%s", folder ? folder : "", folder ? "/lib64/" : "",
+                     name);
+            if (void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL)) return library;
         }
     return NULL;
 }
@@ -3840,25 +3523,26 @@ static int open_blas(Gpu *gpu, qlora_error *err) {
 // The first kernel: fails when this program holds no code for the card.
 __global__ void probe_kernel(double *sum) { *sum = 0; }
 
+// The events of a Gpu: those of uploads, then those of panels.
+enum { EVENTS = STAGING_PIECES + 4 };
+static cudaEvent_t *event(Gpu *gpu, int i) {
+    if (i < STAGING_PIECES) return &gpu->copied[i];
+    Panel *p = &gpu->panels[(i - STAGING_PIECES) / 2];
+    return i % 2 ? &p->ready : &p->unused;
+}
+
 // Everything a Gpu owns. gpu->failed tells what went wrong.
 static void open_resources(Gpu *gpu) {
     const char *what = "opening the GPU";
-    bool bad = cuda_failed(gpu, cudaStreamCreateWithFlags(&gpu->stream, cudaStreamNonBlocking),
-                           what) ||
-               cuda_failed(gpu, cudaStreamCreateWithFlags(&gpu->side, cudaStreamNonBlocking), what);
-    cudaEvent_t *events[STAGING_PIECES + 4];
-    int n = 0;
-    for (int i = 0; i < STAGING_PIECES; i++) events[n++] = &gpu->copied[i];
-    for (int i = 0; i < 2; i++) {
-        events[n++] = &gpu->panels[i].ready;
-        events[n++] = &gpu->panels[i].unused;
-    }
-    for (int i = 0; i < n && !bad; i++)
-        bad = cuda_failed(gpu, cudaEventCreateWithFlags(events[i], cudaEventDisableTiming), what);
-    if (bad) return;
-    if (cuda_failed(gpu, cudaHostAlloc((void **)&gpu->staging,
-                                       (size_t)STAGING_PIECES * STAGING_BYTES,
-                                       cudaHostAllocDefault), "pinned memory") ||
+    for (cudaStream_t *stream : {&gpu->stream, &gpu->side})
+        if (cuda_failed(gpu, cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), what))
+            return;
+    for (int i = 0; i < EVENTS; i++)
+        if (cuda_failed(gpu, cudaEventCreateWithFlags(event(gpu, i), cudaEventDisableTiming), what))
+            return;
+    size_t staging = (size_t)STAGING_PIECES * STAGING_BYTES;
+    if (cuda_failed(gpu, cudaHostAlloc((void **)&gpu->staging, staging, cudaHostAllocDefault),
+                    "pinned memory") ||
         cuda_failed(gpu, device_memory(&gpu->workspace, BLAS_BYTES), "memory for cuBLAS") ||
         cuda_failed(gpu, device_memory((void **)&gpu->sums, (SUMS + 1) * sizeof(double)), what))
         return;
@@ -3871,7 +3555,7 @@ static void open_resources(Gpu *gpu) {
                  "%d.%d; build it again with GPU_ARCH=%d%d", gpu->major, gpu->minor, gpu->major,
                  gpu->minor);
     if (!cuda_failed(gpu, error, what))
-        (void)cuda_failed(gpu, cudaStreamSynchronize(gpu->stream), what);
+        try_cuda(gpu, cudaStreamSynchronize(gpu->stream), what);
 }
 
 // Also of one that was opened halfway, or has failed since; then nothing can be said about errors.
@@ -3885,12 +3569,8 @@ static void close_resources(Gpu *gpu) {
     for (void *m : memory)
         if (m) (void)cudaFree(m);
     if (gpu->staging) (void)cudaFreeHost(gpu->staging);
-    for (cudaEvent_t event : gpu->copied)
-        if (event) (void)cudaEventDestroy(event);
-    for (const Panel &p : gpu->panels) {
-        if (p.ready) (void)cudaEventDestroy(p.ready);
-        if (p.unused) (void)cudaEventDestroy(p.unused);
-    }
+    for (int i = 0; i < EVENTS; i++)
+        if (*event(gpu, i)) (void)cudaEventDestroy(*event(gpu, i));
     if (gpu->side) (void)cudaStreamDestroy(gpu->side);
     if (gpu->stream) (void)cudaStreamDestroy(gpu->stream);
     (void)cudaGetLastError();

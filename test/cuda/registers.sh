@@ -1,8 +1,9 @@
 #!/bin/sh
 # registers.sh: compiles qlora.cu for every generation with warnings as errors and lists the kernels
-# that spill registers to memory. The ones below are known, and why:
-#   attention_forward_tiles<128>, sm_86 and sm_89: 20 bytes. Its sums fill the registers at head size
-#   128; other tile sizes spill more or read K and V more often.
+# that spill registers to memory. A few bytes of these are known:
+#   sm_86, sm_89  attention_forward_tiles<128>       its sums fill the registers; other tile sizes
+#   sm_120        attention_backward_queries<128>    spill more or read K and V more often
+#   sm_120        next_token_block                   once a token, one block: of no account
 cd "$(dirname "$0")/../.." || exit 1
 nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
 mkdir -p build
@@ -26,7 +27,12 @@ for arch in 75 80 86 89 90 120; do
                                   n++; if (used + 0 > most) most = used + 0 }
         END { print "kernels", n, "most registers", most > "build/registers.sum" }' \
         build/registers.log >build/spills
-    new=$(if [ $arch = 86 ] || [ $arch = 89 ]; then grep -v 'attention_forward_tiles.*128' build/spills; else cat build/spills; fi)
+    case $arch in
+    86 | 89) known='attention_forward_tiles.*128' ;;
+    120) known='attention_backward_queries.*128\|next_token_block' ;;
+    *) known=none ;;
+    esac
+    new=$(grep -v "$known" build/spills)
     if [ -z "$new" ]; then passed=$((passed + 1)); echo "ok       sm_$arch: $(cat build/registers.sum), $(wc -l <build/spills) known spills"
     else failed=$((failed + 1)); echo "FAILED   sm_$arch spills:"; echo "$new"; fi
 done
