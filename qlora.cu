@@ -1018,8 +1018,8 @@ __device__ __forceinline__ void mask8(float m[8], const Mask &a, const Span &spa
 }
 
 // sum (T, K) = or += dropout(part), rounded: forward, and the way back, where Out is float32 if
-// more is to come. A block owns a row, a thread 8 columns at a time. Reads and writes each value once;
-// ten rounds of Philox for 4 values are about as long as that takes.
+// more is to come. A block owns a row, a thread 8 columns at a time. Reads and writes each value
+// once; ten rounds of Philox for 4 values are about as long as that takes.
 template <typename Out, typename Act, int width>
 __global__ void dropout_kernel(Out *sum, const Act *part, size_t K, Mask a, bool add) {
     size_t t = blockIdx.x;
