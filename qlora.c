@@ -439,9 +439,9 @@ static real as_act(DType act, real x) {
 // ------------------------------------------------------------------------------ NF4 and FP4 blocks
 
 // The levels (QLoRA, appendix E): quantiles of the normal distribution, scaled to [-1, 1], with an
-// exact zero. The thresholds are their midpoints in float32, as bitsandbytes' CPU code forms them (a
-// few of its CUDA constants differ in the last bit): x above one means the next level, x equal to
-// it the lower.
+// exact zero. The thresholds are their midpoints in float32, as bitsandbytes' CPU code forms them
+// (a few of its CUDA constants differ in the last bit): x above one means the next level, x equal
+// to it the lower.
 static const float nf4_levels[16] = {
     -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
@@ -462,8 +462,8 @@ const float qlora_fp4_thresholds[7] = {
     0.833333373f};
 const uint8_t qlora_fp4_by_size[8] = {0, 1, 6, 7, 4, 5, 2, 3};     // by ascending magnitude
 
-// The level of x in -1..1 is the number of thresholds below it. Thresholds outside, values inside: a
-// loop that compilers turn into vector code.
+// The level of x in -1..1 is the number of thresholds below it. Thresholds outside, values inside:
+// a loop that compilers turn into vector code.
 static void nf4_codes(uint8_t *codes, const float *x, size_t n) {
     int32_t level[QUANT_BLOCK] = {0};
     for (int k = 0; k < 15; k++)
@@ -1265,7 +1265,7 @@ static void round_rows(Device *dev, void *y, const real *x, size_t n) {
     store_row(dev->act, y, 0, x, n);
 }
 
-// ------------------------------------------------------------------- memory, and the plain op table
+// ------------------------------------------------------------------ memory, and the plain op table
 //
 // On the CPU the device's memory is the program's own: nothing needs to be copied, nothing fails
 // later.
@@ -1662,7 +1662,7 @@ static void layer_backward(const Transformer *m, size_t l, Workspace *w, const B
     op->linears_backward(dev, last == GROUP_QKV ? NULL : w->dx, p, n, w->x, b);
     if (last == GROUP_QKV) return;
     if (l > m->lowest_layer)
-        op->prefetch(dev, &m->layers[l - 1].linear[l > c->L - w->kept ? LINEAR_DOWN : LINEAR_Q].weight);
+        op->prefetch(dev, &layer[-1].linear[l > c->L - w->kept ? LINEAR_DOWN : LINEAR_Q].weight);
     op->residual_norm_backward(dev, w->dh, w->dadd, w->dx, a->h, layer->attention_norm, T, c->D,
                                c->eps);
 }
@@ -1681,8 +1681,8 @@ static Linear head_slice(const Linear *head, size_t first, size_t C) {
     return slice;
 }
 
-// Cross-entropy of the rows w->xs (S, D) with their targets: w->nll and w->hit (S), its sum added to
-// *total and, with `gradient`, scale times its gradient in w->dxs_sum. The vocabulary is walked
+// Cross-entropy of the rows w->xs (S, D) with their targets: w->nll and w->hit (S), its sum added
+// to *total and, with `gradient`, scale times its gradient in w->dxs_sum. The vocabulary is walked
 // twice in chunks, first for the softmax's denominator, then for the gradient; the second walk
 // computes a chunk's logits again unless there is only one.
 static void head_loss(const Transformer *m, Workspace *w, double *total, const int32_t *target,
@@ -2643,8 +2643,8 @@ static int write_tensors(const char *path, TensorInfo *tensors, size_t n, Tensor
 // =================================================================================================
 //  8. Unicode and regular expressions
 //
-//  Tokenizers cut text by regular expressions over Unicode's general categories; some (Qwen) want it
-//  in a normal form first. Both need tables, which stand packed at the end of this file; each
+//  Tokenizers cut text by regular expressions over Unicode's general categories; some (Qwen) want
+//  it in a normal form first. Both need tables, which stand packed at the end of this file; each
 //  tokenizer unpacks them. The regular expressions are those of Oniguruma, the library inside
 //  `tokenizers`, as far as tokenizer.json files use them; the rest is refused, with its place, when
 //  the pattern is compiled.
@@ -2784,8 +2784,8 @@ static inline size_t utf8_before(const char *text, size_t at) {
 }
 
 // How many of the bytes at an invalid place stand for one U+FFFD: as many as begin a character
-// (Unicode's "maximal subpart", the practice of Python and Rust): those that some continuation makes
-// valid, which the lowest or the highest one shows. *cut: the text ended too early.
+// (Unicode's "maximal subpart", the practice of Python and Rust): those that some continuation
+// makes valid, which the lowest or the highest one shows. *cut: the text ended too early.
 static size_t utf8_invalid_length(const char *text, size_t n, bool *cut) {
     for (size_t length = min_size(n, 3); length; length--) {
         for (int fill = 0x80; fill <= 0xBF; fill += 0x3F) {
@@ -3010,7 +3010,8 @@ typedef struct {
     qlora_error *err;
 } RegexCompiler;
 
-// The first error counts. The rest of the pattern is passed over, so that everything ends by itself.
+// The first error counts. The rest of the pattern is passed over, so that everything ends by
+// itself.
 static void regex_fail(RegexCompiler *c, const char *at, const char *what) {
     if (!c->failed)
         fail(c->err, "%s: regular expression, character %td: %s is not supported in \"%.200s\"",
@@ -3044,7 +3045,8 @@ static void regex_range(RegexCompiler *c, uint32_t first, uint32_t last) {
     if (!c->fold || (first == last && first < 128 && !isalpha((int)first))) return;
     if (first != last || first >= 128)
         regex_fail(c, c->at, "more than an ASCII character where case does not matter");
-    uint32_t low = first | 32, kin[] = {low, low - 32, low == 'k' ? 0x212A : low == 's' ? 0x17F : low};
+    uint32_t low = first | 32;
+    uint32_t kin[] = {low, low - 32, low == 'k' ? 0x212A : low == 's' ? 0x17F : low};
     for (int i = 0; i < 3; i++) regex_item(c->re, ITEM_RANGE, kin[i], kin[i], false);
 }
 
@@ -3209,7 +3211,8 @@ static Quantifier regex_quantifier(RegexCompiler *c) {
     bool digits = isdigit((unsigned char)*c->at);
     c->at = end + 1;
     if (!digits || *end != '}' || end[1] == '?' || low > 1000 || high == 0 || high < low
-        || (high > 1000 && high != REGEX_NO_LIMIT)) regex_fail(c, start, "a repetition of this kind");
+        || (high > 1000 && high != REGEX_NO_LIMIT))
+        regex_fail(c, start, "a repetition of this kind");
     return (Quantifier){.min = (uint32_t)low, .max = (uint32_t)high};
 }
 
@@ -3325,7 +3328,8 @@ static int regex_try(RegexRun *run, uint32_t step, size_t at, size_t *match_end,
         s = &run->re->steps[step];
         if (depth > REGEX_MAX_CALLS || run->budget-- == 0) {
             run->budget = 0;
-            return fail(run->err, "a regular expression of the tokenizer takes too long on this text");
+            return fail(run->err,
+                        "a regular expression of the tokenizer takes too long on this text");
         }
         switch (s->op) {
         case OP_CLASS:
@@ -3620,7 +3624,9 @@ static void put(Encoder *e, Buffer *out, const void *data, size_t n) {
     if (!e->failed && buffer_append(out, data, n, e->err)) e->failed = true;
 }
 
-static void put_ids(Encoder *e, const int32_t *ids, size_t n) { put(e, e->ids, ids, n * sizeof *ids); }
+static void put_ids(Encoder *e, const int32_t *ids, size_t n) {
+    put(e, e->ids, ids, n * sizeof *ids);
+}
 
 // The ranks of a piece's pairs, as a tree of minima: ranks[leaves + i] is that of the pair which
 // symbol i begins, ranks[k] the lower one of ranks[2k] and ranks[2k + 1], ranks[1] the lowest.
@@ -3966,7 +3972,8 @@ static int stream_emit(const Tokenizer *t, TokenStream *s, const char *text, siz
 }
 
 // Appends the held bytes, which nothing can complete any more: an incomplete character of
-// byte-level tokens is one U+FFFD; a run of byte tokens that is no valid UTF-8 is one for each byte.
+// byte-level tokens is one U+FFFD; a run of byte tokens that is no valid UTF-8 is one for each
+// byte.
 static int stream_flush(const Tokenizer *t, TokenStream *s, Buffer *out, qlora_error *err) {
     size_t n = s->held.size, marks = t->decode.byte_level ? min_size(n, 1) : n;
     bool valid = utf8_valid_prefix(s->held.data, n) == n;
@@ -4074,7 +4081,7 @@ static const char *tokenizer_token(const Tokenizer *t, int32_t id, size_t *n) {
 }
 #endif
 
-// --------------------------------------------------------------- reading the steps of tokenizer.json
+// -------------------------------------------------------------- reading the steps of tokenizer.json
 
 // What reading a tokenizer works with. The parsed files live in `scratch` and go in the end; what
 // is kept is copied to the tokenizer's own region. The first failure is remembered, and nothing is
@@ -4279,7 +4286,10 @@ static void read_decoder(Loader *l, const Json *step, const char *type) {
     if (kind <= before || (kind == 3 && before != 2) || (kind > 3 && before >= 0))
         refuse(l, "unsupported decoder, or not in its place", type);
     l->decoder = kind;
-    if (kind == 0) { d->with = read_text(l, step, "content"); d->replace = compile_pattern(l, step); }
+    if (kind == 0) {
+        d->with = read_text(l, step, "content");
+        d->replace = compile_pattern(l, step);
+    }
     if (kind == 1) d->byte_fallback = true;
     if (kind == 3) {
         d->strip = read_text(l, step, "content");
@@ -4514,9 +4524,10 @@ static AddedToken *add_token(Loader *l, int32_t id, bool special, bool normalize
 }
 
 // Enters an added token in any of three forms: {"id": 7, "content": "x", ...} in a list, "7":
-// {"content": "x", ...} in added_tokens_decoder, "x": 7 in added_tokens.json. In a tokenizer.json its
-// id must be the one the vocabulary has for it, or the next free one; the configuration adds what
-// is missing there and decides how tokens are found. Elsewhere (next_id NULL) the file alone decides.
+// {"content": "x", ...} in added_tokens_decoder, "x": 7 in added_tokens.json. In a tokenizer.json
+// its id must be the one the vocabulary has for it, or the next free one; the configuration adds
+// what is missing there and decides how tokens are found. Elsewhere (next_id NULL) the file alone
+// decides.
 static void read_added_token(Loader *l, const Json *entry, size_t *next_id) {
     Vocabulary *v = &l->t->vocabulary;
     const Json key = {.kind = JSON_NUMBER, .text = entry->key, .length = entry->key_length};
@@ -4530,7 +4541,8 @@ static void read_added_token(Loader *l, const Json *entry, size_t *next_id) {
     if (next_id && entry->key && known >= 0 && v->tokens[known].added) return;
     size_t expected = known >= 0 ? (size_t)known : next_id ? *next_id : id;
     if (id != expected || (known >= 0 && v->tokens[known].added))
-        refuse(l, "added token that stands there twice or has another id in the vocabulary", text->text);
+        refuse(l, "added token that stands there twice or has another id in the vocabulary",
+               text->text);
     if (next_id) *next_id = max_size(*next_id, id + 1);
     if (known < 0) vocabulary_add(l, text->text, text->length, id);
     if (l->failed) return;
@@ -4584,7 +4596,8 @@ static bool read_other_file(Loader *l, const char *name, Buffer *out) {
     return !l->failed;
 }
 
-// A token that the configuration names: "text" or {"content": "text"}, else NULL. *id: its id or -1.
+// A token that the configuration names: "text" or {"content": "text"}, else NULL. *id: its id or
+// -1.
 static const char *config_token(const Loader *l, const char *key, int32_t *id) {
     const Json *value = json_get(l->config, key);
     if (!value) value = json_get(l->map, key);
@@ -4716,7 +4729,8 @@ static void read_merges_txt(Loader *l) {
         size_t n = (size_t)(end - line);
         *end = 0;
         if (n && line[n - 1] == '\r') line[--n] = 0;
-        if (n && !(rank == 0 && starts_with(line, n, "#version"))) merge_add_line(l, line, n, rank++);
+        if (n && !(rank == 0 && starts_with(line, n, "#version")))
+            merge_add_line(l, line, n, rank++);
     }
     buffer_free(&text);
 }
@@ -4900,7 +4914,8 @@ static void read_sentencepiece(Loader *l, const Buffer *file) {
     added_open(l, m.n + n_added);
     read_added_tokens(l, added, NULL);
     for (size_t i = 0; i < m.n && !l->failed; i++) {
-        // Pieces that the user defined are whole, and are looked for where spaces are "▁" already.
+        // Pieces that the user defined are whole, and are looked for where spaces are "▁"
+        // already.
         const Token *token = &l->t->vocabulary.tokens[i];
         bool whole = m.type[i] == PIECE_USER_DEFINED;
         if (whole && m.normalizer[TRIM_SPACES]
