@@ -24,7 +24,7 @@ static void mix_text(Buffer *out) {
         "../shared/real/datasets/gsm8k/test.jsonl",
         "../shared/real/datasets/lawyer-llama/legal_counsel_with_article_v2.json",
         "../shared/real/datasets/llama-factory/alpaca_en_demo.json"};
-    enum { FILES = sizeof files / sizeof *files, PIECE = 4000, MOST = 8000000 };
+    enum { FILES = sizeof files / sizeof *files, TEXT_PIECE = 4000, MOST = 8000000 };
     Buffer parts[FILES] = {{0}};
     size_t at[FILES] = {0};
     qlora_error err = {{0}};
@@ -35,7 +35,7 @@ static void mix_text(Buffer *out) {
     }
     for (int i = 0; out->size < MOST; i = (i + 1) % FILES) {
         if (!parts[i].size) continue;
-        size_t n = min_size(PIECE, parts[i].size - at[i]);
+        size_t n = min_size(TEXT_PIECE, parts[i].size - at[i]);
         while (n && at[i] + n < parts[i].size && (parts[i].data[at[i] + n] & 0xC0) == 0x80) n--;
         stop_if(buffer_append(out, parts[i].data + at[i], n, &err), &err);
         at[i] = at[i] + n == parts[i].size ? 0 : at[i] + n;
