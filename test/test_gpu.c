@@ -165,11 +165,9 @@ static void test_gpu_gradients(Test *t) {
 typedef struct { const char *device; qlora_compute compute; size_t logging_steps; bool resume;
                  size_t stop_at, steps; } GpuRun;
 
-static double final_loss;                   // of the last run, from its progress
-
-static void keep_loss(void *user, const qlora_progress *p) {
+// A GPU tells of several steps at once: the one to stop at may be among them.
+static void stop_at_step(void *user, const qlora_progress *p) {
     RunControl *c = user;
-    final_loss = p->loss;
     control_progress(user, p);
     if (c->stop_at_step && p->step >= c->stop_at_step) c->stop = true;
 }
@@ -192,7 +190,7 @@ static int gpu_run(const char *data, const char *out, GpuRun run, qlora_error *e
     train.max_steps = run.steps;
     train.logging_steps = run.logging_steps;
     train.resume = run.resume;
-    train.progress = keep_loss;
+    train.progress = stop_at_step;
     train.user = &control;
     int bad = qlora_train(q, data, &train, err);
     qlora_close(q);
