@@ -6245,8 +6245,8 @@ static int unknown_template(const char *name, const char *text, uint64_t hash, R
     return -1;
 }
 
-static int prompt_template(ChatTemplate *c, const char *text, size_t n, const Tokenizer *t,
-                           Region *region, qlora_error *err);
+static int prompt_template(ChatTemplate *c, const char *text, const Tokenizer *t, Region *region,
+                           qlora_error *err);
 static int find_saved_prompt(ChatTemplate *c, const char *text, const Tokenizer *t, Region *region,
                              qlora_error *err);
 
@@ -6262,7 +6262,7 @@ static int template_find(ChatTemplate *out, const char *name, const char *prompt
     const TemplateRow *chatml = &template_rows[0];
     uint64_t hash = 0;
     *out = (ChatTemplate){.own = text != NULL, .prompt = prompt};
-    if (prompt && prompt_template(out, prompt, strlen(prompt), t, region, err)) return -1;
+    if (prompt && prompt_template(out, prompt, t, region, err)) return -1;
     if (name && find_row(name)) set_row(out, find_row(name), false);
     if (text && (recognise(out, text, &hash, region, err) ||
                  (!out->row && find_saved_prompt(out, text, t, region, err))))
@@ -6294,10 +6294,10 @@ static int template_find(ChatTemplate *out, const char *name, const char *prompt
 
 // Makes `c` a template of that text. BOS at its beginning and EOS at its end, if they are there as
 // text, are the template's own, so that neither is doubled.
-static int prompt_template(ChatTemplate *c, const char *text, size_t n, const Tokenizer *t,
-                           Region *region, qlora_error *err) {
+static int prompt_template(ChatTemplate *c, const char *text, const Tokenizer *t, Region *region,
+                           qlora_error *err) {
     const char *bos = t->bos_token ? t->bos_token : "", *eos = t->eos_token ? t->eos_token : "";
-    size_t n_bos = strlen(bos), n_eos = strlen(eos), i = starts_with(text, n, bos) ? n_bos : 0;
+    size_t n = strlen(text), n_eos = strlen(eos), i = starts_with(text, n, bos) ? strlen(bos) : 0;
     TemplateRow *row = region_alloc(region, 1, sizeof *row, err);
     char *copy = region_alloc(region, n + 4, 1, err), *out = copy;
     const char *prompt = region_text(region, text, n, err), **part;
@@ -6316,7 +6316,7 @@ static int prompt_template(ChatTemplate *c, const char *text, size_t n, const To
             continue;
         }
         size_t length = strcspn(text + i + 1, "{}");
-        if (text[i] == '}' || !length || text[i + 1 + length] != '}')
+        if (text[i] == '}' || !length || i + 1 + length >= n || text[i + 1 + length] != '}')
             return fail(err, "prompt template, byte %zu: expected {field}, found \"%.20s\"; a "
                         "brace itself is written {{ or }}", i + 1, text + i);
         *out++ = 0;
@@ -6800,10 +6800,14 @@ static int find_saved_prompt(ChatTemplate *c, const char *text, const Tokenizer 
     size_t n = strlen(text);
     if (!starts_with(text, n, start)) return 0;
     JinjaReader r = {.end = text + n, .e = &e, .err = err};
-    int bad = read_jinja_string(&r, text + strlen(start)) ? 0 : -1;
-    if (!bad)                                                 // what stands between the quotes
-        bad = prompt_template(c, e.data + 1, unescape(e.data + 1, e.size - 2), t, region, err);
-    for (int bos = 0; bos < 2 && !bad; bos++) {
+    const char *literal = text + strlen(start);
+    bool found = *literal == '\'' && read_jinja_string(&r, literal);
+    int bad = r.failed ? -1 : 0;
+    if (found) {                                              // what stands between the quotes
+        e.data[1 + unescape(e.data + 1, e.size - 2)] = 0;
+        bad = prompt_template(c, e.data + 1, t, region, err);
+    }
+    for (int bos = 0; bos < 2 && found && !bad; bos++) {
         c->begin = bos ? BOS : "";
         ours.size = 0;
         bad = template_jinja(c, &ours, err) || buffer_append(&ours, "", 1, err);
