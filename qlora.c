@@ -3542,7 +3542,8 @@ typedef struct Tokenizer {
     bool byte_level;                // pieces are bytes, tokens are written in the alphabet below
     bool ignore_merges;             // a piece that is a token as a whole is not built up
     bool byte_fallback, fuse_unk;
-    bool cut_at_space;              // no merge reaches from another character into a "▁"
+    uint64_t *neighbours;           // see may_cut; NULL: pieces are never cut
+    struct EncoderList *encoders;   // what calls of tokenizer_encode have left for the next
     int32_t unk_id;                 // of unknown characters; -1: they are left out
     int32_t byte_id[256];           // byte_level: of a byte; else of <0xHH>; -1: there is none
     int32_t prefix[MAX_AFFIX], suffix[MAX_AFFIX];     // what stands around a text
@@ -3582,9 +3583,9 @@ static int byte_token(const char *text, size_t n) {
 
 // ----------------------------------------------------------------------------- byte-pair encoding
 
-// Pieces repeat: a small table of the latest ones and their ids saves most of the work.
-typedef struct { uint8_t length, count; char text[26]; int32_t ids[9]; } CachedPiece;
-enum { MAX_CACHED_PIECES = 1 << 16 };
+// Pieces repeat: a table of the latest ones and their ids saves most of the work.
+typedef struct { uint8_t key, count; char text[26]; int32_t ids[9]; } CachedPiece;
+enum { MAX_CACHED_PIECES = 1 << 15 };
 
 // A symbol of a piece: a token so far, in a linked list.
 typedef struct { int32_t id, previous, next; } Symbol;
@@ -3592,32 +3593,73 @@ typedef struct { int32_t id, previous, next; } Symbol;
 
 // What one call of tokenizer_encode works with. The buffers are scratch: of what each step has
 // made of the text, then those below.
-enum { SCRATCH_IDS = MAX_STEPS, SCRATCH_SYMBOLS, SCRATCH_RANKS, SCRATCH_TEXT, N_SCRATCH };
+enum { SCRATCH_IDS = MAX_STEPS, SCRATCH_SYMBOLS, SCRATCH_RANKS, SCRATCH_TEXT, SCRATCH_VALID,
+       N_SCRATCH };
 
-typedef struct {
+typedef struct Encoder {
     const Tokenizer *t;
     Buffer *ids;                    // of int32_t
     Buffer scratch[N_SCRATCH];
     RegexRun regex;
     CachedPiece *cache;
     size_t n_cache;                 // a power of two, or 0
+    size_t seen;                    // bytes of text so far
     bool failed;                    // once something has, nothing more is appended
     qlora_error *err;
+    struct Encoder *next;
 } Encoder;
 
-static void encoder_open(Encoder *e, const Tokenizer *t, size_t n, Buffer *ids, qlora_error *err) {
-    const qlora_allocator *a = t->region.allocator;
-    *e = (Encoder){.t = t, .ids = ids, .regex = regex_run(n, err), .err = err};
-    for (size_t i = 0; i < N_SCRATCH; i++) e->scratch[i].allocator = a;
-    if (n < 256) return;                              // a short text would pay more than it saves
-    for (e->n_cache = 64; e->n_cache < n / 8 && e->n_cache < MAX_CACHED_PIECES;) e->n_cache *= 2;
-    e->cache = mem_alloc(a, e->n_cache, sizeof *e->cache, err);
+// Encoders that no call works with now; there are as many as calls were ever at work at once.
+typedef struct EncoderList { pthread_mutex_t lock; Encoder *first; } EncoderList;
+
+// The cache grows with the text seen: a short one would pay more for it than it saves.
+static void cache_grow(Encoder *e, const qlora_allocator *a) {
+    size_t wanted = 64;
+    if (e->seen < 256 || e->seen / 32 < e->n_cache || e->n_cache == MAX_CACHED_PIECES) return;
+    while (wanted < e->seen / 8 && wanted < MAX_CACHED_PIECES) wanted *= 2;
+    mem_free(a, e->cache, e->n_cache, sizeof *e->cache);
+    e->cache = mem_alloc(a, wanted, sizeof *e->cache, e->err);
+    e->n_cache = e->cache ? wanted : 0;
     e->failed = !e->cache;
 }
 
-static void encoder_close(Encoder *e) {
-    for (size_t i = 0; i < N_SCRATCH; i++) buffer_free(&e->scratch[i]);
-    mem_free(e->t->region.allocator, e->cache, e->n_cache, sizeof *e->cache);
+// Takes an encoder from the list, or makes one, for a text of n bytes.
+static Encoder *encoder_open(const Tokenizer *t, size_t n, Buffer *ids, qlora_error *err) {
+    const qlora_allocator *a = t->region.allocator;
+    pthread_mutex_lock(&t->encoders->lock);
+    Encoder *e = t->encoders->first;
+    if (e) t->encoders->first = e->next;
+    pthread_mutex_unlock(&t->encoders->lock);
+    if (!e && !(e = mem_alloc(a, 1, sizeof *e, err))) return NULL;
+    for (size_t i = 0; i < N_SCRATCH; i++) e->scratch[i].allocator = a;
+    e->t = t;
+    e->ids = ids;
+    e->regex = regex_run(n, err);
+    e->err = err;
+    e->failed = false;
+    e->seen += n;
+    cache_grow(e, a);
+    return e;
+}
+
+static void encoder_done(Encoder *e) {
+    EncoderList *list = e->t->encoders;
+    pthread_mutex_lock(&list->lock);
+    e->next = list->first;
+    list->first = e;
+    pthread_mutex_unlock(&list->lock);
+}
+
+// Gives their memory back, while no call is at work.
+static void encoders_free(const Tokenizer *t) {
+    const qlora_allocator *a = t->region.allocator;
+    for (Encoder *e = t->encoders->first, *next; e; e = next) {
+        next = e->next;
+        for (size_t i = 0; i < N_SCRATCH; i++) buffer_free(&e->scratch[i]);
+        mem_free(a, e->cache, e->n_cache, sizeof *e->cache);
+        mem_free(a, e, 1, sizeof *e);
+    }
+    t->encoders->first = NULL;
 }
 
 static void put(Encoder *e, Buffer *out, const void *data, size_t n) {
@@ -3721,46 +3763,88 @@ static int32_t whole_piece(Encoder *e, const char *text, size_t n) {
     return name->size ? model_id(&e->t->vocabulary, name->data, name->size) : -1;
 }
 
-// Byte-pair encoding of one piece.
-static void encode_piece(Encoder *e, const char *text, size_t n) {
+// Where two characters stand side by side in no token, no merge reaches from one to the other, and
+// what is on both sides can be encoded apart: the same ids, from short pieces that repeat. A bit
+// for each pair of characters says whether they do, in one table shared by all pairs; where a token
+// ends inside a character, for the bytes on both sides.
+enum { NEIGHBOUR_BITS = 1 << 20, FRAGMENT = UNICODE_LIMIT };
+
+static size_t neighbour_bit(uint32_t left, uint32_t right) {
+    return hash_mix((uint64_t)left << 32 | right) & (NEIGHBOUR_BITS - 1);
+}
+
+static size_t fragment_bit(const char *right) {
+    return neighbour_bit(FRAGMENT + (unsigned char)right[-1], (unsigned char)*right);
+}
+
+static void note_neighbours(uint64_t *bits, const char *text, size_t n) {
+    uint32_t left = 0, right;
+    for (size_t i = 0, length; i < n; i += length, left = right) {
+        length = utf8_decode(text + i, n - i, &right);
+        if (!length) {
+            right = FRAGMENT;
+            for (length = 1; i + length < n && (text[i + length] & 0xC0) == 0x80;) length++;
+        }
+        bool whole = left != FRAGMENT && right != FRAGMENT;
+        size_t bit = !i ? 0 : whole ? neighbour_bit(left, right) : fragment_bit(text + i);
+        if (i) bits[bit / 64] |= (uint64_t)1 << bit % 64;
+    }
+}
+
+static inline bool has_bit(const uint64_t *bits, size_t bit) {
+    return bits[bit / 64] >> bit % 64 & 1;
+}
+
+// Can text be cut between `left` and `right`, which begins at `at`?
+static inline bool may_cut(const Tokenizer *t, uint32_t left, uint32_t right, const char *at) {
+    return !has_bit(t->neighbours, neighbour_bit(left, right)) &&
+           ((left < 0x80 && right < 0x80) || !has_bit(t->neighbours, fragment_bit(at)));
+}
+
+static void encode_piece(Encoder *e, const char *text, size_t n, bool part);
+
+// Encodes a piece part by part.
+static void encode_parts(Encoder *e, const char *text, size_t n) {
+    size_t begin = 0;
+    uint32_t left, right;
+    for (size_t i = utf8_next(text, &left), length; i < n; i += length, left = right) {
+        length = utf8_next(text + i, &right);
+        if (!may_cut(e->t, left, right, text + i)) continue;
+        encode_piece(e, text + begin, i - begin, true);
+        begin = i;
+    }
+    encode_piece(e, text + begin, n - begin, true);
+}
+
+// Byte-pair encoding of one piece, or of a part of it, which is not looked up as a whole.
+static void encode_piece(Encoder *e, const char *text, size_t n, bool part) {
+    const Tokenizer *t = e->t;
     CachedPiece *cached = NULL;
+    uint8_t key = (uint8_t)(n | (part && t->ignore_merges ? 0x80 : 0));
     if (e->n_cache && n <= sizeof cached->text) {
-        cached = &e->cache[hash_bytes(text, n) & (e->n_cache - 1)];
-        if (cached->length == n && memcmp(cached->text, text, n) == 0) {
+        cached = &e->cache[(hash_bytes(text, n) + key) & (e->n_cache - 1)];
+        if (cached->key == key && memcmp(cached->text, text, n) == 0) {
             put_ids(e, cached->ids, cached->count);
             return;
         }
     }
-    Buffer *symbols = &e->scratch[SCRATCH_IDS];
-    int32_t whole = e->t->ignore_merges ? whole_piece(e, text, n) : -1;
-    symbols->size = 0;
-    if (whole >= 0) put(e, symbols, &whole, sizeof whole);
-    else first_symbols(e, text, n, symbols);
-    int32_t *ids = (int32_t *)(void *)symbols->data;
-    size_t count = symbols->size / sizeof *ids;
-    if (count > 1) count = merge_symbols(e, ids, count);
-    put_ids(e, ids, count);
-    if (!cached || e->failed || count > sizeof cached->ids / sizeof *ids) return;
-    *cached = (CachedPiece){.length = (uint8_t)n, .count = (uint8_t)count};
-    memcpy(cached->text, text, n);
-    if (count) memcpy(cached->ids, ids, count * sizeof *ids);
-}
-
-// Sentencepiece-style text comes as one piece. Where no merge can reach over the beginning of a
-// word, its words are encoded one by one: the same ids, from short pieces that repeat.
-static void encode_words(Encoder *e, const char *text, size_t n) {
-    size_t begin = 0;
-    bool in_marks = true;                             // at the ▁ in front of a word
-    for (size_t i = 0; i < n && e->t->cut_at_space; i++) {
-        bool mark = n - i >= 3 && memcmp(text + i, space_mark, 3) == 0;
-        if (mark && !in_marks) {
-            encode_piece(e, text + begin, i - begin);
-            begin = i;
-        }
-        in_marks = mark;
-        if (mark) i += 2;
+    size_t first = e->ids->size;
+    int32_t whole = t->ignore_merges && !part ? whole_piece(e, text, n) : -1;
+    if (whole >= 0) put_ids(e, &whole, 1);
+    else if (t->neighbours && !part) encode_parts(e, text, n);
+    else {
+        Buffer *symbols = &e->scratch[SCRATCH_IDS];
+        symbols->size = 0;
+        first_symbols(e, text, n, symbols);
+        int32_t *ids = (int32_t *)(void *)symbols->data;
+        size_t count = symbols->size / sizeof *ids;
+        put_ids(e, ids, count > 1 ? merge_symbols(e, ids, count) : count);
     }
-    encode_piece(e, text + begin, n - begin);
+    size_t bytes = e->ids->size - first;
+    if (!cached || e->failed || bytes > sizeof cached->ids) return;
+    *cached = (CachedPiece){.key = key, .count = (uint8_t)(bytes / sizeof *cached->ids)};
+    memcpy(cached->text, text, n);
+    if (bytes) memcpy(cached->ids, e->ids->data + first, bytes);
 }
 
 // ----------------------------------------------------------------------------------------- steps
@@ -3838,7 +3922,7 @@ static void pre_tokenize(Encoder *e, size_t step, const char *text, size_t n, bo
     for (; step < e->t->n_steps && e->t->steps[step].kind != STEP_SPLIT; step++)
         rewrite(e, step, &text, &n, at_start);
     if (n == 0 || e->failed) return;
-    if (step == e->t->n_steps) { encode_words(e, text, n); return; }
+    if (step == e->t->n_steps) { encode_piece(e, text, n, false); return; }
     // A piece ends where a match begins or ends, unless the behaviour joins what is on both sides.
     const Step *s = &e->t->steps[step++];
     size_t piece = 0, start = 0, end = 0;
@@ -3934,18 +4018,19 @@ static void encode_text(Encoder *e, bool normal, const char *text, size_t n, boo
 // ids. Safe to call from several threads at once.
 static int tokenizer_encode(const Tokenizer *t, const char *text, size_t n, bool add_special,
                             Buffer *ids, qlora_error *err) {
-    Encoder e;
-    Buffer valid = {.allocator = t->region.allocator};
+    Encoder *e = encoder_open(t, n, ids, err);
     size_t before = ids->size;
-    encoder_open(&e, t, n, ids, err);
-    if (!e.failed) e.failed = utf8_append_lossy(&valid, text, n, NULL, err);
-    if (add_special) put_ids(&e, t->prefix, t->n_prefix);
-    encode_text(&e, false, valid.data, valid.size, true);
-    if (add_special) put_ids(&e, t->suffix, t->n_suffix);
-    encoder_close(&e);
-    buffer_free(&valid);
-    if (e.failed) ids->size = before;
-    return e.failed ? -1 : 0;
+    if (!e) return -1;
+    Buffer *valid = &e->scratch[SCRATCH_VALID];
+    valid->size = 0;
+    if (!e->failed) e->failed = utf8_append_lossy(valid, text, n, NULL, err);
+    if (add_special) put_ids(e, t->prefix, t->n_prefix);
+    encode_text(e, false, valid->data, valid->size, true);
+    if (add_special) put_ids(e, t->suffix, t->n_suffix);
+    bool failed = e->failed;
+    encoder_done(e);
+    if (failed) ids->size = before;
+    return failed ? -1 : 0;
 }
 
 // ------------------------------------------------------------------------------------- decoding
@@ -4091,7 +4176,7 @@ typedef struct {
     const char *directory;
     const char *file;               // that is being read, for messages
     Region scratch;
-    Encoder encoder;                // normalises added tokens
+    Encoder *encoder;               // normalises added tokens
     Buffer text;                    // of no lasting use
     int decoder;                    // place of the latest decoder in their order
     const Json *config, *map;       // tokenizer_config.json, special_tokens_map.json, or NULL
@@ -4426,22 +4511,36 @@ static void read_vocabulary(Loader *l, const Json *vocab, size_t n_added) {
     }
 }
 
-// Can "▁" behind another character be taken for the beginning of a piece of its own? Only if no
-// merge has a "▁" at the beginning of its right half and something else at the end of its left.
-static bool can_cut_at_space(const Tokenizer *t) {
+// Notes which characters are neighbours in tokens, unless merges know of them otherwise: if
+// characters are left out or united, or merged as unknown ones or as bytes <0xHH>.
+static void read_neighbours(Loader *l) {
+    Tokenizer *t = l->t;
     const Vocabulary *v = &t->vocabulary;
-    bool whole = t->unk_id >= 0;                      // is no character left out?
-    for (int byte = 0; byte < 256 && !whole; byte++)
-        if (!t->byte_fallback || t->byte_id[byte] < 0) return false;
-    if (t->byte_level || vocabulary_id(v, space_mark, 3) < 0) return false;
-    for (size_t i = 0; i < v->n_merge_slots; i++) {
-        if (v->merges[i].left < 0) continue;
-        const Token *left = &v->tokens[v->merges[i].left], *right = &v->tokens[v->merges[i].right];
-        bool ends_in_mark = left->length >= 3
-                         && memcmp(left->text + left->length - 3, space_mark, 3) == 0;
-        if (!ends_in_mark && starts_with(right->text, right->length, space_mark)) return false;
+    bool every_byte = t->byte_level || t->byte_fallback;
+    for (int byte = 0; byte < 256; byte++) every_byte &= t->byte_id[byte] >= 0;
+    if (!every_byte && (t->byte_level || t->unk_id < 0 || t->fuse_unk)) return;
+    for (size_t i = 0; i < 2 * v->n_merge_slots; i++) {
+        int32_t id = i % 2 ? v->merges[i / 2].right : v->merges[i / 2].left;
+        if (v->merges[i / 2].left < 0) continue;
+        bool byte = !t->byte_level && byte_token(v->tokens[id].text, v->tokens[id].length) >= 0;
+        if (byte || id == t->unk_id) return;
     }
-    return true;
+    uint64_t *bits = keep(l, NEIGHBOUR_BITS / 64, sizeof *bits);
+    char *bytes = keep(l, v->longest + 1, 1);
+    for (size_t id = 0; id < v->n_ids && !l->failed; id++) {
+        const Token *token = &v->tokens[id];
+        size_t n = 0;
+        uint32_t code;
+        for (size_t k = 0; token->text && k < token->length; n++) {
+            if (!t->byte_level) bytes[n] = token->text[k++];
+            else {
+                k += utf8_next(token->text + k, &code);
+                bytes[n] = (char)char_to_byte(code);
+            }
+        }
+        note_neighbours(bits, bytes, n);
+    }
+    t->neighbours = bits;
 }
 
 // What follows from vocabulary, merges and pre-tokenizers together.
@@ -4454,7 +4553,7 @@ static void finish_model(Loader *l) {
                                  : (size_t)snprintf(text, sizeof text, "<0x%02X>", byte);
         t->byte_id[byte] = model_id(&t->vocabulary, text, n);
     }
-    t->cut_at_space = can_cut_at_space(t);
+    read_neighbours(l);
 }
 
 // Reads "model", but for options that change what merging does and are not built here.
@@ -4557,17 +4656,18 @@ static void read_added_token(Loader *l, const Json *entry, size_t *next_id) {
     added->rstrip = json_get_bool(entry, "rstrip", false);
     added->single_word = json_get_bool(entry, "single_word", false);
     for (size_t i = 0; i < l->t->n_normalizers && normalized; i++)
-        rewrite(&l->encoder, i, &added->pattern, &added->length, true);
+        rewrite(l->encoder, i, &added->pattern, &added->length, true);
     if (!added->length) refuse(l, "added token that normalising removes", text->text);
     added->pattern = keep_text(l, added->pattern, added->length);
 }
 
 static void read_added_tokens(Loader *l, const Json *list, size_t *next_id) {
-    encoder_open(&l->encoder, l->t, 0, NULL, l->err);
+    l->encoder = encoder_open(l->t, 0, NULL, l->err);
+    if (!l->encoder) { l->failed = true; return; }
     for (const Json *entry = list ? list->first : NULL; entry; entry = entry->next)
         read_added_token(l, entry, next_id);
-    if (l->encoder.failed) l->failed = true;
-    encoder_close(&l->encoder);
+    if (l->encoder->failed) l->failed = true;
+    encoder_done(l->encoder);
 }
 
 // ------------------------------------------------------------------------------ reading the files
@@ -4947,27 +5047,44 @@ static void read_tokenizer(Loader *l) {
 static void tokenizer_close(Tokenizer *t) {
     if (!t) return;
     Region region = t->region;                        // t itself lies in it
+    if (t->encoders) {
+        encoders_free(t);
+        pthread_mutex_destroy(&t->encoders->lock);
+    }
     region_free(&region);
 }
 
-// Reads the tokenizer of a Hugging Face model directory.
-static Tokenizer *tokenizer_open(const char *directory, const qlora_allocator *a,
-                                 qlora_error *err) {
+// Reads the tokenizer of a Hugging Face model directory. The tables are unpacked for it, or, given,
+// outlive it.
+static Tokenizer *tokenizer_load(const char *directory, const Unicode *unicode,
+                                 const qlora_allocator *a, qlora_error *err) {
     Region region = {a, NULL};
     Tokenizer *t = region_alloc(&region, 1, sizeof *t, err);
     if (!t) return NULL;
     t->region = region;
     t->unk_id = -1;
-    t->unicode = unicode_open(&t->region, err);
+    t->unicode = unicode ? unicode : unicode_open(&t->region, err);
+    EncoderList *encoders = region_alloc(&t->region, 1, sizeof *encoders, err);
     Loader l = {.t = t, .directory = directory, .file = directory, .scratch = {a, NULL},
-                .text = {.allocator = a}, .decoder = -1, .failed = !t->unicode, .err = err};
-    read_tokenizer(&l);
-    read_config(&l);
+                .text = {.allocator = a}, .decoder = -1, .failed = !t->unicode || !encoders,
+                .err = err};
+    if (encoders) {
+        pthread_mutex_init(&encoders->lock, NULL);
+        t->encoders = encoders;
+        read_tokenizer(&l);
+        read_config(&l);
+        encoders_free(t);
+    }
     buffer_free(&l.text);
     region_free(&l.scratch);
     if (!l.failed) return t;
     tokenizer_close(t);
     return NULL;
+}
+
+static Tokenizer *tokenizer_open(const char *directory, const qlora_allocator *a,
+                                 qlora_error *err) {
+    return tokenizer_load(directory, NULL, a, err);
 }
 // =================================================================================================
 //  10. From config.json and weight files to a model
@@ -7645,6 +7762,7 @@ static int dataset_open(Dataset *d, const char *const *paths, size_t n_paths,
         job.file = (uint32_t)i;
         bad = read_samples(d, &job, err);
     }
+    encoders_free(t);
     if (bad) dataset_close(d);
     d->ids = (int32_t *)(void *)d->id_buffer.data;
     d->learn = (uint8_t *)(void *)d->learn_buffer.data;

@@ -157,6 +157,50 @@ static void test_long_pieces(Test *t) {
     }
 }
 
+// Texts of tokens one behind the other, as they come and cut short: the ids are those of pieces that
+// are not cut, and cutting everywhere gives others.
+static void check_cuts(Test *t, const char *directory) {
+    enum { NORMAL, UNCUT, EVERYWHERE, WAYS };
+    qlora_error err = {{0}};
+    Buffer text = {.allocator = &heap}, ids[WAYS] = {text, text, text};
+    uint64_t *none = calloc(NEIGHBOUR_BITS / 64, sizeof *none);
+    Tokenizer *tokenizer = tokenizer_open(directory, &heap, &err);
+    if (!check(t, tokenizer && tokenizer->neighbours && none, "%s: %s", directory, err.text)) return;
+    const Vocabulary *v = &tokenizer->vocabulary;
+    for (uint32_t i = 0; i < 60000; i++) {
+        const int32_t id = (int32_t)(hash_mix(i) % v->n_ids);
+        size_t size = text.size;
+        if (!v->tokens[id].text || v->tokens[id].added) continue;
+        check(t, !tokenizer_decode(tokenizer, &id, 1, false, &text, &err), "%s", err.text);
+        if (i % 3 == 0 && text.size > size) text.size--;
+    }
+    for (int way = 0; way < WAYS; way++) {
+        Tokenizer copy = *tokenizer;
+        if (way) copy.neighbours = way == UNCUT ? NULL : none;
+        check(t, !tokenizer_encode(&copy, text.data, text.size, false, &ids[way], &err), "%s",
+              err.text);
+        encoders_free(tokenizer);
+        bool same = ids[way].size == ids[0].size &&
+                    memcmp(ids[way].data, ids[0].data, ids[0].size) == 0;
+        check(t, same == (way != EVERYWHERE), "%s: way %d", directory, way);
+        if (way) buffer_free(&ids[way]);
+    }
+    buffer_free(&ids[0]);
+    buffer_free(&text);
+    free(none);
+    tokenizer_close(tokenizer);
+}
+
+static void test_cut_pieces(Test *t) {
+    static const char *const names[] = {"byte", "gpt2style", "llama3style", "spm"};
+    static const char *const large[] = {"qwen2.5-0.5b-instruct", "gpt2", "llama-3", "llama-2",
+                                        "mistral-7b-v0.1"};
+    for (size_t i = 0; i < 4; i++)
+        check_cuts(t, path_of("test/fixtures/tokenizers/%s", names[i]).text);
+    for (size_t i = 0; i < 5 && file_exists("../shared/real/tokenizers"); i++)
+        check_cuts(t, path_of("../shared/real/tokenizers/%s", large[i]).text);
+}
+
 // A vocab.json without its merges, or with none in them: found by test/fuzz, undefined behaviour.
 static void test_no_merges(Test *t) {
     Path place = path_of("build/merges-%d", (int)getpid());
@@ -181,4 +225,5 @@ static void test_no_merges(Test *t) {
          test_tokenizer_variants},                                                                 \
         {"long_pieces", "a megabyte of one character becomes ids and text again",                  \
          test_long_pieces},                                                                        \
+        {"cut_pieces", "pieces cut where no merge reaches give the same ids", test_cut_pieces},    \
         {"no_merges", "vocab.json without merges.txt", test_no_merges},

@@ -87,7 +87,7 @@ static void require_message(const qlora_error *err) {
     for (size_t i = 0; i < n; i++) require((unsigned char)err->text[i] >= 0x20);
 }
 
-// Tables are unpacked once; what tokenizer_open does besides that stands in load_tokenizer.
+// Tables are unpacked once.
 static const Unicode *shared_unicode(void) {
     static const Unicode *unicode;
     static Region region = {&heap, NULL};
@@ -95,28 +95,19 @@ static const Unicode *shared_unicode(void) {
     return unicode;
 }
 
-static Tokenizer *load_tokenizer(qlora_error *err) {
-    Region region = {&heap, NULL};
-    Tokenizer *t = region_alloc(&region, 1, sizeof *t, err);
-    t->region = region;
-    t->unk_id = -1;
-    t->unicode = shared_unicode();
-    Loader l = {.t = t, .directory = "d", .file = "d", .scratch = {&heap, NULL},
-                .text = {.allocator = &heap}, .decoder = -1, .err = err};
-    read_tokenizer(&l);
-    read_config(&l);
-    buffer_free(&l.text);
-    region_free(&l.scratch);
-    if (!l.failed) return t;
-    tokenizer_close(t);
-    return NULL;
-}
-
-// Encodes the text, looks at the ids, and decodes them, at once and token by token.
+// Encodes the text, with pieces cut and not, looks at the ids, and decodes them, at once and token
+// by token.
 static void use_tokenizer(const Tokenizer *t, const char *text, size_t n) {
     qlora_error err = {{0}};
     Buffer ids = {.allocator = &heap}, whole = {.allocator = &heap}, parts = {.allocator = &heap};
-    if (tokenizer_encode(t, text, n, true, &ids, &err)) require_message(&err);
+    Tokenizer uncut = *t;
+    uncut.neighbours = NULL;
+    bool refused = tokenizer_encode(t, text, n, true, &ids, &err);
+    if (refused) require_message(&err);
+    encoders_free(t);                                 // and with them the pieces they remember
+    require(refused == (bool)tokenizer_encode(&uncut, text, n, true, &parts, &err));
+    require(ids.size == parts.size && (!ids.size || memcmp(ids.data, parts.data, ids.size) == 0));
+    parts.size = 0;
     const int32_t *id = (const int32_t *)(const void *)ids.data;
     size_t count = ids.size / sizeof *id;
     for (size_t i = 0; i < count; i++)
@@ -129,6 +120,7 @@ static void use_tokenizer(const Tokenizer *t, const char *text, size_t n) {
         require(!whole.size || memcmp(parts.data, whole.data, whole.size) == 0);
         require(utf8_valid_prefix(whole.data, whole.size) == whole.size);
     }
+    encoders_free(t);
     buffer_free(&ids);
     buffer_free(&whole);
     buffer_free(&parts);
@@ -199,7 +191,7 @@ static void regex(const uint8_t *data, size_t n) {
 static void tokenizer_files(const char *first, const char *second, const uint8_t *data, size_t n) {
     qlora_error err = {{0}};
     set_files(first, second, data, n);
-    Tokenizer *t = load_tokenizer(&err);
+    Tokenizer *t = tokenizer_load("d", shared_unicode(), &heap, &err);
     if (t) use_mixed_text(t);
     else require_message(&err);
     tokenizer_close(t);
