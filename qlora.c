@@ -281,7 +281,7 @@ static void *arena_alloc(Arena *arena, size_t n, size_t size) {
 // shared counter, which balances load and cannot change results (see Determinism above).
 typedef void (*TaskFunction)(void *arguments, size_t task, int thread);
 
-struct Pool {
+typedef struct Pool {
     int threads;                    // including the caller's
     pthread_t *handles;             // (threads - 1)
     pthread_mutex_t lock;
@@ -294,7 +294,7 @@ struct Pool {
     size_t n_tasks;
     atomic_size_t next;
     const qlora_allocator *allocator;
-};
+} Pool;
 
 typedef struct { Pool *pool; int thread; } PoolWorker;
 
@@ -2662,7 +2662,7 @@ static const char category_names[] = "LuLlLtLmLoMnMcMeNdNlNoPcPdPsPePiPfPoSmScSk
 enum { CAT_LU, CAT_LL, CAT_LT, CAT_ND = 8, CAT_NL, CAT_PC = 11, CAT_COUNT = 30 };
 #define CAT_BIT(category) (1u << (category))
 #define CAT_CASED (CAT_BIT(CAT_LU) | CAT_BIT(CAT_LL) | CAT_BIT(CAT_LT))
-#define CAT_WORD (CAT_BIT(CAT_PC) | CAT_BIT(CAT_NL) | (CAT_BIT(CAT_ND + 1) - 1))      // from Lu to Nd
+#define CAT_WORD (CAT_BIT(CAT_PC) | CAT_BIT(CAT_NL) | (CAT_BIT(CAT_ND + 1) - 1))      // Lu to Nd
 
 typedef struct { uint64_t key, value; } KeyValue;     // arrays of them are sorted by key
 
@@ -2739,7 +2739,7 @@ static const Unicode *unicode_open(Region *region, qlora_error *err) {
     uint32_t code = 0, part[2] = {0, 0};              // each part as distance to the one before it
     for (; packed_more(&r) && u->n_splits < MAX_CANONICAL; code++) {
         code += packed_number(&r);
-        uint32_t kind = packed_number(&r);            // 0 one part; 1 two; 2 two, never united again
+        uint32_t kind = packed_number(&r);            // 0 one part; 1 two; 2 two, kept apart
         for (uint32_t i = kind ? 0 : 1; i < 2; i++)
             part[i] = (uint32_t)((int32_t)part[i] + packed_signed(&r));
         uint64_t both = (uint64_t)(kind ? part[0] : 0) << 32 | part[1];
@@ -2938,7 +2938,7 @@ typedef enum {
     OP_SPLIT,                       // try at +x first, at +y when that fails
     OP_JUMP,                        // go on at +x
     OP_AHEAD, OP_NOT_AHEAD,         // what follows, up to OP_END, must or must not match here
-    OP_ATOMIC,                      // it must match, and the first way is the only one; +x is behind
+    OP_ATOMIC,                      // it must match, the first way is the only one; +x is behind
     OP_LINE_START, OP_LINE_END,
     OP_END                          // of the pattern, or of what one of the three above has begun
 } RegexOp;
@@ -3258,7 +3258,8 @@ static void regex_alternatives(RegexCompiler *c) {
     if (*c->at == '|') {
         uint32_t jump = re->n_steps + 1;
         c->at++;
-        regex_insert(re, from, (RegexStep){.op = OP_SPLIT, .x = 1, .y = (int32_t)(jump - from) + 1});
+        RegexStep split = {.op = OP_SPLIT, .x = 1, .y = (int32_t)(jump - from) + 1};
+        regex_insert(re, from, split);
         regex_emit(re, (RegexStep){.op = OP_JUMP});
         regex_alternatives(c);
         re->steps[jump].x = (int32_t)(re->n_steps - jump);
@@ -4166,7 +4167,7 @@ static const char *tokenizer_token(const Tokenizer *t, int32_t id, size_t *n) {
 }
 #endif
 
-// -------------------------------------------------------------- reading the steps of tokenizer.json
+// ------------------------------------------------------------- reading the steps of tokenizer.json
 
 // What reading a tokenizer works with. The parsed files live in `scratch` and go in the end; what
 // is kept is copied to the tokenizer's own region. The first failure is remembered, and nothing is

@@ -71,7 +71,7 @@ typedef struct {
 // always keep the type they have in the file.
 typedef enum {
     QLORA_QUANT_NONE,   // as in the file (plain LoRA)
-    QLORA_QUANT_NF4,   // 4-bit NormalFloat, bit for bit bitsandbytes (Dettmers 2023, QLoRA, sec. 3)
+    QLORA_QUANT_NF4,    // 4-bit NormalFloat, bit for bit bitsandbytes (Dettmers 2023, section 3)
     QLORA_QUANT_FP4     // bitsandbytes' 4-bit float, the type its own default asks for
 } qlora_quant;
 
@@ -90,8 +90,7 @@ typedef struct {
     const char *device;             // "auto" (or NULL): a GPU if one works, else the CPU; "cpu";
                                     // "cuda" or "cuda:N"
     int threads;                    // 0: one for each physical core
-    int defer_weights;              // 1: they are read when something needs them first, so that
-                                    // qlora_train checks data and memory before
+    int defer_weights;              // 1: read when first needed: qlora_train checks data before
     size_t memory;                  // bytes this model may take in all; 0: what the machine has.
                                     // Less memory means more recomputation, never other results
     qlora_allocator allocator;      // {NULL, NULL, NULL}: malloc and free
@@ -148,8 +147,7 @@ void qlora_free(qlora_model *model, void *memory);      // what came through a `
 int qlora_tokenize(qlora_model *model, const char *text, size_t n, int add_special,
                    int32_t **ids, size_t *n_ids, qlora_error *err);
 
-// Ids to text, NUL-terminated; *n_text counts the bytes before the NUL. skip_special leaves out
-// special tokens.
+// Ids to text; *n_text counts the bytes before its NUL. skip_special leaves special tokens out.
 int qlora_detokenize(qlora_model *model, const int32_t *ids, size_t n_ids, int skip_special,
                      char **text, size_t *n_text, qlora_error *err);
 
@@ -173,21 +171,18 @@ typedef struct {
 // The model's generation_config.json where it has one, else greedy; 256 new tokens, seed 42.
 qlora_sampling qlora_default_sampling(const qlora_model *model);
 
-// Called with each piece of text as it becomes certain: whole UTF-8 characters only. Non-zero
-// stops.
+// Called with each piece of text as it becomes certain, whole characters only. Non-zero stops.
 typedef int (*qlora_text_callback)(void *user, const char *utf8, size_t n);
 
-// Continues the ids. Ends at any of the model's end tokens, at max_new_tokens, at the end of the
-// context, or when the callback says so. ids_out may be NULL; else it gets the new ids, end token
-// included.
+// Continues the ids up to an end token of the model, max_new_tokens, the end of the context, or
+// until the callback says so. ids_out may be NULL; else it gets the new ids with the end token.
 int qlora_generate(qlora_model *model, const int32_t *ids, size_t n, const qlora_sampling *how,
                    qlora_text_callback text, void *user, int32_t **ids_out, size_t *n_out,
                    qlora_error *err);
 
 typedef struct { const char *role, *content; } qlora_message;   // role: system, user, assistant
 
-// Applies the model's chat template to the messages, asks for the assistant's turn and generates
-// it.
+// Applies the model's chat template to the messages and generates the assistant's turn.
 int qlora_chat(qlora_model *model, const qlora_message *messages, size_t n,
                const qlora_sampling *how, qlora_text_callback text, void *user, qlora_error *err);
 
@@ -217,8 +212,7 @@ typedef struct {
     int skip_bad_lines;             // 1: malformed records are counted instead of ending the run
     double val_split;               // share of the samples that is held out for evaluation
     const char *val_file;           // a file to evaluate on instead, or NULL (see qlora_train)
-    size_t eval_steps;            // evaluate every so many steps; always before the first and after
-                                    // each epoch
+    size_t eval_steps;              // evaluate after so many, and before all, after each epoch
     size_t save_steps;              // a checkpoint every so many steps; 0: after each epoch
     size_t save_total_limit;        // checkpoints that are kept besides the best; 0: all
     int resume;                     // 1: go on from the newest good checkpoint in output_dir
@@ -234,7 +228,7 @@ typedef struct {
 // What is known after an optimiser step.
 typedef struct qlora_progress {
     size_t step, steps;             // done, in all
-    double epoch, loss;           // loss: mean over the step's supervised tokens, before the update
+    double epoch, loss;             // mean over the step's supervised tokens, before the update
     double grad_norm;               // before clipping
     double learning_rate;           // used by this step
     size_t tokens, supervised;      // of this step
@@ -249,10 +243,10 @@ qlora_train_options qlora_default_train_options(void);
 // JSON array, of records in any of the forms that README lists, or a directory with train.jsonl and
 // perhaps valid.jsonl, which is then held out. Data that would spoil the training in silence (no
 // supervised end token, every sample too long, ...) is refused; the rest is reported to
-// options->message. A step's loss is the mean over all supervised tokens of its
-// micro-batches. output_dir gets the adapter with tokenizer and configuration, log.jsonl, loss.svg,
-// run.json and checkpoint-N/ directories. When options->stop of the model asks, the last completed
-// step is saved and -1 returned; a resumed run ends with the same bits as one never stopped.
+// options->message. A step's loss is the mean over all supervised tokens of its micro-batches.
+// output_dir gets the adapter with tokenizer and configuration, log.jsonl, loss.svg, run.json and
+// checkpoint-N/ directories. When the model's stop callback asks, the last completed step is saved
+// and -1 returned; a resumed run ends with the same bits as one never stopped.
 int qlora_train(qlora_model *model, const char *data, const qlora_train_options *options,
                 qlora_error *err);
 
@@ -265,8 +259,7 @@ typedef struct {
 } qlora_score;
 
 // Scores the model, with its adapter if it has one, on a dataset file, or the test.jsonl of a
-// directory. The options that say how data is read are used, and per_device_train_batch_size, which
-// changes no bit.
+// directory. Of the options those that say how data is read are used, and the batch size.
 int qlora_evaluate(qlora_model *model, const char *data, const qlora_train_options *options,
                    qlora_score *score, qlora_error *err);
 
@@ -275,7 +268,7 @@ int qlora_evaluate(qlora_model *model, const char *data, const qlora_train_optio
 typedef struct {
     size_t adapter_parameters;      // that went into the merged weights
     double relative_change;         // |s B A| / |W| over all merged matrices (Frobenius)
-    double lost_in_rounding;     // share of changed weights that rounding set back to the old value
+    double lost_in_rounding;        // share of changed weights that rounding set back
 } qlora_merge_report;
 
 // Writes base + adapter as a complete Hugging Face directory: W + s B A in float32, rounded once to
@@ -329,8 +322,8 @@ typedef float real;
 
 typedef enum { DT_REAL, DT_BF16, DT_F16, DT_F32, DT_NF4, DT_FP4, DT_OTHER } DType;
 
-enum { QUANT_BLOCK = 64, SCALE_BLOCK = 256 };
-enum { SCALE_SUM = 4096 };          // scales that are summed in a row when their mean is formed
+// Values of a block, scales of a block, scales summed in a row when their mean is formed.
+enum { QUANT_BLOCK = 64, SCALE_BLOCK = 256, SCALE_SUM = 4096 };
 
 // Chapter 2: midpoints between the levels of the two 4-bit types; FP4's codes by magnitude.
 extern const float qlora_nf4_thresholds[15], qlora_fp4_thresholds[7];
@@ -343,8 +336,8 @@ typedef struct {
     size_t N, K;
     const void *data;
     const float *code;              // (16) 4-bit: the values of the nibbles
-    const float *absmax;            // (blocks) one scale a block, or NULL when they are quantised:
-    const uint8_t *absmax8;       // (blocks) scale = code8[absmax8] * absmax2[block / 256] + offset
+    const float *absmax;            // (blocks) one scale a block, or NULL when it is quantised:
+    const uint8_t *absmax8;         // (blocks) code8[absmax8] * absmax2[block / 256] + offset
     const float *code8;             // (256)
     const float *absmax2;           // (blocks / 256, rounded up)
     float offset;
@@ -402,22 +395,19 @@ typedef struct {
 typedef struct {
     int32_t *ids;                   // prompt and answer
     uint32_t *n;                    // (1) how many there are
-    int32_t *id, *position;         // (1) (1) the batch of one row that comes next
-    Span *span;                     // (1)
+    int32_t *id, *position;         // (1) (1) the batch of one row that comes next,
+    Span *span;                     // (1) with its span
     void *work;                     // sample_bytes(V) of scratch; zero between calls
     size_t prompt;                  // ids that were given, not drawn
     const qlora_sampling *how;
 } Sequence;
 
-typedef struct Ops Ops;
-typedef struct Pool Pool;
-
 // Where ops run.
 typedef struct Device {
-    const Ops *ops;
+    const struct Ops *ops;
     DType act;                      // of activations: DT_REAL or DT_BF16
     const qlora_allocator *allocator;
-    Pool *pool;                     // threads of the host
+    struct Pool *pool;              // threads of the host
     char *scratch;                  // (scratch_size) device memory for the duration of one op
     size_t scratch_size;
     char *thread_scratch;           // (threads, thread_size) CPU: one piece for each thread
@@ -430,16 +420,13 @@ typedef struct {
     size_t T, S;                    // tokens and supervised rows of a micro-batch
     size_t D, F;                    // D: the larger of hidden size and H hd
     size_t H, G, hd;
-    size_t V_chunk;                 // columns of the head at a time
-    size_t V;
-    size_t max_span;                // keys of a sequence
-    size_t n_spans;
-    size_t max_r;
-    size_t threads;
+    size_t V, V_chunk;              // columns of the head, in all and at a time
+    size_t n_spans, max_span;       // sequences, and keys of one
+    size_t max_r, threads;
     bool training;
 } OpSizes;
 
-struct Ops {
+typedef struct Ops {
     bool host;                      // the device's memory is the program's own
 
     // Memory. allocate: 256-aligned, NULL with a message when there is not as much. upload copies
@@ -456,7 +443,7 @@ struct Ops {
     int (*check)(Device *dev, qlora_error *err);
     void (*scratch)(Device *dev, const OpSizes *sizes);
 
-    // n values raw (n) of type from, beginning at a block's start, to 4-bit codes and scales
+    // values raw (n) of type from, beginning at a block's start, to 4-bit codes and scales
     void (*quantize)(Device *dev, uint8_t *packed, float *absmax, const void *raw, DType from,
                      DType to, size_t n);
     // n scales to codes (n) and absmax2 (n / 256) with the levels map (256); returns their offset
@@ -512,8 +499,7 @@ struct Ops {
     void (*scatter)(Device *dev, real *dh, const real *dout, const int32_t *index, size_t n,
                     size_t T, size_t D);
 
-    // The head, a slice of C of its V rows at a time: logits (S, C) real of x (S, D), slice->u
-    // filled
+    // The head, a slice of C of its V rows at a time: logits (S, C) real of x (S, D), and slice->u
     void (*head_logits)(Device *dev, real *logits, const Product *slice, const void *x,
                         const Batch *rows);
     // dx (S, D) real += dlogits W + du A for slice->y = dlogits (S, C) act; dA, dB +=
@@ -552,9 +538,9 @@ struct Ops {
     // records them once and replays the record. *record is NULL at first; forget releases it
     void (*replay)(Device *dev, void **record, void (*step)(void *user), void *user);
     void (*forget)(Device *dev, void *record);
-};
+} Ops;
 
-// Bytes of Sequence.work: for each token of the vocabulary a mark and a score with its id.
+// Bytes of Sequence.work: a mark for each token, and a score with its id.
 static inline size_t sample_bytes(size_t V) { return V * (8 + 2 * sizeof(real)); }
 
 // -------------------------------------------------------------------------------- random numbers

@@ -157,7 +157,7 @@ static void test_long_pieces(Test *t) {
     }
 }
 
-// Texts of tokens one behind the other, as they come and cut short: the ids are those of pieces that
+// Texts of tokens one behind the other, some cut short: the ids are those of pieces that
 // are not cut, and cutting everywhere gives others.
 static void check_cuts(Test *t, const char *directory) {
     enum { NORMAL, UNCUT, EVERYWHERE, WAYS };
@@ -165,7 +165,8 @@ static void check_cuts(Test *t, const char *directory) {
     Buffer text = {.allocator = &heap}, ids[WAYS] = {text, text, text};
     uint64_t *none = calloc(NEIGHBOUR_BITS / 64, sizeof *none);
     Tokenizer *tokenizer = tokenizer_open(directory, &heap, &err);
-    if (!check(t, tokenizer && tokenizer->neighbours && none, "%s: %s", directory, err.text)) return;
+    bool opened = tokenizer && tokenizer->neighbours && none;
+    if (!check(t, opened, "%s: %s", directory, err.text)) return;
     const Vocabulary *v = &tokenizer->vocabulary;
     for (uint32_t i = 0; i < 60000; i++) {
         const int32_t id = (int32_t)(hash_mix(i) % v->n_ids);
