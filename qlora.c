@@ -3586,7 +3586,7 @@ static int byte_token(const char *text, size_t n) {
 
 // Pieces repeat: a table of the latest ones and their ids saves most of the work.
 typedef struct { uint8_t key, count; char text[26]; int32_t ids[9]; } CachedPiece;
-enum { MAX_CACHED_PIECES = 1 << 15 };
+enum { MAX_CACHED_PIECES = 1 << 16 };
 
 // A symbol of a piece: a token so far, in a linked list.
 typedef struct { int32_t id, previous, next; } Symbol;
