@@ -180,7 +180,11 @@ typedef struct RegionBlock {
     _Alignas(16) struct RegionBlock *next;            // what follows the block is 16-aligned too
     size_t size, used;
 } RegionBlock;
-typedef struct { const qlora_allocator *allocator; RegionBlock *blocks; } Region;
+typedef struct {
+    const qlora_allocator *allocator;
+    RegionBlock *blocks;
+    size_t held;                    // bytes of all blocks
+} Region;
 
 static void *region_alloc(Region *region, size_t n, size_t size, qlora_error *err) {
     size_t bytes;
@@ -199,6 +203,7 @@ static void *region_alloc(Region *region, size_t n, size_t size, qlora_error *er
         block->next = region->blocks;
         block->size = size_now;
         region->blocks = block;
+        region->held += size_now;
     }
     void *p = (char *)(block + 1) + block->used;
     block->used += bytes;
@@ -1861,7 +1866,9 @@ typedef struct Json {
     struct Json *first, *next;
 } Json;
 
-enum { JSON_MAX_DEPTH = 128 };
+// A tree takes more memory than its text: "[]," with its comma 64 bytes. No file in use needs more
+// than this much and four times its size.
+enum { JSON_MAX_DEPTH = 128, JSON_SPARE = 1 << 26 };
 
 typedef struct {
     const char *name;               // for messages: the file
@@ -1869,6 +1876,7 @@ typedef struct {
     size_t first_line;              // the text starts on this line of the file
     int depth;
     Region *region;
+    size_t held;                    // what the region held before
     qlora_error *err;
 } JsonParser;
 
@@ -2039,6 +2047,8 @@ static int json_children(JsonParser *p, Json *value) {
     for (;;) {
         Json *child = region_alloc(p->region, 1, sizeof *child, p->err);
         if (!child) return -1;
+        if ((p->region->held - p->held) / 4 > JSON_SPARE / 4 + (size_t)(p->end - p->start))
+            return json_fail(p, p->at, "more values than a file of this size has in practice");
         *link = child;
         link = &child->next;
         value->count++;
@@ -2083,7 +2093,7 @@ static int json_value(JsonParser *p, Json *value) {
 // messages. The tree lives in the region.
 static Json *json_parse(const char *text, size_t n, const char *name, size_t first_line,
                         Region *region, qlora_error *err) {
-    JsonParser p = {name, text, text, text + n, first_line, 0, region, err};
+    JsonParser p = {name, text, text, text + n, first_line, 0, region, region->held, err};
     Json *value = region_alloc(region, 1, sizeof *value, err);
     if (!value || json_value(&p, value)) return NULL;
     json_space(&p);
@@ -5059,14 +5069,14 @@ static void tokenizer_close(Tokenizer *t) {
 // outlive it.
 static Tokenizer *tokenizer_load(const char *directory, const Unicode *unicode,
                                  const qlora_allocator *a, qlora_error *err) {
-    Region region = {a, NULL};
+    Region region = {.allocator = a};
     Tokenizer *t = region_alloc(&region, 1, sizeof *t, err);
     if (!t) return NULL;
     t->region = region;
     t->unk_id = -1;
     t->unicode = unicode ? unicode : unicode_open(&t->region, err);
     EncoderList *encoders = region_alloc(&t->region, 1, sizeof *encoders, err);
-    Loader l = {.t = t, .directory = directory, .file = directory, .scratch = {a, NULL},
+    Loader l = {.t = t, .directory = directory, .file = directory, .scratch = {.allocator = a},
                 .text = {.allocator = a}, .decoder = -1, .failed = !t->unicode || !encoders,
                 .err = err};
     if (encoders) {
@@ -7581,7 +7591,7 @@ static void encode_record(void *arguments, size_t task, int thread) {
     RecordReader reader = {&messages, &region, &inner};
     // The parser's text starts with the line, not with the record, so that it counts columns right.
     JsonParser p = {job->path, job->text + place->line_start, job->text + place->start,
-                    job->text + place->end, place->line, 0, &region, &out->err};
+                    job->text + place->end, place->line, 0, &region, 0, &out->err};
     Json *record = region_alloc(&region, 1, sizeof *record, &out->err);
     (void)thread;
     out->ids.size = out->learn.size = 0;

@@ -219,9 +219,28 @@ static void test_no_merges(Test *t) {
     remove_tree(place.text);
 }
 
+// A text of nothing but brackets would take 21 times its size: refused once that is too much.
+static void test_json_memory(Test *t) {
+    for (size_t n = 1 << 20; n <= 1 << 23; n *= 8) {
+        Region region = {.allocator = &heap};
+        qlora_error err = {{0}};
+        Buffer text = {.allocator = &heap};
+        while (text.size < n) buffer_append(&text, text.size ? ",[]" : "[[]", 3, &err);
+        buffer_append(&text, "]", 1, &err);
+        bool read = json_parse(text.data, text.size, "brackets", 1, &region, &err);
+        check(t, read == (n == 1 << 20), "%zu bytes of brackets: %s", n, err.text);
+        check(t, read || strstr(err.text, "more values"), "%s", err.text);
+        check(t, region.held < JSON_SPARE + 4 * n + (1 << 21), "%zu bytes held", region.held);
+        buffer_free(&text);
+        region_free(&region);
+    }
+}
+
 #define TEXT_TESTS                                                                                 \
     {"json_free_cases", "JSONTestSuite's 35 open cases: 10 accepted, 25 refused",                  \
      test_json_free_cases},                                                                        \
+        {"json_memory", "a text of brackets takes no more than 64 MiB and four times its size",    \
+         test_json_memory},                                                                        \
         {"tokenizer_variants", "normalizers, splits, processors equal Hugging Face tokenizers",    \
          test_tokenizer_variants},                                                                 \
         {"long_pieces", "a megabyte of one character becomes ids and text again",                  \

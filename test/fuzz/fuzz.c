@@ -90,7 +90,7 @@ static void require_message(const qlora_error *err) {
 // Tables are unpacked once.
 static const Unicode *shared_unicode(void) {
     static const Unicode *unicode;
-    static Region region = {&heap, NULL};
+    static Region region = {.allocator = &heap};
     if (!unicode) unicode = unicode_open(&region, NULL);
     return unicode;
 }
@@ -140,7 +140,7 @@ static void use_mixed_text(const Tokenizer *t) {
 // What is accepted and written is read again as the same.
 static void json(const uint8_t *data, size_t n) {
     qlora_error err = {{0}};
-    Region region = {&heap, NULL};
+    Region region = {.allocator = &heap};
     Buffer first = {.allocator = &heap}, second = {.allocator = &heap};
     const Json *value = json_parse((const char *)data, n, "f", 1, &region, &err);
     if (!value) require_message(&err);
@@ -164,7 +164,7 @@ static void json(const uint8_t *data, size_t n) {
 // A pattern, a NUL and a text. Matches follow each other and lie on characters.
 static void regex(const uint8_t *data, size_t n) {
     qlora_error err = {{0}};
-    Region region = {&heap, NULL};
+    Region region = {.allocator = &heap};
     size_t length = strnlen((const char *)data, n);
     Buffer pattern = {.allocator = &heap}, text = {.allocator = &heap};
     require(!utf8_append_lossy(&pattern, (const char *)data, length, NULL, &err));
@@ -255,7 +255,7 @@ static void chat_template(const uint8_t *data, size_t n) {
     static const Tokenizer *byte;
     if (!byte) byte = fixture("byte");
     qlora_error err = {{0}};
-    Region region = {&heap, NULL};
+    Region region = {.allocator = &heap};
     Buffer note = {.allocator = &heap}, ids = {.allocator = &heap}, learn = {.allocator = &heap};
     Tokenizer t = *byte;
     ChatTemplate chat;
@@ -276,7 +276,7 @@ static void chat_template(const uint8_t *data, size_t n) {
 static void dataset(const uint8_t *data, size_t n) {
     static const Tokenizer *t;
     static ChatTemplate chat;
-    static Region region = {&heap, NULL};
+    static Region region = {.allocator = &heap};
     static Pool *pool;
     qlora_error err = {{0}};
     Buffer note = {.allocator = &heap};
