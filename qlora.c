@@ -671,10 +671,10 @@ static void embed(Device *dev, void *h, const Weight *table, const int32_t *ids,
 
 typedef struct {
     Device *dev;
-    void *y, *sum;
-    const void *h, *a, *dy;
-    real *dh;
-    const float *w;
+    void *y, *sum;                  // (T, D) act
+    const void *h, *a, *dy;         // (T, D) act
+    real *dh;                       // (T, D)
+    const float *w;                 // (D)
     size_t T, D;
     float eps;
 } NormTask;
@@ -768,8 +768,9 @@ static bool has_dropout(const Lora *lora, const Batch *batch) {
 typedef struct {
     Device *dev;
     const Product *product;
-    real *x, *masked, *dy, *du, *dx;    // widened copies
-    real *logits;                   // where y goes unrounded, for the head; else NULL
+    real *x, *masked, *dx;          // (T, K) x, x~ and dx; all are widened copies
+    real *dy, *du;                  // (T, N), (T, r)
+    real *logits;                   // (T, N) where y goes unrounded, for the head; else NULL
     const Batch *batch;
     size_t K;
 } LinearTask;
@@ -961,7 +962,7 @@ static void linears_backward_plain(Device *dev, void *dx, const Product *product
 
 typedef struct {
     Device *dev;
-    void *x;
+    void *x;                        // (T, heads, hd) act
     size_t heads, hd;
     const float *frequency;         // (hd / 2)
     int sign;
@@ -1013,9 +1014,9 @@ static void append_keys(Device *dev, void *keys, void *values, const void *k, co
 
 typedef struct {
     Device *dev;
-    void *out, *dq, *dk, *dv;
+    void *out, *dq, *dk, *dv;       // act: out, q and theirs (T, H, hd), k, v and theirs (.., G, hd)
     const void *q, *k, *v, *dout;
-    real *lse;
+    real *lse;                      // (T, H)
     AttentionShape shape;
     const Batch *batch;
 } AttentionTask;
@@ -1125,8 +1126,8 @@ static void attention_backward_plain(Device *dev, void *dq, void *dk, void *dv, 
 
 typedef struct {
     Device *dev;
-    void *y, *dgate, *dup;
-    const void *gate, *up, *dy;
+    void *y, *dgate, *dup;          // (T, F) act
+    const void *gate, *up, *dy;     // (T, F) act
     size_t F;
 } SwigluTask;
 
@@ -1192,8 +1193,8 @@ static void scatter(Device *dev, real *dh, const real *dout, const int32_t *inde
 // ---------------------------------------------------------------------- output head, cross-entropy
 //
 // The head is a linear whose logits stay unrounded and are only ever held for a slice of the
-// vocabulary. Over slices the softmax is kept as a running maximum and a running sum of exp(z -
-// max).
+// vocabulary. Over slices the softmax is kept as a running maximum and a running sum of
+// exp(z - max).
 //     nll = log sum exp z - z_target         dz = softmax(z) - onehot(target)
 
 static void head_logits_plain(Device *dev, real *logits, const Product *slice, const void *x,
@@ -1208,12 +1209,12 @@ static void head_backward_plain(Device *dev, real *dx, const Product *slice, con
 
 typedef struct {
     Device *dev;
-    void *dlogits;
-    const real *logits;
-    real *max, *sum, *chosen;
-    const int32_t *target;
+    void *dlogits;                  // (S, C) act
+    const real *logits;             // (S, C)
+    real *max, *sum, *chosen;       // (S) each
+    const int32_t *target;          // (S)
     real scale;
-    size_t first, C;
+    size_t first, C;                // the slice of the vocabulary
 } CrossEntropyTask;
 
 static void cross_entropy_forward_task(void *arguments, size_t s, int thread) {
@@ -1353,7 +1354,7 @@ static void plain_scratch(Device *dev, const OpSizes *s) {
     .host = true, .allocate = host_allocate, .release = host_release,                              \
     .available = host_available, .upload = host_copy, .download = host_copy, .zero = host_zero,    \
     .check = host_check, .quantize = quantize_values, .quantize_scales = quantize_scales,          \
-    .low_rank = low_rank, .prefetch = no_prefetch, .append_keys = append_keys,             \
+    .low_rank = low_rank, .prefetch = no_prefetch, .append_keys = append_keys,                     \
     .gather = gather, .scatter = scatter, .cross_entropy_end = cross_entropy_end,                  \
     .clip_gradient = clip_gradient, .adamw = adamw, .next_token = next_token,                      \
     .replay = call_step, .forget = no_record
