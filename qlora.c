@@ -5929,6 +5929,7 @@ typedef struct ChatTemplate {
     const char *end;                // the token that ends the assistant's turn
     int32_t end_id;
     bool own;                       // the model's own chat template says the same
+    const char *refused;            // not NULL: there is none, and why
     const char *cuts[MAX_CONTROLS + 2];        // tokens before which the text may be cut in two
     size_t n_cuts;
     const char *prompt;             // --prompt-template: the text with holes, else NULL
@@ -6771,6 +6772,7 @@ static int template_apply(const ChatTemplate *c, const Tokenizer *t, const Messa
     TemplateWriter w = {.c = c, .tokenizer = t, .messages = m, .n = n, .mask = mask, .ids = ids,
                         .learn = learn, .err = err};
     size_t first = learn->size;
+    if (c->refused) return fail(err, "%s", c->refused);
     w.text.allocator = w.borders.allocator = w.prefix.allocator = w.body.allocator = a;
     int bad = write_messages(&w, ask);
     if (!bad && learn->size > first) learn->data[first] = 0;  // nothing predicts the first token
@@ -8815,6 +8817,21 @@ static int need_chat(qlora_model *q, qlora_error *err) {
     return q->has_chat ? 0 : open_chat(q, err);
 }
 
+// For data: raw text is trained without a template, so that the lack of one is told where a record
+// needs it.
+static int need_data_chat(qlora_model *q, qlora_error *err) {
+    static const TemplateRow none = {"none", {NULL}, "", {NO_TURN, NO_TURN, NO_TURN},
+                                     .flags = NO_SYSTEM};
+    qlora_error why = {{0}};
+    if (!need_chat(q, &why)) return 0;
+    bool asked = q->options.chat_template || q->options.prompt_template || !q->tokenizer;
+    const char *refused = asked ? NULL : region_text(&q->region, why.text, strlen(why.text), err);
+    if (asked) fail(err, "%s", why.text);
+    q->chat = (ChatTemplate){.own = true, .end_id = -1, .refused = refused};
+    set_row(&q->chat, &none, false);
+    return refused ? 0 : -1;
+}
+
 int qlora_tokenize(qlora_model *q, const char *text, size_t n, int add_special, int32_t **ids,
                    size_t *n_ids, qlora_error *err) {
     Buffer out = {.allocator = &q->allocator};
@@ -10288,7 +10305,7 @@ int qlora_train(qlora_model *q, const char *data, const qlora_train_options *opt
     Trainer t = new_trainer(q, &o, err);
     int schedule;
     if (choose(schedule_names, 4, o.lr_scheduler_type, "lr_scheduler_type", &schedule, err) ||
-        check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err))
+        check_train_options(&o, err) || read_data_options(&t) || need_data_chat(q, err))
         return -1;
     t.schedule = (Schedule)schedule;
     q->lora_dropout = o.lora_dropout;
@@ -10328,7 +10345,7 @@ int qlora_evaluate(qlora_model *q, const char *data, const qlora_train_options *
     o.val_split = 0;
     o.packing = "none";
     *result = (qlora_score){0};
-    int bad = check_train_options(&o, err) || read_data_options(&t) || need_chat(q, err) ||
+    int bad = check_train_options(&o, err) || read_data_options(&t) || need_data_chat(q, err) ||
               open_data(&t, data, true) || dataset_usable(&t.data, &t.how, err) ||
               prepare_training(&t) || supervised_bytes(&t, &bytes) || open_session(&t);
     if (!bad) {
@@ -10826,6 +10843,7 @@ static void print_source(const Trainer *t, bool json) {
     // The last format is raw text; n_lengths counts the records of all.
     bool raw_text = d->n_lengths && d->formats[N_RECORD_FORMATS - 1] == d->n_lengths;
     const char *origin = raw_text ? "not used, the data is raw text"
+                       : q->chat.refused ? "see below"
                        : q->chat.own ? "recognised in the model's own chat template"
                        : q->options.chat_template || q->options.prompt_template
                            ? "as asked for" : "the model has no chat template of its own";
@@ -11557,7 +11575,7 @@ static int run_inspect(Arguments *a, qlora_model *q, qlora_error *err) {
     q = open_on_host(a->path, &a->options, err);
     if (!q) return -1;
     Trainer t = new_trainer(q, &a->train, err);
-    int bad = open_text(q, a->path, err) || need_chat(q, err) ||
+    int bad = open_text(q, a->path, err) || need_data_chat(q, err) ||
               check_train_options(&a->train, err) || read_data_options(&t);
     t.how.inspecting = true;
     bad = bad || open_data(&t, a->data, false) || check_data(&t) ||

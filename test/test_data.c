@@ -671,6 +671,30 @@ static void test_data_checks_held_out(Test *t) {
     qlora_close(x.q);
 }
 
+// A template that is not known stops data that needs one, and not raw text.
+static void test_data_unknown_template(Test *t) {
+    static const char *const records[] = {"{\"text\": \"a b\"}\n", PAIR("a", "b")};
+    for (int i = 0; i < 2; i++) {
+        DataTest x;
+        qlora_train_options o = qlora_default_train_options();
+        qlora_error err = {{0}};
+        if (!open_data_test(t, &x, MODELS "llama")) return;
+        x.q->has_chat = false;
+        x.q->tokenizer->chat_template = "{{ messages }}";
+        check(t, need_chat(x.q, &err) != 0, "an unknown template is taken for chatting");
+        add_file(t, &x, records[i], strlen(records[i]));
+        Trainer trainer = new_trainer(x.q, &o, &err);
+        bool bad = need_data_chat(x.q, &err) || read_data_options(&trainer) ||
+                   open_data(&trainer, x.paths[0], false);
+        check(t, bad == (i == 1), "file %d: %s", i, err.text);
+        if (bad) check_message(t, err.text, (const char *const[]){x.paths[0], ":1:1: ", "--template",
+                                                                  "chatml, "}, 4, "a chat");
+        trainer_close(&trainer);
+        remove_files(&x);
+        qlora_close(x.q);
+    }
+}
+
 // --------------------------------------------------------------------------------- hostile bytes
 
 static void put_bytes(Test *t, const char *path, const char *data, size_t n) {
@@ -831,6 +855,8 @@ static void test_real_datasets(Test *t) {
      test_data_checks}, \
     {"data_checks_held_out", "the same for held-out data; overlap with training", \
      test_data_checks_held_out}, \
+    {"data_unknown_template", "raw text needs no template, chats do", \
+     test_data_unknown_template}, \
     {"data_hostile", "any changed or missing byte of a dataset: read or one line", \
      test_data_hostile}, \
     {"data_out_of_memory", "any allocation may fail while data is read, checked, packed", \
