@@ -4960,6 +4960,9 @@ static void read_pieces(Loader *l, const Buffer *file, PieceModel *m, size_t n_a
         if (f.field == 2) read_numbers(l, f.bytes, m->trainer);
         if (f.field == 3) read_numbers(l, f.bytes, m->normalizer);
     }
+    if (file->size > 2 && starts_with(file->data + 2, file->size - 2, "== 0\n"))      // base64, id
+        refuse(l, "is tiktoken's list of tokens, which does not say how text is cut",
+               "take the tokenizer.json of the same model");
     if (r.bad || !m->n) refuse(l, "malformed", "sentencepiece model");
     if (m->trainer[MODEL_TYPE] != 2) refuse(l, "unsupported sentencepiece model", "not BPE");
     if (m->normalizer[CHARACTER_MAP] || m->trainer[SUFFIX_SPACES] || !m->normalizer[ESCAPE_SPACES])

@@ -202,7 +202,8 @@ static void test_cut_pieces(Test *t) {
         check_cuts(t, path_of("../shared/real/tokenizers/%s", large[i]).text);
 }
 
-// A vocab.json without its merges, or with none in them: found by test/fuzz, undefined behaviour.
+// A vocab.json without its merges, or with none in them (found by test/fuzz: undefined behaviour),
+// and a list of tokens that says nothing of cutting.
 static void test_no_merges(Test *t) {
     Path place = path_of("build/merges-%d", (int)getpid());
     qlora_error err = {{0}};
@@ -216,6 +217,10 @@ static void test_no_merges(Test *t) {
     Tokenizer *tokenizer = tokenizer_open(place.text, &heap, &err);
     check(t, tokenizer != NULL, "%s", err.text);
     tokenizer_close(tokenizer);
+    remove(path_of("%s/vocab.json", place.text).text);
+    save_text(path_of("%s/tokenizer.model", place.text).text, "IQ== 0\nIg== 1\n");
+    check(t, !tokenizer_open(place.text, &heap, &err), "tiktoken's list is opened");
+    check_message(t, err.text, (const char *const[]){"tiktoken", "tokenizer.json"}, 2, "a list");
     remove_tree(place.text);
 }
 
@@ -246,4 +251,4 @@ static void test_json_memory(Test *t) {
         {"long_pieces", "a megabyte of one character becomes ids and text again",                  \
          test_long_pieces},                                                                        \
         {"cut_pieces", "pieces cut where no merge reaches give the same ids", test_cut_pieces},    \
-        {"no_merges", "vocab.json without merges.txt", test_no_merges},
+        {"no_merges", "vocab.json without merges.txt, tokens without rules", test_no_merges},
