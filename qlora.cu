@@ -202,16 +202,19 @@ template <int width, typename T> __device__ __forceinline__ void store(T *to, co
     else from_float(to, *x);
 }
 
-// Calls a launcher, a template over the activations' type, for those of dev.
-#define FOR_ACT(dev, launch, ...) \
-    ((dev)->act == DT_BF16 ? launch<bf16>(__VA_ARGS__) : launch<float>(__VA_ARGS__))
-// The same for one that is also a template over the width: 8 where rows of n values begin at
-// multiples of 16 bytes.
-#define FOR_ACT_AND_ROWS(dev, n, launch, ...) \
-    ((dev)->act == DT_BF16 ? (n) % 8 == 0 ? launch<bf16, 8>(__VA_ARGS__)    \
-                                          : launch<bf16, 1>(__VA_ARGS__)    \
-                           : (n) % 8 == 0 ? launch<float, 8>(__VA_ARGS__)   \
-                                          : launch<float, 1>(__VA_ARGS__))
+// Does something for the activations of dev, whose type it knows as Act.
+#define FOR_ACT(dev, ...) \
+    do { \
+        if ((dev)->act == DT_BF16) { using Act = bf16; __VA_ARGS__; } \
+        else { using Act = float; __VA_ARGS__; } \
+    } while (0)
+// Does something for rows of n values, `width` of them at a time: 8 where rows begin at multiples
+// of 16 bytes.
+#define FOR_ROWS(n, ...) \
+    do { \
+        if ((n) % 8 == 0) { constexpr int width = 8; __VA_ARGS__; } \
+        else { constexpr int width = 1; __VA_ARGS__; } \
+    } while (0)
 
 // Sum and maximum over a warp; every lane gets the same bits (xor order is symmetric).
 template <typename T> __device__ __forceinline__ T warp_sum(T x) {
@@ -289,7 +292,6 @@ typedef struct Gpu {
     int number;                         // of the card
     int major, minor;                   // compute capability
     int processors;                     // streaming multiprocessors
-    size_t shared_limit;                // bytes of shared memory a block may ask for
     bool matrix_units;                  // bf16 mma and cp.async: Ampere or newer
     cudaStream_t stream, side;          // `side` prepares panels
     Blas blas;
@@ -336,9 +338,6 @@ static void try_cuda(Gpu *gpu, cudaError_t error, const char *what) {
     (void)cuda_failed(gpu, error, what);
 }
 
-// After each launch.
-static void launched(Gpu *gpu, const char *kernel) { try_cuda(gpu, cudaGetLastError(), kernel); }
-
 // Whether an op cannot do anything any more.
 static bool unusable(Gpu *gpu) {
     return gpu->failed || cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice");
@@ -349,20 +348,27 @@ static bool wait_failed(Gpu *gpu, cudaStream_t stream) {
     return cuda_failed(gpu, cudaStreamSynchronize(stream), "waiting for the GPU");
 }
 
-// Launches a kernel; arguments are cast to what it takes, as an op's void * to activations.
+// Launches a kernel with so many bytes of dynamic shared memory, unless something has failed or
+// there is nothing to do; arguments are cast to what it takes, as an op's void * to activations.
 template <typename... To, typename... From>
-static void launch(Device *dev, const char *name, void (*kernel)(To...), dim3 grid, unsigned block,
-                   From... arguments) {
+static void launch_shared(Device *dev, size_t shared, const char *name, void (*kernel)(To...),
+                          dim3 grid, unsigned block, From... arguments) {
     Gpu *gpu = (Gpu *)dev->gpu;
-    kernel<<<grid, block, 0, gpu->stream>>>((To)arguments...);
-    launched(gpu, name);
+    if (gpu->failed || !grid.x || !grid.y) return;
+    kernel<<<grid, block, shared, gpu->stream>>>((To)arguments...);
+    try_cuda(gpu, cudaGetLastError(), name);
 }
 
-// name_kernel; its instance for the activations of dev; and for rows of n of them too.
+// The same without shared memory of that kind: a kernel; name_kernel; its instance for the
+// activations of dev; and that for rows of n of them too, whose `width` the arguments may name.
+template <typename... Arguments> static void launch(Device *dev, Arguments... arguments) {
+    launch_shared(dev, 0, arguments...);
+}
 #define LAUNCH(dev, name, ...) launch(dev, #name, name##_kernel, __VA_ARGS__)
 #define LAUNCH_ACT(dev, name, ...) \
-    ((dev)->act == DT_BF16 ? launch(dev, #name, name##_kernel<bf16>, __VA_ARGS__) \
-                           : launch(dev, #name, name##_kernel<float>, __VA_ARGS__))
+    FOR_ACT(dev, launch(dev, #name, name##_kernel<Act>, __VA_ARGS__))
+#define LAUNCH_ROWS(dev, n, name, ...) \
+    FOR_ACT(dev, FOR_ROWS(n, launch(dev, #name, name##_kernel<Act, width>, __VA_ARGS__)))
 
 __attribute__((format(printf, 2, 3)))
 static int open_fail(qlora_error *err, const char *format, ...) {
@@ -382,9 +388,9 @@ static size_t ceil_div(size_t n, size_t d) { return (n + d - 1) / d; }
 static size_t round_up(size_t n, size_t step) { return ceil_div(n, step) * step; }
 static size_t act_size(DType act) { return act == DT_BF16 ? sizeof(bf16) : sizeof(float); }
 
-// Blocks of a grid's x for n things, `each` per block.
+// Blocks of a grid's x for n things, `each` per block. A launch of more than INT_MAX is refused.
 static unsigned blocks_for(size_t n, size_t each) {
-    return (unsigned)min_size(ceil_div(n, each), INT_MAX);
+    return (unsigned)min_size(ceil_div(n, each), UINT_MAX);
 }
 
 // Pieces of the op's scratch, as arena_alloc of qlora.c hands them out; 256-aligned.
@@ -468,7 +474,7 @@ static void gpu_download(Device *dev, void *host, const void *from, size_t bytes
 
 static void gpu_zero(Device *dev, void *memory, size_t bytes) {
     Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !bytes || unusable(gpu)) return;
+    if (!bytes || unusable(gpu)) return;
     try_cuda(gpu, cudaMemsetAsync(memory, 0, bytes, gpu->stream), "cudaMemsetAsync");
 }
 
@@ -738,7 +744,8 @@ __global__ void dequantise_kernel(Act *panel, size_t pitch, Weight w, size_t fir
 // Two panels lie at the end of the scratch and are made in turn. A panel names the weight it was
 // made from, is used once, and is then free.
 
-enum { FEW_ROWS = 8 };              // up to here chapter 8 reads the codes themselves
+enum { FEW_ROWS = 8 };              // up to here chapter 8 reads the codes themselves,
+enum { DECODE_WARPS = 8 };          // ... with blocks of so many warps
 
 // A matrix larger than this is taken in pieces of some rows.
 static const size_t panel_most = (size_t)256 << 20;
@@ -814,9 +821,10 @@ static Panel *make_panel(Device *dev, const Weight *w, size_t first, size_t rows
     if (beside) try_cuda(gpu, cudaStreamWaitEvent(gpu->side, p->unused, 0), "panel");
     else if (p->beside) try_cuda(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
     *p = {w->data, first, rows, pitch, beside, p->ready, p->unused};
-    FOR_ACT_AND_ROWS(dev, w->K, dequantise_launch, panel_memory(dev, p), pitch, w, first, rows,
-                     beside ? gpu->side : gpu->stream);
-    launched(gpu, "dequantise");
+    cudaStream_t stream = beside ? gpu->side : gpu->stream;
+    FOR_ACT(dev, FOR_ROWS(w->K, dequantise_launch<Act, width>(panel_memory(dev, p), pitch, w, first,
+                                                              rows, stream)));
+    try_cuda(gpu, cudaGetLastError(), "dequantise");
     if (beside) try_cuda(gpu, cudaEventRecord(p->ready, gpu->side), "panel");
     return p;
 }
@@ -915,7 +923,7 @@ static void gemm(Gpu *gpu, void *C, cudaDataType c_type, size_t ldc, Matrix A, M
 }
 
 // to (.., to_pitch) = from (.., pitch), `columns` of each row. A block owns a row.
-template <typename To, typename From, int width>
+template <typename From, int width, typename To = From>
 __global__ void copy_rows_kernel(To *to, size_t to_pitch, const From *from, size_t pitch,
                                  size_t columns) {
     size_t row = blockIdx.x;
@@ -940,7 +948,7 @@ __global__ void narrow_kernel(bf16 *to, size_t pitch, const float *from, size_t 
 static Matrix widened(Device *dev, float *to, Matrix M, size_t first, size_t n, size_t k) {
     size_t rows = M.transposed ? k : n, columns = M.transposed ? n : k;
     const bf16 *from = (const bf16 *)M.data + first * (M.transposed ? 1 : M.pitch);
-    launch(dev, "widen", copy_rows_kernel<float, bf16, 1>, blocks_for(rows, 1), 128, to, columns,
+    launch(dev, "widen", copy_rows_kernel<bf16, 1, float>, blocks_for(rows, 1), 128, to, columns,
            from, M.pitch, columns);
     return {to, columns, M.transposed, true};
 }
@@ -1020,7 +1028,7 @@ __device__ __forceinline__ void mask8(float m[8], const Mask &a, const Span &spa
 // sum (T, K) = or += dropout(part), rounded: forward, and the way back, where Out is float32 if
 // more is to come. A block owns a row, a thread 8 columns at a time. Reads and writes each value
 // once; ten rounds of Philox for 4 values are about as long as that takes.
-template <typename Out, typename Act, int width>
+template <typename Act, int width, typename Out = Act>
 __global__ void dropout_kernel(Out *sum, const Act *part, size_t K, Mask a, bool add) {
     size_t t = blockIdx.x;
     const Span &span = span_of(a.spans, a.n_spans, t);
@@ -1051,21 +1059,14 @@ static Mask mask_of(const Lora *lora, const Batch *batch) {
             lora->dropout};
 }
 
-template <typename Act, int width>
-static void dropout_launch(Device *dev, Matrix sum, const void *part, size_t K, const Mask &a,
-                           size_t T, bool add) {
-    unsigned n = blocks_for(T, 1);
-    if (sum.full)
-        launch(dev, "dropout", dropout_kernel<float, Act, width>, n, 128, sum.data, part, K, a,
-               add);
-    else launch(dev, "dropout", dropout_kernel<Act, Act, width>, n, 128, sum.data, part, K, a, add);
-}
-
 // sum (T, K) = or += dropout(part).
 static void dropout(Device *dev, Matrix sum, const void *part, size_t K, const Lora *lora,
                     const Batch *batch, bool add) {
-    FOR_ACT_AND_ROWS(dev, K, dropout_launch, dev, sum, part, K, mask_of(lora, batch), batch->T,
-                     add);
+    Mask a = mask_of(lora, batch);
+    unsigned n = blocks_for(batch->T, 1);
+    if (!sum.full) LAUNCH_ROWS(dev, K, dropout, n, 128, sum.data, part, K, a, add);
+    else FOR_ACT(dev, FOR_ROWS(K, launch(dev, "dropout", dropout_kernel<Act, width, float>, n, 128,
+                                         sum.data, part, K, a, add)));
 }
 
 // ------------------------------------------------------------------------- operands of the adapter
@@ -1162,10 +1163,8 @@ __global__ void add_bias_kernel(float *logits, const float *bias, size_t C) {
 //     2   u  = s x~ A^T                                 (T, r)
 //     3   y  = x W^T + u B^T + bias                     (T, N)
 
-static bool few_rows_forward(Device *dev, Product *products, size_t n, const void *x,
-                             const Batch *batch);                               // chapter 8
-static bool few_rows_logits(Device *dev, float *logits, const Product *slice, const void *x,
-                            const Batch *rows);
+static bool few_rows(Device *dev, float *logits, const Product *products, size_t n, const void *x,
+                     const Batch *batch, unsigned warps);                       // chapter 8
 
 // Columns beside x that a product needs.
 static size_t extra_columns(const Linear *linear) {
@@ -1307,24 +1306,18 @@ static bool walk(Device *dev, Walk *w, bool beside_x) {
     return true;
 }
 
-template <typename Act, int width>
-static void widen_rows(Device *dev, const Work *f, const void *x, size_t K, size_t T) {
-    launch(dev, "widen_rows", copy_rows_kernel<Act, Act, width>, blocks_for(T, 1), 128, f->wide,
-           f->pitch, x, K, K);
-}
-
 static void linears_forward(Device *dev, Product *products, size_t n, const void *x,
                             const Batch *batch) {
     Gpu *gpu = (Gpu *)dev->gpu;
     if (gpu->failed || !n || !batch->T) return;
     if (n > MOST_PRODUCTS) return gpu_fail(gpu, "more than %d linears at once", MOST_PRODUCTS);
     gpu->rows = batch->T;
-    if (batch->T <= FEW_ROWS && few_rows_forward(dev, products, n, x, batch)) return;
+    if (few_rows(dev, NULL, products, n, x, batch, DECODE_WARPS)) return;
     size_t T = batch->T, K = products[0].linear->weight.K, done = 0;
     Work f;
     if (!begin_work(dev, &f, products, n, batch, false, false)) return;
     lora_down(dev, &f, products, n, x, batch);
-    if (f.wide) FOR_ACT_AND_ROWS(dev, K, widen_rows, dev, &f, x, K, T);
+    if (f.wide) LAUNCH_ROWS(dev, K, copy_rows, blocks_for(T, 1), 128, f.wide, f.pitch, x, K, K);
     Walk w = {products, n, 0, 0, 0, 0, NULL, NULL};
     while (walk(dev, &w, true)) {
         const Product *p = &products[w.i];
@@ -1343,7 +1336,7 @@ static void head_logits(Device *dev, real *logits, const Product *slice, const v
     const Linear *linear = slice->linear;
     size_t T = rows->T, K = linear->weight.K, C = linear->weight.N, r = linear->lora.r;
     if (gpu->failed || !T || !C) return;
-    if (T <= FEW_ROWS && few_rows_logits(dev, logits, slice, x, rows)) return;
+    if (few_rows(dev, logits, slice, 1, x, rows, DECODE_WARPS)) return;
     Work f;
     if (!begin_work(dev, &f, slice, 1, rows, true, false)) return;
     Matrix y = full_matrix(logits, C);
@@ -1406,20 +1399,18 @@ static bool lora_dx(Device *dev, Matrix dx, const Work *b, const Product *produc
     return begun || R;
 }
 
-template <typename Act> __global__ void round_rows_kernel(Act *y, const float *x, size_t n) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    if (i + 8 <= n) {
-        float v[8];
-        load8(v, x + i);
-        store8(y + i, v);
-    } else
-        for (; i < n; i++) from_float(y + i, x[i]);
+// y (n) = x rounded. A thread owns `width` values. Reads 4 bytes a value and writes 2.
+template <typename Act, int width>
+__global__ void round_rows_kernel(Act *y, const float *x, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * width;
+    float v[width];
+    if (i >= n) return;
+    load<width>(v, x + i);
+    store<width>(y + i, v);
 }
 
 static void round_rows(Device *dev, void *y, const real *x, size_t n) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !n) return;
-    LAUNCH_ACT(dev, round_rows, blocks_for(n, 128 * 8), 128, y, x, n);
+    LAUNCH_ROWS(dev, n, round_rows, blocks_for(n, 128 * width), 128, y, x, n);
 }
 
 // dx: (T, K) act and written, or with `head` float32 and added to; NULL: nothing below learns.
@@ -1491,16 +1482,8 @@ __global__ void embed_kernel(Act *h, Weight table, const int32_t *ids) {
     }
 }
 
-template <typename Act, int width>
-static void embed_launch(Gpu *gpu, void *h, const Weight *table, const int32_t *ids, size_t T) {
-    embed_kernel<Act, width><<<blocks_for(T, 1), 128, 0, gpu->stream>>>((Act *)h, *table, ids);
-}
-
 static void embed(Device *dev, void *h, const Weight *table, const int32_t *ids, size_t T) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !T || !table->K) return;
-    FOR_ACT_AND_ROWS(dev, table->K, embed_launch, gpu, h, table, ids, T);
-    launched(gpu, "embed");
+    LAUNCH_ROWS(dev, table->K, embed, blocks_for(T, 1), 128, h, *table, ids);
 }
 
 // ----------------------------------------------------------------------- residual add and RMS norm
@@ -1542,19 +1525,10 @@ __global__ void residual_norm_forward_kernel(Act *y, Act *sum, const Act *h, con
     }
 }
 
-template <typename Act, int width>
-static void residual_norm_forward_launch(Gpu *gpu, void *y, void *sum, const void *h, const void *a,
-                                         const float *w, size_t T, size_t D, float eps) {
-    residual_norm_forward_kernel<Act, width><<<blocks_for(T, 1), row_threads(D), 0, gpu->stream>>>(
-        (Act *)y, (Act *)sum, (const Act *)h, (const Act *)a, w, D, eps);
-}
-
 static void residual_norm_forward(Device *dev, void *y, void *sum, const void *h, const void *a,
                                   const float *w, size_t T, size_t D, float eps) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !T || !D) return;
-    FOR_ACT_AND_ROWS(dev, D, residual_norm_forward_launch, gpu, y, sum, h, a, w, T, D, eps);
-    launched(gpu, "residual_norm_forward");
+    LAUNCH_ROWS(dev, D, residual_norm_forward, blocks_for(T, 1), row_threads(D), y, sum, h, a, w, D,
+                eps);
 }
 
 // dx_j = n (w_j dy_j  -  x_j n^2 / D * sum_i w_i x_i dy_i),   dh += dx,   da = dh rounded.
@@ -1591,20 +1565,10 @@ __global__ void residual_norm_backward_kernel(float *dh, Act *da, const Act *dy,
     }
 }
 
-template <typename Act, int width>
-static void residual_norm_backward_launch(Gpu *gpu, float *dh, void *da, const void *dy,
-                                          const void *sum, const float *w, size_t T, size_t D,
-                                          float eps) {
-    residual_norm_backward_kernel<Act, width><<<blocks_for(T, 1), row_threads(D), 0, gpu->stream>>>(
-        dh, (Act *)da, (const Act *)dy, (const Act *)sum, w, D, eps);
-}
-
 static void residual_norm_backward(Device *dev, real *dh, void *da, const void *dy, const void *sum,
                                    const float *w, size_t T, size_t D, float eps) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !T || !D) return;
-    FOR_ACT_AND_ROWS(dev, D, residual_norm_backward_launch, gpu, dh, da, dy, sum, w, T, D, eps);
-    launched(gpu, "residual_norm_backward");
+    LAUNCH_ROWS(dev, D, residual_norm_backward, blocks_for(T, 1), row_threads(D), dh, da, dy, sum,
+                w, D, eps);
 }
 
 // ------------------------------------------------------------------------------------------ RoPE
@@ -1641,21 +1605,12 @@ __global__ void rope_kernel(Act *x, size_t heads, size_t hd, const float *freque
     }
 }
 
-template <typename Act, int width>
-static void rope_launch(Gpu *gpu, void *x, size_t heads, size_t hd, const float *frequency,
-                        int sign, const Batch *batch) {
-    size_t shared = hd * sizeof(float);
-    rope_kernel<Act, width><<<blocks_for(batch->T, 1), 128, shared, gpu->stream>>>(
-        (Act *)x, heads, hd, frequency, (float)sign, batch->position);
-}
-
 static void rope(Device *dev, void *x, size_t heads, size_t hd, const float *frequency, int sign,
                  const Batch *batch) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !batch->T || !heads || hd < 2) return;
-    FOR_ACT_AND_ROWS(dev, hd % 2 ? 1 : hd / 2, rope_launch, gpu, x, heads, hd, frequency, sign,
-                     batch);
-    launched(gpu, "rope");
+    size_t shared = hd * sizeof(float), row = hd % 2 ? 1 : hd / 2;
+    FOR_ACT(dev, FOR_ROWS(row, launch_shared(dev, shared, "rope", rope_kernel<Act, width>,
+                                             blocks_for(batch->T, 1), 128, x, heads, hd, frequency,
+                                             sign, batch->position)));
 }
 
 // ------------------------------------------------------------------------------------------- rows
@@ -1672,10 +1627,11 @@ __device__ __forceinline__ void copy_row(void *to, const void *from, size_t piec
     }
 }
 
-// The largest piece that rows of n values divide into.
-static int piece_bytes(size_t n, size_t size) {
-    return n * size % 16 == 0 ? 16 : n * size % 4 == 0 ? 4 : 2;
-}
+// name_kernel for the largest pieces that rows of `width` bytes divide into.
+#define LAUNCH_PIECES(dev, width, name, ...) \
+    ((width) % 16 == 0  ? launch(dev, #name, name##_kernel<16>, __VA_ARGS__) \
+     : (width) % 4 == 0 ? launch(dev, #name, name##_kernel<4>, __VA_ARGS__) \
+                        : launch(dev, #name, name##_kernel<2>, __VA_ARGS__))
 
 // Row t of a span's new keys and values goes to where attention reads the last nq of its nk keys.
 template <int bytes>
@@ -1688,25 +1644,11 @@ __global__ void append_keys_kernel(char *keys, char *values, const char *k, cons
     copy_row<bytes>(values + to, v + t * width, width / bytes);
 }
 
-template <int bytes>
-static void append_keys_launch(Gpu *gpu, void *keys, void *values, const void *k, const void *v,
-                               size_t width, const Batch *b) {
-    append_keys_kernel<bytes><<<blocks_for(b->T, 1), 128, 0, gpu->stream>>>(
-        (char *)keys, (char *)values, (const char *)k, (const char *)v, width, b->spans,
-        b->n_spans);
-}
-
 static void append_keys(Device *dev, void *keys, void *values, const void *k, const void *v,
                         size_t width, const Batch *batch) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    size_t size = act_size(dev->act);
-    if (gpu->failed || !batch->T || !width) return;
-    int bytes = piece_bytes(width, size);
-    width *= size;
-    if (bytes == 16) append_keys_launch<16>(gpu, keys, values, k, v, width, batch);
-    else if (bytes == 4) append_keys_launch<4>(gpu, keys, values, k, v, width, batch);
-    else append_keys_launch<2>(gpu, keys, values, k, v, width, batch);
-    launched(gpu, "append_keys");
+    width *= act_size(dev->act);
+    LAUNCH_PIECES(dev, width, append_keys, blocks_for(batch->T, 1), 128, keys, values, k, v, width,
+                  batch->spans, batch->n_spans);
 }
 
 // Row i of `to` = row index[i] of `from`, or with `back` row index[i] of `to` = row i of `from`.
@@ -1718,112 +1660,67 @@ __global__ void move_rows_kernel(char *to, const char *from, const int32_t *inde
                     width / bytes);
 }
 
-static void move_rows(Gpu *gpu, void *to, const void *from, const int32_t *index, size_t n,
-                      size_t width, int bytes, bool back) {
-    char *a = (char *)to;
-    const char *b = (const char *)from;
-    unsigned grid = blocks_for(n, 1);
-    if (gpu->failed || !n || !width) return;
-    if (bytes == 16)
-        move_rows_kernel<16><<<grid, 128, 0, gpu->stream>>>(a, b, index, width, back);
-    else if (bytes == 4)
-        move_rows_kernel<4><<<grid, 128, 0, gpu->stream>>>(a, b, index, width, back);
-    else move_rows_kernel<2><<<grid, 128, 0, gpu->stream>>>(a, b, index, width, back);
-    launched(gpu, back ? "scatter" : "gather");
-}
-
 static void gather(Device *dev, void *out, const void *x, const int32_t *index, size_t n,
                    size_t D) {
-    size_t size = act_size(dev->act);
-    move_rows((Gpu *)dev->gpu, out, x, index, n, D * size, piece_bytes(D, size), false);
+    size_t width = D * act_size(dev->act);
+    LAUNCH_PIECES(dev, width, move_rows, blocks_for(n, 1), 128, out, x, index, width, false);
 }
 
 static void scatter(Device *dev, real *dh, const real *dout, const int32_t *index, size_t n,
                     size_t T, size_t D) {
     gpu_zero(dev, dh, T * D * sizeof *dh);
-    move_rows((Gpu *)dev->gpu, dh, dout, index, n, D * sizeof *dh, piece_bytes(D, sizeof *dh),
-              true);
+    size_t width = D * sizeof *dh;
+    LAUNCH_PIECES(dev, width, move_rows, blocks_for(n, 1), 128, dh, dout, index, width, true);
 }
 
 // ---------------------------------------------------------------------------------------- SwiGLU
 //
 //     y = silu(g) u,   silu(g) = g sigma(g),   sigma(g) = 1 / (1 + exp(-g))
 
-// A thread owns 8 values; the last one has fewer.
-template <typename Act>
+// All n values are one row; a thread owns `width` of them.
+template <typename Act, int width>
 __global__ void swiglu_forward_kernel(Act *y, const Act *gate, const Act *up, size_t n) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    if (i + 8 <= n) {
-        float g[8], u[8];
-        load8(g, gate + i);
-        load8(u, up + i);
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * width;
+    float g[width], u[width];
+    if (i >= n) return;
+    load<width>(g, gate + i);
+    load<width>(u, up + i);
 #pragma unroll
-        for (int j = 0; j < 8; j++) u[j] *= g[j] / (1 + expf(-g[j]));
-        store8(y + i, u);
-    } else
-        for (; i < n; i++) {
-            float g = to_float(gate[i]);
-            from_float(y + i, to_float(up[i]) * (g / (1 + expf(-g))));
-        }
-}
-
-template <typename Act>
-static void swiglu_forward_launch(Gpu *gpu, void *y, const void *gate, const void *up, size_t n) {
-    swiglu_forward_kernel<Act><<<blocks_for(n, 128 * 8), 128, 0, gpu->stream>>>(
-        (Act *)y, (const Act *)gate, (const Act *)up, n);
+    for (int j = 0; j < width; j++) u[j] *= g[j] / (1 + expf(-g[j]));
+    store<width>(y + i, u);
 }
 
 static void swiglu_forward(Device *dev, void *y, const void *gate, const void *up, size_t T,
                            size_t F) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !T || !F) return;
-    FOR_ACT(dev, swiglu_forward_launch, gpu, y, gate, up, T * F);
-    launched(gpu, "swiglu_forward");
+    size_t n = T * F;
+    LAUNCH_ROWS(dev, n, swiglu_forward, blocks_for(n, 128 * width), 128, y, gate, up, n);
 }
 
-// dup = dy silu(g),   dg = dy u (sigma + g sigma (1 - sigma)), of one value.
-__device__ __forceinline__ void swiglu_gradient(float *g, float *u, float dy) {
-    float sigma = 1 / (1 + expf(-*g)), dsilu = sigma * (1 + *g * (1 - sigma)), up = *u;
-    *u = dy * *g * sigma;
-    *g = dy * up * dsilu;
-}
-
-// dgate and dup may be gate and up.
-template <typename Act>
+// dup = dy silu(g),   dg = dy u (sigma + g sigma (1 - sigma)). dgate and dup may be gate and up.
+template <typename Act, int width>
 __global__ void swiglu_backward_kernel(Act *dgate, Act *dup, const Act *dy, const Act *gate,
                                        const Act *up, size_t n) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    if (i + 8 <= n) {
-        float g[8], u[8], d[8];
-        load8(g, gate + i);
-        load8(u, up + i);
-        load8(d, dy + i);
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * width;
+    float g[width], u[width], d[width], dg[width], du[width];
+    if (i >= n) return;
+    load<width>(g, gate + i);
+    load<width>(u, up + i);
+    load<width>(d, dy + i);
 #pragma unroll
-        for (int j = 0; j < 8; j++) swiglu_gradient(&g[j], &u[j], d[j]);
-        store8(dgate + i, g);
-        store8(dup + i, u);
-    } else
-        for (; i < n; i++) {
-            float g = to_float(gate[i]), u = to_float(up[i]);
-            swiglu_gradient(&g, &u, to_float(dy[i]));
-            from_float(dgate + i, g);
-            from_float(dup + i, u);
-        }
-}
-
-template <typename Act>
-static void swiglu_backward_launch(Gpu *gpu, void *dgate, void *dup, const void *dy,
-                                   const void *gate, const void *up, size_t n) {
-    swiglu_backward_kernel<Act><<<blocks_for(n, 128 * 8), 128, 0, gpu->stream>>>(
-        (Act *)dgate, (Act *)dup, (const Act *)dy, (const Act *)gate, (const Act *)up, n);
+    for (int j = 0; j < width; j++) {
+        float sigma = 1 / (1 + expf(-g[j])), dsilu = sigma * (1 + g[j] * (1 - sigma));
+        du[j] = d[j] * g[j] * sigma;
+        dg[j] = d[j] * u[j] * dsilu;
+    }
+    store<width>(dgate + i, dg);
+    store<width>(dup + i, du);
 }
 
 static void swiglu_backward(Device *dev, void *dgate, void *dup, const void *dy, const void *gate,
                             const void *up, size_t T, size_t F) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !T || !F) return;
-    FOR_ACT(dev, swiglu_backward_launch, gpu, dgate, dup, dy, gate, up, T * F);
-    launched(gpu, "swiglu_backward");
+    size_t n = T * F;
+    LAUNCH_ROWS(dev, n, swiglu_backward, blocks_for(n, 128 * width), 128, dgate, dup, dy, gate, up,
+                n);
 }
 
 // =================================================================================================
@@ -2538,66 +2435,61 @@ static size_t attention_scratch(const OpSizes *s) {
     return max_size(s->training ? s->T * s->H * sizeof(RowTerms) : 0, decode);
 }
 
-// A grid has its blocks in x, where 2^31 - 1 fit; more than that are refused as none are.
-static unsigned grid_of(size_t blocks) { return blocks > 0x7FFFFFFF ? 0 : (unsigned)blocks; }
-
 // A kernel of `tiles`, a warp of which has `each` of the at most n rows of a sequence, in so many
 // heads; no more warps in a block than n rows keep busy. Shared memory: `bytes` for each of the
 // block's rows, and `more`; above 48 KB it has to be asked for.
 template <typename Kernel>
-static void launch_tiles(Gpu *gpu, const char *name, Kernel *kernel, const Attention<bf16> &a,
+static void launch_tiles(Device *dev, const char *name, Kernel *kernel, const Attention<bf16> &a,
                          size_t n, size_t each, size_t heads, size_t bytes, size_t more) {
     size_t warps = min_size(ceil_div(n, each), TILE_WARPS), tiles = ceil_div(n, warps * each);
-    unsigned grid = grid_of(tiles * heads * a.n_spans), block = (unsigned)(warps * WARP);
     bytes = bytes * warps * each + more;
     cudaError_t e = cudaFuncSetAttribute(
         (const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    (void)cuda_failed(gpu, e, "shared memory of attention");
-    kernel<<<grid, block, bytes, gpu->stream>>>(a, (int)tiles);
-    launched(gpu, name);
+    try_cuda((Gpu *)dev->gpu, e, "shared memory of attention");
+    launch_shared(dev, bytes, name, kernel, blocks_for(tiles * heads * a.n_spans, 1),
+                  (unsigned)(warps * WARP), a, tiles);
 }
 
 // Takes the smallest tile that a head fits in.
-template <int HD> static void run_tiles(Gpu *gpu, const Attention<bf16> &a, const Batch *batch) {
+template <int HD> static void run_tiles(Device *dev, const Attention<bf16> &a, const Batch *batch) {
     if constexpr (HD < 256)
-        if (a.hd > HD) return run_tiles<HD < 128 ? HD + 32 : HD + 64>(gpu, a, batch);
+        if (a.hd > HD) return run_tiles<HD < 128 ? HD + 32 : HD + 64>(dev, a, batch);
     constexpr size_t own = 16 * blocks_of_warp<HD>(), step = rows_of_step<HD>(), row = 2 * HD;
     size_t queries = batch->most_queries, keys = batch->most_keys, more = 4 * step * row;
     if (!a.dout)
-        return launch_tiles(gpu, "attention_forward_tiles", attention_forward_tiles<HD>, a, queries,
+        return launch_tiles(dev, "attention_forward_tiles", attention_forward_tiles<HD>, a, queries,
                             own, a.H, row, 2 * keys_of_tile<HD>() * row);
     size_t with_terms = more + 2 * step * sizeof(RowTerms);
-    launch_tiles(gpu, "attention_backward_keys", attention_backward_keys<HD, true, HD <= 128>, a,
+    launch_tiles(dev, "attention_backward_keys", attention_backward_keys<HD, true, HD <= 128>, a,
                  keys, 16, a.G, 2 * row, with_terms);
     if constexpr (HD > 128)
-        launch_tiles(gpu, "attention_backward_keys", attention_backward_keys<HD, false, true>, a,
+        launch_tiles(dev, "attention_backward_keys", attention_backward_keys<HD, false, true>, a,
                      keys, 16, a.G, 2 * row, with_terms);
-    launch_tiles(gpu, "attention_backward_queries", attention_backward_queries<HD>, a, queries,
+    launch_tiles(dev, "attention_backward_queries", attention_backward_queries<HD>, a, queries,
                  own, a.H, 2 * row, more);
 }
 
 // A kernel of `rows`, for each of the at most n rows of a sequence in so many heads.
 template <typename Act, typename Kernel>
-static void launch_rows(Gpu *gpu, const char *name, Kernel *kernel, const Attention<Act> &a,
+static void launch_rows(Device *dev, const char *name, Kernel *kernel, const Attention<Act> &a,
                         size_t n, size_t heads) {
     size_t warps = n * heads * ceil_div(a.hd, ROW_COLUMNS) * a.n_spans;
-    kernel<<<grid_of(ceil_div(warps, 4)), 4 * WARP, 0, gpu->stream>>>(a, (unsigned)n);
-    launched(gpu, name);
+    launch(dev, name, kernel, blocks_for(warps, 4), 4 * WARP, a, n);
 }
 
 template <typename Act, int R>
-static void decode(Gpu *gpu, const Attention<Act> &a, const Batch *batch) {
-    size_t pairs = (size_t)a.G * a.n_spans, blocks = min_size(2 * gpu->processors, DECODE_BLOCKS);
+static void decode(Device *dev, const Attention<Act> &a, const Batch *batch) {
+    size_t pairs = (size_t)a.G * a.n_spans, processors = ((const Gpu *)dev->gpu)->processors;
+    size_t blocks = min_size(2 * processors, DECODE_BLOCKS);
     int splits = (int)max_size(min_size(blocks / pairs, ceil_div(batch->most_keys, 16)), 1);
     size_t lanes = (size_t)row_lanes(a.hd), teams = DECODE_THREADS / lanes;
     size_t bytes = teams * R * (2 + 8 * lanes) * sizeof(float);
     int least = (int)teams * keys_of_team<Act, R>();
-    unsigned grid = (unsigned)(splits * pairs * ceil_div(a.shared, R));
-    attention_decode_share<Act, R><<<grid, DECODE_THREADS, bytes, gpu->stream>>>(a, splits, least);
-    launched(gpu, "attention_decode_share");
-    grid = a.H * a.n_spans;
-    attention_decode_join<Act><<<grid, DECODE_THREADS, 0, gpu->stream>>>(a, splits, least);
-    launched(gpu, "attention_decode_join");
+    launch_shared(dev, bytes, "attention_decode_share", attention_decode_share<Act, R>,
+                  blocks_for(splits * pairs * ceil_div(a.shared, R), 1), DECODE_THREADS, a, splits,
+                  least);
+    launch(dev, "attention_decode_join", attention_decode_join<Act>,
+           blocks_for(a.H * a.n_spans, 1), DECODE_THREADS, a, splits, least);
 }
 
 // Both ops: attention_backward, which only reads out and lse, where there is dout.
@@ -2618,32 +2510,32 @@ static void attention(Device *dev, const void *out, void *dq, void *dk, void *dv
         (unsigned)batch->n_spans, (unsigned)H, (unsigned)G, (unsigned)(H / G), (unsigned)hd,
         (int)(shape.window ? min_size(shape.window, keys) : keys), shape.scale,
         hd % 8 == 0 && places % 16 == 0};
-    if (dout) {
-        attention_row_terms<Act><<<grid_of(ceil_div(a.T * H, 4)), 4 * WARP, 0, gpu->stream>>>(a);
-        launched(gpu, "attention_row_terms");
-    } else if (queries == 1 && hd <= ROW_COLUMNS && G * a.n_spans <= DECODE_BLOCKS)
-        return a.shared == 1   ? decode<Act, 1>(gpu, a, batch)
-               : a.shared == 2 ? decode<Act, 2>(gpu, a, batch)
-               : a.shared <= 4 ? decode<Act, 4>(gpu, a, batch)
-                               : decode<Act, 8>(gpu, a, batch);
+    if (dout)
+        launch(dev, "attention_row_terms", attention_row_terms<Act>, blocks_for(a.T * H, 4),
+               4 * WARP, a);
+    else if (queries == 1 && hd <= ROW_COLUMNS && G * a.n_spans <= DECODE_BLOCKS)
+        return a.shared == 1   ? decode<Act, 1>(dev, a, batch)
+               : a.shared == 2 ? decode<Act, 2>(dev, a, batch)
+               : a.shared <= 4 ? decode<Act, 4>(dev, a, batch)
+                               : decode<Act, 8>(dev, a, batch);
     if constexpr (sizeof(Act) == sizeof(bf16))
-        if (gpu->matrix_units && a.pieces && hd <= 256) return run_tiles<32>(gpu, a, batch);
+        if (gpu->matrix_units && a.pieces && hd <= 256) return run_tiles<32>(dev, a, batch);
     if (!dout)
-        return launch_rows(gpu, "attention_query_rows", attention_query_rows<Act, false>, a,
+        return launch_rows(dev, "attention_query_rows", attention_query_rows<Act, false>, a,
                            queries, H);
-    launch_rows(gpu, "attention_key_rows", attention_key_rows<Act>, a, keys, G);
-    launch_rows(gpu, "attention_query_rows", attention_query_rows<Act, true>, a, queries, H);
+    launch_rows(dev, "attention_key_rows", attention_key_rows<Act>, a, keys, G);
+    launch_rows(dev, "attention_query_rows", attention_query_rows<Act, true>, a, queries, H);
 }
 
 static void attention_forward(Device *dev, void *out, real *lse, const void *q, const void *k,
                               const void *v, AttentionShape shape, const Batch *batch) {
-    FOR_ACT(dev, attention, dev, out, NULL, NULL, NULL, q, k, v, NULL, lse, shape, batch);
+    FOR_ACT(dev, attention<Act>(dev, out, NULL, NULL, NULL, q, k, v, NULL, lse, shape, batch));
 }
 
 static void attention_backward(Device *dev, void *dq, void *dk, void *dv, const void *dout,
                                const void *q, const void *k, const void *v, const void *out,
                                const real *lse, AttentionShape shape, const Batch *batch) {
-    FOR_ACT(dev, attention, dev, out, dq, dk, dv, q, k, v, dout, lse, shape, batch);
+    FOR_ACT(dev, attention<Act>(dev, out, dq, dk, dv, q, k, v, dout, lse, shape, batch));
 }
 
 // =================================================================================================
@@ -2652,6 +2544,9 @@ static void attention_backward(Device *dev, void *dq, void *dk, void *dv, const 
 //  The loss and the decision whether a gradient may be applied stay on the card: a step is asked
 //  for as a whole and read back when somebody wants to see it.
 // =================================================================================================
+
+// Threads for a row of C logits.
+static unsigned head_threads(size_t C) { return C <= 1024 ? 128 : 256; }
 
 // exp(a - b) for a <= b; 1 where both are the same infinity.
 __device__ __forceinline__ float shrink(float a, float b) { return a == b ? 1 : expf(a - b); }
@@ -2694,16 +2589,9 @@ __global__ void cross_entropy_forward_kernel(float *max, float *sum, float *chos
 static void cross_entropy_forward(Device *dev, real *max, real *sum, real *chosen,
                                   const real *logits, const int32_t *target, size_t first, size_t C,
                                   size_t S) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !S || !C) return;
-    unsigned grid = blocks_for(S, 1), block = C <= 1024 ? 128 : 256;
-    if (C % 8 == 0)
-        cross_entropy_forward_kernel<8><<<grid, block, 0, gpu->stream>>>(max, sum, chosen, logits,
-                                                                         target, first, C);
-    else
-        cross_entropy_forward_kernel<1><<<grid, block, 0, gpu->stream>>>(max, sum, chosen, logits,
-                                                                         target, first, C);
-    launched(gpu, "cross_entropy_forward");
+    FOR_ROWS(C, launch(dev, "cross_entropy_forward", cross_entropy_forward_kernel<width>,
+                       blocks_for(S, 1), head_threads(C), max, sum, chosen, logits, target, first,
+                       C));
 }
 
 // nll = max - chosen + log sum, and its sum over the S rows in double. One block.
@@ -2722,10 +2610,7 @@ __global__ void cross_entropy_end_kernel(float *nll, uint8_t *hit, double *total
 
 static void cross_entropy_end(Device *dev, real *nll, uint8_t *hit, double *total, const real *max,
                               const real *sum, const real *chosen, size_t S) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !S) return;
-    cross_entropy_end_kernel<<<1, 128, 0, gpu->stream>>>(nll, hit, total, max, sum, chosen, S);
-    launched(gpu, "cross_entropy_end");
+    LAUNCH(dev, cross_entropy_end, 1, 128, nll, hit, total, max, sum, chosen, S);
 }
 
 // dz = scale (softmax - onehot) rounded. A block owns a row; 4 bytes read and 2 written a value.
@@ -2745,24 +2630,11 @@ __global__ void cross_entropy_backward_kernel(Act *dlogits, const float *logits,
     }
 }
 
-template <typename Act, int width>
-static void cross_entropy_backward_launch(Gpu *gpu, void *dlogits, const float *logits,
-                                          const float *max, const float *sum,
-                                          const int32_t *target, float scale, size_t first,
-                                          size_t C, size_t S) {
-    unsigned grid = blocks_for(S, 1), block = C <= 1024 ? 128 : 256;
-    cross_entropy_backward_kernel<Act, width><<<grid, block, 0, gpu->stream>>>(
-        (Act *)dlogits, logits, max, sum, target, scale, first, C);
-}
-
 static void cross_entropy_backward(Device *dev, void *dlogits, const real *logits, const real *max,
                                    const real *sum, const int32_t *target, real scale, size_t first,
                                    size_t C, size_t S) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !S || !C) return;
-    FOR_ACT_AND_ROWS(dev, C, cross_entropy_backward_launch, gpu, dlogits, logits, max, sum, target,
-                     scale, first, C, S);
-    launched(gpu, "cross_entropy_backward");
+    LAUNCH_ROWS(dev, C, cross_entropy_backward, blocks_for(S, 1), head_threads(C), dlogits, logits,
+                max, sum, target, scale, first, C);
 }
 
 // -------------------------------------------------------------------------------------- optimiser
@@ -2802,59 +2674,49 @@ __global__ void clip_kernel(StepRecord *record, const StepRecord *before, const 
 
 static void clip_gradient(Device *dev, StepRecord *record, const StepRecord *before, const real *g,
                           size_t n, real most) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed) return;
+    double *sums = ((Gpu *)dev->gpu)->sums;
     unsigned blocks = (unsigned)min_size(ceil_div(n, 128 * 8), SUMS);
-    if (n) squares_kernel<<<blocks, 128, 0, gpu->stream>>>(gpu->sums, g, n);
-    launched(gpu, "squares");
-    clip_kernel<<<1, 128, 0, gpu->stream>>>(record, before, gpu->sums, blocks, most);
-    launched(gpu, "clip");
+    LAUNCH(dev, squares, blocks, 128, sums, g, n);
+    LAUNCH(dev, clip, 1, 128, record, before, sums, blocks, most);
 }
 
 // What an AdamW step multiplies with; a kernel's argument.
 typedef struct { float decay, beta1, beta2, rate, root, eps; } AdamwStep;
 
 // m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2      p -= rate m / (sqrt(v) root + eps)
-__device__ __forceinline__ void adamw_one(float *p, float *m, float *v, float g,
-                                          const AdamwStep &a) {
-    *m = a.beta1 * *m + (1 - a.beta1) * g;
-    *v = a.beta2 * *v + (1 - a.beta2) * g * g;
-    *p = *p * a.decay - a.rate * *m / (sqrtf(*v) * a.root + a.eps);
-}
-
-// A thread owns 8 parameters; the last one has fewer. Moves 28 bytes a parameter.
+//
+// A thread owns `width` parameters. Moves 28 bytes a parameter.
+template <int width>
 __global__ void adamw_kernel(float *p, const float *g, float *m, float *v, size_t n, AdamwStep a,
                              const StepRecord *record) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    float clip = record->clip;
-    if (record->refused) return;
-    if (i + 8 <= n) {
-        float x[8], d[8], first[8], second[8];
-        load8(x, p + i);
-        load8(d, g + i);
-        load8(first, m + i);
-        load8(second, v + i);
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * width;
+    float x[width], d[width], first[width], second[width], clip = record->clip;
+    if (record->refused || i >= n) return;
+    load<width>(x, p + i);
+    load<width>(d, g + i);
+    load<width>(first, m + i);
+    load<width>(second, v + i);
 #pragma unroll
-        for (int j = 0; j < 8; j++) adamw_one(&x[j], &first[j], &second[j], d[j] * clip, a);
-        store8(p + i, x);
-        store8(m + i, first);
-        store8(v + i, second);
-    } else
-        for (; i < n; i++) adamw_one(p + i, m + i, v + i, g[i] * clip, a);
+    for (int j = 0; j < width; j++) {
+        d[j] *= clip;
+        first[j] = a.beta1 * first[j] + (1 - a.beta1) * d[j];
+        second[j] = a.beta2 * second[j] + (1 - a.beta2) * d[j] * d[j];
+        x[j] = x[j] * a.decay - a.rate * first[j] / (sqrtf(second[j]) * a.root + a.eps);
+    }
+    store<width>(p + i, x);
+    store<width>(m + i, first);
+    store<width>(v + i, second);
 }
 
 static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t n, real lr,
                   real beta1, real beta2, real eps, real decay, const StepRecord *record,
                   size_t step) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !n) return;
     double correct1 = 1 - pow((double)beta1, (double)step);
     double correct2 = 1 - pow((double)beta2, (double)step);
     AdamwStep a = {1 - lr * decay, beta1, beta2, (float)((double)lr / correct1),
                    (float)(1 / sqrt(correct2)), eps};
-    unsigned grid = blocks_for(n, 128 * 8);
-    adamw_kernel<<<grid, 128, 0, gpu->stream>>>(p, g, m, v, n, a, record);
-    launched(gpu, "adamw");
+    FOR_ROWS(n, launch(dev, "adamw", adamw_kernel<width>, blocks_for(n, 128 * width), 128, p, g, m,
+                       v, n, a, record));
 }
 
 // =================================================================================================
@@ -2876,7 +2738,7 @@ static void adamw(Device *dev, real *p, const real *g, real *m, real *v, size_t 
 // A weight is rounded to the activation type as everywhere, so a prompt and the tokens after it see
 // the same matrix.
 
-enum { TILE = 16, DECODE_WARPS = 8 };
+enum { TILE = 16 };
 
 // One linear of a launch. Its units are tiles or, in the plain kernel, rows of W or A.
 struct FewPart : Linear {
@@ -3171,46 +3033,33 @@ static unsigned tile_bits(const Device *dev, const Weight *w, const void *x) {
     return can ? bits : 0;
 }
 
-// The products in launches of up to four that one kernel takes. False: not for these kernels.
+// linears_forward, or head_logits to `logits`: the products in launches of up to four that one
+// kernel takes, in blocks of so many warps. False: not for these kernels.
 static bool few_rows(Device *dev, float *logits, const Product *products, size_t n, const void *x,
                      const Batch *batch, unsigned warps) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    const bool half = dev->act == DT_BF16;
+    const Gpu *gpu = (const Gpu *)dev->gpu;
     const unsigned threads = WARP * warps;
     if (batch->T > FEW_ROWS) return false;
     for (size_t i = 0; i < n; i++)
         if (has_dropout(&products[i].linear->lora, batch)) return false;
     for (size_t i = 0; i < n && batch->T;) {
         FewRows a = {};
-        unsigned bits = tile_bits(dev, &products[i].linear->weight, x), blocks;
+        unsigned bits = tile_bits(dev, &products[i].linear->weight, x);
         a.x = x, a.T = batch->T, a.K = products[i].linear->weight.K, a.wide = logits != NULL;
         for (; i < n && a.parts < MOST_PRODUCTS; i++) {
             const Product *p = &products[i];
             if (tile_bits(dev, &p->linear->weight, x) != bits) break;
             a.part[a.parts++] = {*p->linear, p->u, logits ? logits : p->y, 0};
         }
-        if ((blocks = spread_units(gpu, &a, true, 0, 1))) {
-            if (half) few_rows_plain<bf16, true><<<blocks, threads, 0, gpu->stream>>>(a);
-            else few_rows_plain<float, true><<<blocks, threads, 0, gpu->stream>>>(a);
-            launched(gpu, "few_rows_low");
-        }
-        if (!(blocks = spread_units(gpu, &a, false, bits, warps))) continue;
-        if (bits == 4) few_rows_tiles<4><<<blocks, threads, 0, gpu->stream>>>(a);
-        else if (bits) few_rows_tiles<16><<<blocks, threads, 0, gpu->stream>>>(a);
-        else if (half) few_rows_plain<bf16, false><<<blocks, WARP, 0, gpu->stream>>>(a);
-        else few_rows_plain<float, false><<<blocks, WARP, 0, gpu->stream>>>(a);
-        launched(gpu, bits ? "few_rows_tiles" : "few_rows_plain");
+        unsigned blocks = spread_units(gpu, &a, true, 0, 1);
+        FOR_ACT(dev, launch(dev, "few_rows_low", few_rows_plain<Act, true>, blocks, threads, a));
+        blocks = spread_units(gpu, &a, false, bits, warps);
+        if (bits == 4) launch(dev, "few_rows_tiles", few_rows_tiles<4>, blocks, threads, a);
+        else if (bits) launch(dev, "few_rows_tiles", few_rows_tiles<16>, blocks, threads, a);
+        else FOR_ACT(dev, launch(dev, "few_rows_plain", few_rows_plain<Act, false>, blocks, WARP,
+                                 a));
     }
     return true;
-}
-
-// The two ways in.
-static bool few_rows_forward(Device *dev, Product *p, size_t n, const void *x, const Batch *batch) {
-    return few_rows(dev, NULL, p, n, x, batch, DECODE_WARPS);
-}
-static bool few_rows_logits(Device *dev, float *logits, const Product *p, const void *x,
-                            const Batch *rows) {
-    return few_rows(dev, logits, p, 1, x, rows, DECODE_WARPS);
 }
 
 // ---------------------------------------------------------------------------------------- sampling
@@ -3402,16 +3251,14 @@ next_token_block(float *z, size_t V, Sequence q, qlora_sampling how) {
     }
 }
 
-static void sample(Gpu *gpu, real *logits, const Sequence *s, size_t V, unsigned threads) {
-    if (gpu->failed) return;
+static void sample(Device *dev, real *logits, const Sequence *s, size_t V, unsigned threads) {
     Sequence there = *s;
     there.how = NULL;                                   // the host's
-    next_token_block<<<1, threads, 0, gpu->stream>>>(logits, V, there, *s->how);
-    launched(gpu, "next_token_block");
+    launch(dev, "next_token_block", next_token_block, 1, threads, logits, V, there, *s->how);
 }
 
 static void next_token(Device *dev, real *logits, const Sequence *s, size_t V) {
-    sample((Gpu *)dev->gpu, logits, s, V, SAMPLE_THREADS);
+    sample(dev, logits, s, V, SAMPLE_THREADS);
 }
 
 // ---------------------------------------------------------------------------------- recorded steps
@@ -3424,7 +3271,7 @@ static void replay(Device *dev, void **record, void (*step)(void *user), void *u
     const char *what = "recording a step";
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = (cudaGraphExec_t)*record;
-    if (gpu->failed || cuda_failed(gpu, cudaSetDevice(gpu->number), "cudaSetDevice")) return;
+    if (unusable(gpu)) return;
     if (!exec) {
         // Relaxed: the first launch of a kernel may have to load it.
         cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
@@ -3432,21 +3279,21 @@ static void replay(Device *dev, void **record, void (*step)(void *user), void *u
         gpu->recording = true;
         step(user);
         gpu->recording = false;
-        (void)cuda_failed(gpu, cudaStreamEndCapture(gpu->stream, &graph), what);
+        try_cuda(gpu, cudaStreamEndCapture(gpu->stream, &graph), what);
         if (!gpu->failed && !cuda_failed(gpu, cudaGraphInstantiate(&exec, graph, 0), what))
             *record = exec;
-        if (graph) (void)cuda_failed(gpu, cudaGraphDestroy(graph), what);
+        if (graph) try_cuda(gpu, cudaGraphDestroy(graph), what);
         if (gpu->failed) return;
     }
-    (void)cuda_failed(gpu, cudaGraphLaunch(exec, gpu->stream), "replaying a step");
+    try_cuda(gpu, cudaGraphLaunch(exec, gpu->stream), "replaying a step");
 }
 
 // Also when something has failed: a record is never left behind.
 static void forget(Device *dev, void *record) {
     Gpu *gpu = (Gpu *)dev->gpu;
     if (!record) return;
-    (void)cuda_failed(gpu, cudaStreamSynchronize(gpu->stream), "waiting for the GPU");
-    (void)cuda_failed(gpu, cudaGraphExecDestroy((cudaGraphExec_t)record), "forgetting a step");
+    (void)wait_failed(gpu, gpu->stream);
+    try_cuda(gpu, cudaGraphExecDestroy((cudaGraphExec_t)record), "forgetting a step");
 }
 
 // =================================================================================================
@@ -3618,7 +3465,6 @@ int qlora_cuda_open(Device *dev, int number, qlora_compute compute, char *name, 
     gpu->major = card.major;
     gpu->minor = card.minor;
     gpu->processors = card.multiProcessorCount;
-    gpu->shared_limit = card.sharedMemPerBlockOptin;
     gpu->matrix_units = card.major >= 8;
     open_resources(gpu);
     int bad = gpu->failed ? open_fail(err, "GPU %d: %s", number, gpu->message)
