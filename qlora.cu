@@ -230,7 +230,13 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// The same over a block, for all its threads; partial (32) is shared memory. With barriers.
+// Over each `lanes` neighbours of a warp, a power of two, of those that are numbers.
+__device__ __forceinline__ float max_lanes(float x, int lanes) {
+    for (int lane = lanes / 2; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, lane));
+    return x;
+}
+
+// Sum and maximum over a block, for all its threads; partial (32) is shared memory. With barriers.
 template <typename T> __device__ __forceinline__ T block_sum(T x, T *partial) {
     x = warp_sum(x);
     __syncthreads();                                // partial may still be read from the last call
@@ -527,10 +533,7 @@ __global__ void quantize_kernel(uint8_t *packed, float *absmax, const void *raw,
         x[i] = at + i < n ? to_float(((const Raw *)raw)[at + i]) : 0;
         largest = fabsf(x[i]) > largest ? fabsf(x[i]) : largest;
     }
-    for (int lane = 4; lane; lane /= 2) {
-        float other = __shfl_xor_sync(0xFFFFFFFFu, largest, lane);
-        largest = other > largest ? other : largest;
-    }
+    largest = max_lanes(largest, 8);
     float divisor = largest > smallest ? largest : smallest;
     float reciprocal = __fdiv_rn(1.0f, divisor);
     uint8_t codes[8];
@@ -552,7 +555,6 @@ static void quantize(Device *dev, uint8_t *packed, float *absmax, const void *ra
                      DType to, size_t n) {
     Gpu *gpu = (Gpu *)dev->gpu;
     CodeLevels levels = {};
-    if (gpu->failed || !n) return;
     levels.nf4 = to == DT_NF4;
     if (levels.nf4) memcpy(levels.thresholds, qlora_nf4_thresholds, sizeof qlora_nf4_thresholds);
     else memcpy(levels.thresholds, qlora_fp4_thresholds, sizeof qlora_fp4_thresholds);
@@ -644,8 +646,6 @@ __global__ void low_rank_kernel(float *delta, const float *B, const float *A, fl
 
 static void low_rank(Device *dev, real *delta, const real *B, const real *A, real s, size_t rows,
                      size_t K, size_t r) {
-    Gpu *gpu = (Gpu *)dev->gpu;
-    if (gpu->failed || !rows || !K) return;
     LAUNCH(dev, low_rank, blocks_for(rows, 1), 128, delta, B, A, s, K, r);
 }
 
@@ -690,10 +690,7 @@ __device__ __forceinline__ void read_weight(float *x, const Weight &w, size_t at
             uint32_t codes = load_codes(w, at);
 #pragma unroll
             for (int i = 0; i < 8; i++) x[i] = decode(codes, i, scale, code);
-        } else {
-            uint8_t byte = ((const uint8_t *)w.data)[at / 2];
-            *x = __fmul_rn(code[at % 2 ? byte & 15 : byte >> 4], scale);
-        }
+        } else *x = decode(((const uint8_t *)w.data)[at / 2], at % 2, scale, code);
     }
 }
 
@@ -751,8 +748,7 @@ enum { DECODE_WARPS = 8 };          // ... with blocks of so many warps
 static const size_t panel_most = (size_t)256 << 20;
 
 static void forget_panels(Gpu *gpu) {
-    for (int i = 0; i < 2; i++) {
-        Panel *p = &gpu->panels[i];
+    for (Panel *p = gpu->panels; p < gpu->panels + 2; p++) {
         if (p->beside) try_cuda(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
         p->data = NULL;
         p->beside = false;
@@ -822,8 +818,8 @@ static Panel *make_panel(Device *dev, const Weight *w, size_t first, size_t rows
     else if (p->beside) try_cuda(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
     *p = {w->data, first, rows, pitch, beside, p->ready, p->unused};
     cudaStream_t stream = beside ? gpu->side : gpu->stream;
-    FOR_ACT(dev, FOR_ROWS(w->K, dequantise_launch<Act, width>(panel_memory(dev, p), pitch, w, first,
-                                                              rows, stream)));
+    void *to = panel_memory(dev, p);
+    FOR_ACT(dev, FOR_ROWS(w->K, dequantise_launch<Act, width>(to, pitch, w, first, rows, stream)));
     try_cuda(gpu, cudaGetLastError(), "dequantise");
     if (beside) try_cuda(gpu, cudaEventRecord(p->ready, gpu->side), "panel");
     return p;
@@ -846,8 +842,7 @@ static void check_panels(Device *dev) {
 static Panel *take_panel(Device *dev, const Weight *w, size_t first, size_t rows, size_t pitch) {
     Gpu *gpu = (Gpu *)dev->gpu;
     check_panels(dev);
-    for (Panel &panel : gpu->panels) {
-        Panel *p = &panel;
+    for (Panel *p = gpu->panels; p < gpu->panels + 2; p++) {
         if (p->data != w->data || p->first != first || p->rows != rows || p->pitch != pitch)
             continue;
         if (p->beside) try_cuda(gpu, cudaStreamWaitEvent(gpu->stream, p->ready, 0), "panel");
@@ -898,10 +893,7 @@ static Matrix act_matrix(const void *data, size_t pitch) {
     return {(void *)(uintptr_t)data, pitch, false, false};
 }
 static Matrix full_matrix(float *data, size_t pitch) { return {data, pitch, false, true}; }
-static Matrix transposed(Matrix m) {
-    m.transposed = !m.transposed;
-    return m;
-}
+static Matrix transposed(Matrix m) { return {m.data, m.pitch, !m.transposed, m.full}; }
 static Matrix from_column(const Device *dev, Matrix m, size_t column) {
     m.data = (char *)m.data + column * (m.full ? sizeof(float) : act_size(dev->act));
     return m;
@@ -1052,11 +1044,8 @@ static bool has_dropout(const Lora *lora, const Batch *batch) {
 }
 
 static Mask mask_of(const Lora *lora, const Batch *batch) {
-    return {batch->spans,
-            batch->n_spans,
-            {(uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u, batch->step},
-            lora->module,
-            lora->dropout};
+    uint32_t seed = (uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u;
+    return {batch->spans, batch->n_spans, {seed, batch->step}, lora->module, lora->dropout};
 }
 
 // sum (T, K) = or += dropout(part).
@@ -1136,18 +1125,20 @@ __global__ void finish_u_kernel(Act *u, Act *wide, size_t pitch, const float *lo
     }
 }
 
-// The columns beside W in a panel: B (rows, r), the bias in two parts if there is one, zeros.
+// The columns beside W in a panel of its rows from `first` on: those of B (rows, r), the bias in
+// two parts if there is one, zeros up to `extra`. A warp owns a row.
 template <typename Act>
-__global__ void panel_columns_kernel(Act *panel, size_t pitch, const float *B, const float *bias,
-                                     size_t rows, size_t r, size_t extra) {
-    size_t n = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
-    if (n >= rows) return;
+__global__ void panel_columns_kernel(Act *panel, size_t pitch, Linear linear, size_t first,
+                                     size_t rows, size_t extra) {
+    size_t row = (size_t)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
+    size_t n = first + row, r = linear.lora.r;
+    if (row >= rows) return;
     for (size_t j = threadIdx.x % WARP; j < extra; j += WARP) {
         float value = 0;
-        if (j < r) value = B[n * r + j];
-        else if (bias && j == r) value = bias[n];
-        else if (bias && j == r + 1) value = bias[n] - rounded<Act>(bias[n]);
-        from_float(panel + n * pitch + j, value);
+        if (j < r) value = linear.lora.B[n * r + j];
+        else if (linear.bias && j == r) value = linear.bias[n];
+        else if (linear.bias && j == r + 1) value = linear.bias[n] - rounded<Act>(linear.bias[n]);
+        from_float(panel + row * pitch + j, value);
     }
 }
 
@@ -1207,10 +1198,13 @@ static Work carve_work(Device *dev, Carve *scratch, const Product *products, siz
     return f;
 }
 
-// False when there is too little scratch.
+// False, with the message, when there are too many products or too little scratch.
 static bool begin_work(Device *dev, Work *f, const Product *products, size_t n, const Batch *batch,
                        bool head, bool back) {
+    Gpu *gpu = (Gpu *)dev->gpu;
     Carve count = {NULL, 0};
+    if (n > MOST_PRODUCTS)
+        return gpu_fail(gpu, "more than %d linears at once", MOST_PRODUCTS), false;
     carve_work(dev, &count, products, n, batch, head, back);
     Carve scratch = {op_scratch(dev, count.used), 0};
     if (scratch.base) *f = carve_work(dev, &scratch, products, n, batch, head, back);
@@ -1295,14 +1289,11 @@ static bool walk(Device *dev, Walk *w, bool beside_x) {
     if (!gpu->recording && walk_step(dev, &next, beside_x) && !next.data && next.rows)
         make_panel(dev, &next.products[next.i].linear->weight, next.first, next.rows, next.pitch,
                    w->panel, true);
-    if (beside_x && extra_columns(linear)) {
-        size_t r = linear->lora.r, K = linear->weight.K;
-        LAUNCH_ACT(dev, panel_columns, blocks_for(w->rows, 4), 4 * WARP,
-                   from_column(dev, act_matrix(w->data, w->pitch), K).data, w->pitch,
-                   r ? linear->lora.B + w->first * r : NULL,
-                   linear->bias ? linear->bias + w->first : NULL, w->rows, r,
-                   extra_columns(linear));
-    }
+    size_t extra = beside_x ? extra_columns(linear) : 0;
+    Matrix columns = from_column(dev, act_matrix(w->data, w->pitch), linear->weight.K);
+    if (extra)
+        LAUNCH_ACT(dev, panel_columns, blocks_for(w->rows, 4), 4 * WARP, columns.data, w->pitch,
+                   *linear, w->first, w->rows, extra);
     return true;
 }
 
@@ -1310,7 +1301,6 @@ static void linears_forward(Device *dev, Product *products, size_t n, const void
                             const Batch *batch) {
     Gpu *gpu = (Gpu *)dev->gpu;
     if (gpu->failed || !n || !batch->T) return;
-    if (n > MOST_PRODUCTS) return gpu_fail(gpu, "more than %d linears at once", MOST_PRODUCTS);
     gpu->rows = batch->T;
     if (few_rows(dev, NULL, products, n, x, batch, DECODE_WARPS)) return;
     size_t T = batch->T, K = products[0].linear->weight.K, done = 0;
@@ -1418,7 +1408,6 @@ static void backward(Device *dev, void *dx, bool head, const Product *products, 
                      const void *x, const Batch *batch) {
     Gpu *gpu = (Gpu *)dev->gpu;
     if (gpu->failed || !n || !batch->T) return;
-    if (n > MOST_PRODUCTS) return gpu_fail(gpu, "more than %d linears at once", MOST_PRODUCTS);
     size_t T = batch->T, K = products[0].linear->weight.K;
     Work b;
     if (!begin_work(dev, &b, products, n, batch, head, true)) return;
@@ -1801,11 +1790,6 @@ unit_number(const Attention<Act> &a, size_t index, unsigned tiles, unsigned head
 __device__ __forceinline__ int lane_number() { return (int)(threadIdx.x % WARP); }
 __device__ __forceinline__ int warp_number() { return (int)(threadIdx.x / WARP); }
 
-// Over each `lanes` neighbours of a warp, a power of two, of those that are numbers.
-__device__ __forceinline__ float max_lanes(float x, int lanes) {
-    for (int lane = lanes / 2; lane; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, lane));
-    return x;
-}
 // What is subtracted from scores before exp: 0 while there are none, for -inf - -inf is NaN.
 __device__ __forceinline__ float exp_base(float max) { return max == -INFINITY ? 0 : max; }
 
@@ -2656,8 +2640,6 @@ __global__ void squares_kernel(double *sums, const float *g, size_t n) {
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-__device__ __forceinline__ bool is_finite(double x) { return x - x == 0; }
-
 // The end of clip_gradient. One block.
 __global__ void clip_kernel(StepRecord *record, const StepRecord *before, const double *sums,
                             unsigned n, float most) {
@@ -2669,7 +2651,7 @@ __global__ void clip_kernel(StepRecord *record, const StepRecord *before, const 
     double clip = (double)most / (sqrt(sum) + 1e-6);
     record->squares = sum;
     record->clip = (float)(clip < 1 ? clip : 1);
-    record->refused = (before && before->refused) || !is_finite(record->loss) || !is_finite(sum);
+    record->refused = (before && before->refused) || !isfinite(record->loss) || !isfinite(sum);
 }
 
 static void clip_gradient(Device *dev, StepRecord *record, const StepRecord *before, const real *g,
