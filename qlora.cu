@@ -202,14 +202,14 @@ template <int width, typename T> __device__ __forceinline__ void store(T *to, co
     else from_float(to, *x);
 }
 
-// Does something for the activations of dev, whose type it knows as Act.
+// Runs a statement in which Act is the type of dev's activations.
 #define FOR_ACT(dev, ...) \
     do { \
         if ((dev)->act == DT_BF16) { using Act = bf16; __VA_ARGS__; } \
         else { using Act = float; __VA_ARGS__; } \
     } while (0)
-// Does something for rows of n values, `width` of them at a time: 8 where rows begin at multiples
-// of 16 bytes.
+// Runs a statement in which `width` is how many values to take at a time of rows of n: 8 where rows
+// begin at multiples of 16 bytes, else 1.
 #define FOR_ROWS(n, ...) \
     do { \
         if ((n) % 8 == 0) { constexpr int width = 8; __VA_ARGS__; } \
@@ -365,8 +365,8 @@ static void launch_shared(Device *dev, size_t shared, const char *name, void (*k
     try_cuda(gpu, cudaGetLastError(), name);
 }
 
-// The same without shared memory of that kind: a kernel; name_kernel; its instance for the
-// activations of dev; and that for rows of n of them too, whose `width` the arguments may name.
+// The same without such memory. LAUNCH takes name_kernel, LAUNCH_ACT its instance for the
+// activations of dev, LAUNCH_ROWS that for rows of n of them; the arguments may then name `width`.
 template <typename... Arguments> static void launch(Device *dev, Arguments... arguments) {
     launch_shared(dev, 0, arguments...);
 }
@@ -583,7 +583,8 @@ __global__ void add_sums_kernel(double *total, const double *sums, size_t n, boo
     *total = sum;
 }
 
-// Twin of quantize_scales: a warp owns SCALE_BLOCK scales, a lane 8 of them.
+// Twin of quantize_scales: a warp owns SCALE_BLOCK scales, a lane 8 of them. Reads 4 bytes a scale
+// and writes 1; there is one for 64 values.
 __global__ void quantize_scales_kernel(uint8_t *codes, float *absmax2, const float *absmax,
                                        size_t n, const float *map, const double *total) {
     __shared__ float levels[256];
@@ -914,7 +915,8 @@ static void gemm(Gpu *gpu, void *C, cudaDataType c_type, size_t ldc, Matrix A, M
         gpu_fail(gpu, "cublasGemmEx (%zu, %zu, %zu): status %d", m, n, k, (int)status);
 }
 
-// to (.., to_pitch) = from (.., pitch), `columns` of each row. A block owns a row.
+// to (.., to_pitch) = from (.., pitch), `columns` of each row, a multiple of `width`. A block owns
+// a row. Reads and writes each value once.
 template <typename From, int width, typename To = From>
 __global__ void copy_rows_kernel(To *to, size_t to_pitch, const From *from, size_t pitch,
                                  size_t columns) {
@@ -926,7 +928,7 @@ __global__ void copy_rows_kernel(To *to, size_t to_pitch, const From *from, size
     }
 }
 
-// to = beta to + from (rows, columns), rounded once.
+// to (rows, pitch) = beta to + from (rows, columns), rounded once. A block owns a row.
 __global__ void narrow_kernel(bf16 *to, size_t pitch, const float *from, size_t columns,
                               float beta) {
     size_t row = blockIdx.x;
@@ -1062,12 +1064,14 @@ static void dropout(Device *dev, Matrix sum, const void *part, size_t K, const L
 
 enum { MOST_PRODUCTS = 4 };              // linears that read the same x, at most
 
-// Matrices that are rounded to the activations' type in one launch; blockIdx.y says which.
+// Matrices that are rounded to the activations' type in one launch.
 typedef struct {
     const float *from[2 * MOST_PRODUCTS];
     size_t to[2 * MOST_PRODUCTS + 1];    // where each begins in the result; the last: its end
 } Masters;
 
+// The blocks of one blockIdx.y own a matrix, their threads its values in turn. An adapter is small:
+// 4 bytes read and 2 written for each of its parameters.
 template <typename Act> __global__ void round_masters_kernel(Act *to, Masters a) {
     const float *from = a.from[blockIdx.y];
     size_t n = a.to[blockIdx.y + 1] - a.to[blockIdx.y], first = a.to[blockIdx.y];
@@ -1110,8 +1114,8 @@ static Masters16 round_masters(Device *dev, Carve *scratch, const Product *produ
 }
 
 // u (T, r) = s low, rounded, where low is r columns of (T, R); and the columns that stand beside x
-// in `wide`, unless it is NULL: u, two ones if there is a bias, zeros up to `extra`. A warp owns a
-// row.
+// in `wide`, if that is not NULL: u, two ones if there is a bias, zeros up to `extra`. A warp owns
+// a row.
 template <typename Act>
 __global__ void finish_u_kernel(Act *u, Act *wide, size_t pitch, const float *low, size_t R,
                                 float s, size_t T, size_t r, bool bias, size_t extra) {
@@ -1126,7 +1130,7 @@ __global__ void finish_u_kernel(Act *u, Act *wide, size_t pitch, const float *lo
 }
 
 // The columns beside W in a panel of its rows from `first` on: those of B (rows, r), the bias in
-// two parts if there is one, zeros up to `extra`. A warp owns a row.
+// two parts if there is one, zeros up to `extra`. A warp owns a row. Few values beside the K of W.
 template <typename Act>
 __global__ void panel_columns_kernel(Act *panel, size_t pitch, Linear linear, size_t first,
                                      size_t rows, size_t extra) {
@@ -1142,7 +1146,7 @@ __global__ void panel_columns_kernel(Act *panel, size_t pitch, Linear linear, si
     }
 }
 
-// logits (S, C) += bias (C).
+// logits (S, C) += bias (C). A block owns a row.
 __global__ void add_bias_kernel(float *logits, const float *bias, size_t C) {
     size_t s = blockIdx.x;
     for (size_t c = threadIdx.x; c < C; c += blockDim.x) logits[s * C + c] += bias[c];
@@ -1340,8 +1344,7 @@ static void head_logits(Device *dev, real *logits, const Product *slice, const v
         matmul(dev, y, act_matrix(slice->u, r), transposed(act_matrix(f.masters.B[0], r)), T, C, r,
                1, 1);
     }
-    if (!linear->bias) return;
-    LAUNCH(dev, add_bias, blocks_for(T, 1), 128, logits, linear->bias, C);
+    if (linear->bias) LAUNCH(dev, add_bias, blocks_for(T, 1), 128, logits, linear->bias, C);
 }
 
 // --------------------------------------------------------------------------------------- backward
@@ -1453,11 +1456,10 @@ static size_t linear_scratch(const Device *dev, const OpSizes *s) {
 //  5. Embedding, norms, rotation, activations, gather and scatter
 //
 //  Every value passes once, so each of these takes the time its bytes take. A block owns a row
-//  unless said otherwise; threads take 8 values at a time where rows begin at multiples of 16
-//  bytes.
+//  unless said otherwise; a thread takes `width` values at a time, see FOR_ROWS.
 // =================================================================================================
 
-// h (T, D) = rows of the embedding, rounded.
+// h (T, D) = rows of the embedding, rounded. Reads 0.56 to 4 bytes a value, as the table has them.
 template <typename Act, int width>
 __global__ void embed_kernel(Act *h, Weight table, const int32_t *ids) {
     __shared__ float code[16];
@@ -1623,6 +1625,7 @@ __device__ __forceinline__ void copy_row(void *to, const void *from, size_t piec
                         : launch(dev, #name, name##_kernel<2>, __VA_ARGS__))
 
 // Row t of a span's new keys and values goes to where attention reads the last nq of its nk keys.
+// A block owns a row of both, `width` bytes each.
 template <int bytes>
 __global__ void append_keys_kernel(char *keys, char *values, const char *k, const char *v,
                                    size_t width, const Span *spans, size_t n_spans) {
@@ -1640,7 +1643,8 @@ static void append_keys(Device *dev, void *keys, void *values, const void *k, co
                   batch->spans, batch->n_spans);
 }
 
-// Row i of `to` = row index[i] of `from`, or with `back` row index[i] of `to` = row i of `from`.
+// Row i of `to` = row index[i] of `from`, or with `back` row index[i] of `to` = row i of `from`;
+// rows of `width` bytes.
 template <int bytes>
 __global__ void move_rows_kernel(char *to, const char *from, const int32_t *index, size_t width,
                                  bool back) {
@@ -1666,7 +1670,7 @@ static void scatter(Device *dev, real *dh, const real *dout, const int32_t *inde
 //
 //     y = silu(g) u,   silu(g) = g sigma(g),   sigma(g) = 1 / (1 + exp(-g))
 
-// All n values are one row; a thread owns `width` of them.
+// The T F values are one row here; a thread owns `width` of them.
 template <typename Act, int width>
 __global__ void swiglu_forward_kernel(Act *y, const Act *gate, const Act *up, size_t n) {
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * width;
@@ -1685,7 +1689,8 @@ static void swiglu_forward(Device *dev, void *y, const void *gate, const void *u
     LAUNCH_ROWS(dev, n, swiglu_forward, blocks_for(n, 128 * width), 128, y, gate, up, n);
 }
 
-// dup = dy silu(g),   dg = dy u (sigma + g sigma (1 - sigma)). dgate and dup may be gate and up.
+// dup = dy silu(g),   dg = dy u (sigma + g sigma (1 - sigma)). dgate and dup may be gate and up. A
+// thread owns `width` values.
 template <typename Act, int width>
 __global__ void swiglu_backward_kernel(Act *dgate, Act *dup, const Act *dy, const Act *gate,
                                        const Act *up, size_t n) {
@@ -2394,7 +2399,8 @@ attention_decode_share(Attention<Act> a, int splits, int least) {
     }
 }
 
-// Joins the shares of a query in one head: a block for each.
+// Joins the shares of a query in one head: a block for each, its threads the columns in turn. Reads
+// a part of 4 hd bytes for each share.
 template <typename Act>
 __global__ void attention_decode_join(Attention<Act> a, int splits, int least) {
     Unit u = unit_number(a, blockIdx.x, 1, a.H, 1);
@@ -2536,8 +2542,7 @@ static unsigned head_threads(size_t C) { return C <= 1024 ? 128 : 256; }
 __device__ __forceinline__ float shrink(float a, float b) { return a == b ? 1 : expf(a - b); }
 
 // The softmax's running max and sum over the columns of a slice, S rows of C logits. A block owns a
-// row; each thread keeps a maximum and a sum of its own, so that logits are read once, 4 bytes
-// each.
+// row, each thread a maximum and a sum of its own, so that logits are read once, 4 bytes each.
 template <int width>
 __global__ void cross_entropy_forward_kernel(float *max, float *sum, float *chosen,
                                              const float *logits, const int32_t *target,
@@ -2578,7 +2583,8 @@ static void cross_entropy_forward(Device *dev, real *max, real *sum, real *chose
                        C));
 }
 
-// nll = max - chosen + log sum, and its sum over the S rows in double. One block.
+// nll = max - chosen + log sum, and its sum over the S rows in double. One block, so that their
+// order is fixed.
 __global__ void cross_entropy_end_kernel(float *nll, uint8_t *hit, double *total, const float *max,
                                          const float *sum, const float *chosen, size_t S) {
     __shared__ double partial[WARP];
@@ -2640,7 +2646,7 @@ __global__ void squares_kernel(double *sums, const float *g, size_t n) {
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// The end of clip_gradient. One block.
+// The end of clip_gradient: the sum of n partial sums and what follows from it. One block.
 __global__ void clip_kernel(StepRecord *record, const StepRecord *before, const double *sums,
                             unsigned n, float most) {
     __shared__ double partial[WARP];
@@ -3198,7 +3204,8 @@ __device__ uint64_t draw_token(Search &s, uint64_t *list, const float *scores, s
     return find_token(s, &kept, list, scores, V, best, target, false);
 }
 
-// One block. marked (V) is zero before and after.
+// The token that follows a text: penalty and temperature, then the best one or one that is drawn.
+// One block, as all of it is a few reductions. marked (V) is zero before and after.
 __global__ void __launch_bounds__(SAMPLE_THREADS)
 next_token_block(float *z, size_t V, Sequence q, qlora_sampling how) {
     __shared__ Search s;
