@@ -145,9 +145,10 @@ $(E)/test_gpu: $(E)/qlora_emulated.cpp $(TESTS) $(SOURCES) $(EMULATOR)
 emulated: $(EMULATED_TESTS)
 
 # The same tests on a real GPU.
-build/test_ops: qlora.cu test/cuda/test_ops.cpp test/cuda/cpu_ops.c $(SOURCES) | build
+build/test_ops: qlora.cu $(wildcard test/cuda/test_*) test/cuda/cpu_ops.c $(SOURCES) | build
 	$(CC) $(FLAGS) -Wno-unused-function -c -o build/cpu_ops.o test/cuda/cpu_ops.c
-	$(NVCC) $(NVCC_FLAGS) -I. -x cu -o $@ test/cuda/test_ops.cpp build/cpu_ops.o -lpthread -ldl -lm
+	$(NVCC) $(NVCC_FLAGS) -I. -x cu -c -o build/test_ops.o test/cuda/test_ops.cpp
+	$(NVCC) -o $@ build/test_ops.o build/cpu_ops.o -lpthread -ldl -lm
 
 build/test_gpu: $(TESTS) $(SOURCES) build/qlora_cuda.o
 	$(CC) $(FLAGS) -Wno-unused-function -DQLORA_CUDA -o $@ test/test.c build/qlora_cuda.o $(CUDA_LIBS) $(LIBS)

@@ -12,6 +12,7 @@
 #else
 #include "qlora_emulated.cpp"
 #endif
+#include <vector>
 
 extern "C" {
 int cpu_open(Device *dev, DType act);
