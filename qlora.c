@@ -8034,6 +8034,27 @@ static int check_duplicates(Findings *findings, const SampleList *train, const S
 //  here loads in peft, vLLM and llama.cpp as it is.
 // =================================================================================================
 
+// What a caller of the library holds.
+struct qlora_model {
+    qlora_options options;
+    qlora_allocator allocator;
+    Region region;                          // config, slots, layers, paths
+    const char *directory;                  // of the base model
+    const Json *config, *generation;        // generation_config.json or NULL
+    SlotList slots;
+    Transformer transformer;
+    void *weights;
+    size_t weight_bytes;
+    Device host, device;                    // the CPU, and where the model computes: it or a GPU
+    char device_name[128];                  // "" for the CPU
+    Tokenizer *tokenizer;                   // NULL in models made by init without tokenizer files
+    ChatTemplate chat;                      // valid when has_chat
+    bool has_chat;
+    char note[512];                         // what the user should know about the template
+    char device_why[256];                   // why `auto` did not choose a GPU
+    float lora_dropout;                     // of the adapter, for its configuration file
+};
+
 // ----------------------------------------------------------------------- adapted linears, in order
 
 // All linears that can carry an adapter: those of the layers and, last, the output head.
@@ -8260,40 +8281,39 @@ static int read_parameter(const AdapterReader *a, const TensorInfo *t, real *out
 
 // When the head is adapted, PEFT may store a copy of the base head with it. It is accepted if it is
 // that: equal to the model's own.
-static int check_head_copy(AdapterReader *a, Region *region) {
+static int check_head_copy(AdapterReader *a) {
     const TensorInfo *t = adapter_tensor(a, "lm_head", "base_layer.weight");
-    Weight own = a->m->head.weight, copy = own;
     if (!t) return 0;
+    Weight own = a->m->head.weight, copy = {.dtype = safetensors_types[t->type].dtype};
     const char *path = a->files->files[0].path, *head = own.data;
+    size_t size = dtype_size(own.dtype);
     a->used++;
     if (!head)
         return fail(a->err, "%s: %s: an adapter that brings a copy of the head cannot be merged "
                     "here; remove that tensor or merge with peft", path, t->name);
     if (check_tensor(a->files, t, 2, own.N, own.K, a->err)) return -1;
-    copy.dtype = safetensors_types[t->type].dtype;
-    size_t row_bytes = own.K * dtype_size(own.dtype);
-    real *values = region_alloc(region, 2 * own.K, sizeof *values, a->err);
-    char *raw = region_alloc(region, 2 * own.K, sizeof(float), a->err);
-    if (!values || !raw) return -1;
-    copy.data = raw;
-    for (size_t row = 0; row < own.N; row++) {
-        own.data = seen(a->m->dev, raw + own.K * sizeof(float), head + row * row_bytes, row_bytes);
-        if (read_values(a->files, t, raw, row * own.K, own.K, a->err)) return -1;
-        weight_row(values, &copy, 0, 0, own.K, DT_REAL);
-        weight_row(values + own.K, &own, 0, 0, own.K, DT_REAL);
-        for (size_t k = 0; k < own.K; k++)
-            if (values[k] != values[own.K + k])
+    for (size_t at = 0; at < t->elements; at += PIECE) {
+        real ours[PIECE], theirs[PIECE];
+        char room[PIECE * sizeof(float)], raw[PIECE * sizeof(float)];
+        size_t n = min_size(PIECE, t->elements - at);
+        if (read_values(a->files, t, raw, at, n, a->err)) return -1;
+        own.data = seen(a->m->dev, room, head + at * size, n * size);
+        copy.data = raw;
+        weight_row(ours, &own, 0, 0, n, DT_REAL);
+        weight_row(theirs, &copy, 0, 0, n, DT_REAL);
+        for (size_t k = 0; k < n; k++)
+            if (ours[k] != theirs[k])
                 return fail(a->err, "%s: %s differs from the base model's lm_head: a trained copy "
                             "of the head is not implemented", path, t->name);
     }
     return 0;
 }
 
-static int read_adapter_tensors(AdapterReader *a, Region *region) {
+static int read_adapter_tensors(AdapterReader *a) {
     char module[128];
     for (size_t i = 0; i < n_modules(a->m); i++)
         if (read_module_shape(a, i)) return -1;
-    if (check_head_copy(a, region)) return -1;
+    if (check_head_copy(a)) return -1;
     if (a->used != a->files->n_tensors || !a->used)
         return fail(a->err, "%s: %zu of %zu tensors belong to linears of this model: is it an "
                     "adapter for another model?", a->files->files[0].path, a->used,
@@ -8310,9 +8330,9 @@ static int read_adapter_tensors(AdapterReader *a, Region *region) {
 }
 
 // Loads an adapter onto the model. On failure the model is left without one.
-static int load_adapter(Transformer *m, const char *directory, const qlora_allocator *allocator,
-                        qlora_error *err) {
-    Region region = {.allocator = allocator};
+static int load_adapter(qlora_model *q, const char *directory, qlora_error *err) {
+    Transformer *m = &q->transformer;
+    Region region = {.allocator = &q->allocator};
     bool found;
     const Json *json = read_json(directory, "adapter_config.json", 1 << 24, &region, &found, err);
     TensorFiles *files = NULL;
@@ -8320,9 +8340,9 @@ static int load_adapter(Transformer *m, const char *directory, const qlora_alloc
     remove_adapter(m);
     if (!found) fail(err, "%s/adapter_config.json: not found: is this a PEFT adapter?", directory);
     if (json && !check_adapter_config(&config))
-        files = tensors_open(directory, "adapter_model.safetensors", allocator, err);
+        files = tensors_open(directory, "adapter_model.safetensors", &q->allocator, err);
     AdapterReader a = {m, files, config, 0, err};
-    int bad = files ? read_adapter_tensors(&a, &region) : -1;
+    int bad = files ? read_adapter_tensors(&a) : -1;
     if (bad) remove_adapter(m);
     tensors_close(files);
     region_free(&region);
@@ -8331,19 +8351,23 @@ static int load_adapter(Transformer *m, const char *directory, const qlora_alloc
 
 // ------------------------------------------------------------------------------ writing an adapter
 
-// The values of an A or B, which may lie on a device.
-static int fill_adapter(void *user, const TensorInfo *tensor, Writer *w) {
-    Device *dev = user;
-    const real *values = tensor->data;
-    for (size_t at = 0; at < tensor->elements; at += PIECE) {
-        size_t n = min_size(PIECE, tensor->elements - at);
+// n values that may lie on a device, in float32; *hash, unless it is NULL, runs over them.
+static int write_parameters(Writer *w, uint64_t *hash, Device *dev, const real *values, size_t n) {
+    for (size_t at = 0; at < n; at += PIECE) {
+        size_t count = min_size(PIECE, n - at);
         real room[PIECE];
         float narrow[PIECE];
-        const real *here = seen(dev, room, values + at, n * sizeof *room);
-        for (size_t k = 0; k < n; k++) narrow[k] = (float)here[k];
-        if (writer_write(w, narrow, n * sizeof *narrow)) return -1;
+        const real *here = seen(dev, room, values + at, count * sizeof *room);
+        for (size_t k = 0; k < count; k++) narrow[k] = (float)here[k];
+        if (hash) *hash = checksum(*hash, narrow, count * sizeof *narrow);
+        if (dev->ops->check(dev, w->err) || writer_write(w, narrow, count * sizeof *narrow))
+            return -1;
     }
-    return dev->ops->check(dev, w->err);
+    return 0;
+}
+
+static int fill_adapter(void *user, const TensorInfo *tensor, Writer *w) {
+    return write_parameters(w, NULL, user, tensor->data, tensor->elements);
 }
 
 static double lora_rank(const Lora *lora) { return (double)lora->r; }
@@ -8372,10 +8396,13 @@ static int write_modules(Buffer *b, Transformer *m, double (*number)(const Lora 
 }
 
 // The classic keys, sorted: older versions of peft refuse keys they do not know.
-static int write_adapter_config(const char *directory, Transformer *m, const char *base,
-                                float dropout, Region *region, qlora_error *err) {
+static int write_adapter_config(qlora_model *q, const char *directory, Region *region,
+                                qlora_error *err) {
+    Transformer *m = &q->transformer;
     Buffer b = {.allocator = region->allocator};
     const Lora *lora = NULL;
+    char base[PATH_MAX];
+    if (!realpath(q->directory, base)) snprintf(base, sizeof base, "%s", q->directory);
     for (size_t i = 0; i < n_modules(m) && !lora; i++)
         if (module_linear(m, i)->lora.r) lora = &module_linear(m, i)->lora;
     if (!lora) return fail(err, "the model has no adapter to save");
@@ -8391,7 +8418,7 @@ static int write_adapter_config(const char *directory, Transformer *m, const cha
             "  \"layers_pattern\": null,\n  \"layers_to_transform\": null,\n"
             "  \"lora_alpha\": %.9g,\n  \"lora_dropout\": %.9g,\n  \"modules_to_save\": null,\n"
             "  \"peft_type\": \"LORA\",\n  \"r\": %zu,\n  \"rank_pattern\": {",
-            lora_alpha(lora), (double)dropout, lora->r) ||
+            lora_alpha(lora), (double)q->lora_dropout, lora->r) ||
         write_modules(&b, m, lora_rank, lora, err) ||
         buffer_printf(&b, err, "},\n  \"revision\": null,\n  \"target_modules\": [") ||
         write_modules(&b, m, NULL, NULL, err) ||
@@ -8400,9 +8427,9 @@ static int write_adapter_config(const char *directory, Transformer *m, const cha
     return write_buffer(path_join(region, directory, "adapter_config.json", err), &b, bad, err);
 }
 
-static int save_adapter(Transformer *m, const char *directory, const char *base, float dropout,
-                        const qlora_allocator *allocator, qlora_error *err) {
-    Region region = {.allocator = allocator};
+int qlora_save_adapter(qlora_model *q, const char *directory, qlora_error *err) {
+    Transformer *m = &q->transformer;
+    Region region = {.allocator = &q->allocator};
     size_t n = 0;
     TensorInfo *tensors = region_alloc(&region, 2 * n_modules(m), sizeof *tensors, err);
     bool bad = !tensors;
@@ -8423,9 +8450,9 @@ static int save_adapter(Transformer *m, const char *directory, const char *base,
         }
     }
     bad = bad || make_directory(directory, err) ||
-          write_adapter_config(directory, m, base, dropout, &region, err) ||
+          write_adapter_config(q, directory, &region, err) ||
           write_tensors(path_join(&region, directory, "adapter_model.safetensors", err), tensors, n,
-                        fill_adapter, m->dev, allocator, err);
+                        fill_adapter, m->dev, &q->allocator, err);
     region_free(&region);
     return bad ? -1 : 0;
 }
@@ -8532,26 +8559,6 @@ static int write_config(const char *directory, const Json *config, const Weight 
 }
 
 // -------------------------------------------------------------------------------- the model handle
-
-struct qlora_model {
-    qlora_options options;
-    qlora_allocator allocator;
-    Region region;                          // config, slots, layers, paths
-    const char *directory;                  // of the base model
-    const Json *config, *generation;        // generation_config.json or NULL
-    SlotList slots;
-    Transformer transformer;
-    void *weights;
-    size_t weight_bytes;
-    Device host, device;                    // the CPU, and where the model computes: it or a GPU
-    char device_name[128];                  // "" for the CPU
-    Tokenizer *tokenizer;                   // NULL in models made by init without tokenizer files
-    ChatTemplate chat;                      // valid when has_chat
-    bool has_chat;
-    char note[512];                         // what the user should know about the template
-    char device_why[256];                   // why `auto` did not choose a GPU
-    float lora_dropout;                     // of the adapter, for its configuration file
-};
 
 static int physical_cores(void) {
     int online = (int)sysconf(_SC_NPROCESSORS_ONLN), cores = 0;
@@ -8717,8 +8724,10 @@ static const char *find_base(const char *directory, Region *region, qlora_error 
     return NULL;
 }
 
-// Finds out from the files' headers what the weights take, and reads them unless it is a plan.
-static int read_weights(qlora_model *q, bool plan, qlora_error *err) {
+// Finds out from the files' headers what the weights take, and reads them unless it is a plan or
+// they are there.
+static int need_weights(qlora_model *q, bool plan, qlora_error *err) {
+    if (q->weights) return 0;
     WeightLoader l = {.options = &q->options, .dev = &q->device, .err = err};
     l.files = tensors_open(q->directory, "model.safetensors", &q->allocator, err);
     int bad = l.files ? load_weights(&l, &q->transformer, &q->slots, plan ? NULL : &q->weights,
@@ -8727,20 +8736,14 @@ static int read_weights(qlora_model *q, bool plan, qlora_error *err) {
     return bad;
 }
 
-// Weights are read when the first thing needs them.
-static int need_weights(qlora_model *q, qlora_error *err) {
-    return q->weights ? 0 : read_weights(q, false, err);
-}
-
 qlora_model *qlora_open(const char *path, const qlora_options *options, qlora_error *err) {
     qlora_options opt = complete_options(options);
     Region region = {.allocator = &opt.allocator};
     bool is_adapter = directory_has(path, "adapter_config.json");
     const char *base = is_adapter ? find_base(path, &region, err) : path;
     qlora_model *q = base ? open_handle(base, &opt, err) : NULL;
-    if (q && (open_text(q, path, err) || read_weights(q, true, err) ||
-              ((is_adapter || !opt.defer_weights) && need_weights(q, err)) ||
-              (is_adapter && load_adapter(&q->transformer, path, &q->allocator, err)))) {
+    if (q && (open_text(q, path, err) || need_weights(q, opt.defer_weights && !is_adapter, err) ||
+              (is_adapter && load_adapter(q, path, err)))) {
         qlora_close(q);
         q = NULL;
     }
@@ -8752,14 +8755,7 @@ const char *qlora_note(const qlora_model *q) { return q->note; }
 
 int qlora_load_adapter(qlora_model *q, const char *directory, qlora_error *err) {
     q->lora_dropout = 0;
-    if (need_weights(q, err)) return -1;
-    return load_adapter(&q->transformer, directory, &q->allocator, err);
-}
-
-int qlora_save_adapter(qlora_model *q, const char *directory, qlora_error *err) {
-    char base[PATH_MAX];
-    if (!realpath(q->directory, base)) snprintf(base, sizeof base, "%s", q->directory);
-    return save_adapter(&q->transformer, directory, base, q->lora_dropout, &q->allocator, err);
+    return need_weights(q, false, err) || load_adapter(q, directory, err) ? -1 : 0;
 }
 
 qlora_model_info qlora_info(const qlora_model *q) {
@@ -8908,7 +8904,8 @@ int qlora_quantize(const char *model_dir, const char *out_dir, const qlora_optio
     if (!q) return -1;
     int bad = q->options.quant == QLORA_QUANT_NONE
             ? fail(err, "quantize: expected --quant nf4 or fp4, found none")
-            : make_directory(out_dir, err) || need_weights(q, err) || write_model(q, out_dir, err);
+            : make_directory(out_dir, err) || need_weights(q, false, err) ||
+              write_model(q, out_dir, err);
     qlora_close(q);
     return bad ? -1 : 0;
 }
@@ -9030,7 +9027,8 @@ static int session_open(Session *s, qlora_model *q, SessionShape shape, qlora_er
     *s = (Session){.q = q, .outer = q->device, .region.allocator = &q->allocator};
     s->layers = region_alloc(&s->region, c->L, sizeof *s->layers, err);
     s->cache = region_alloc(&s->region, 2 * c->L, sizeof *s->cache, err);
-    bool ready = s->layers && s->cache && !session_plan(s, &shape, err) && !need_weights(q, err);
+    bool ready = s->layers && s->cache && !session_plan(s, &shape, err) &&
+                 !need_weights(q, false, err);
     void *host = ready && !dev->ops->host ? region_alloc(&s->region, s->batch_bytes, 1, err) : NULL;
     if (ready && (dev->ops->host || host)) s->memory = dev->ops->allocate(dev, s->bytes, err);
     if (!s->memory) { session_close(s); return -1; }
@@ -9059,16 +9057,16 @@ typedef struct {
     qlora_model *q;
     WeightLoader loader;
     size_t values;                          // at a time: MERGE_VALUES, or a row if that is longer
-    float *rows;                            // (values) on their way
-    char *raw;                              // (values) the same as read and as written
+    char *raw;                              // (values) as read and as written
+    real *rows;                             // (values) widened
     real *delta, *remote;                   // (values) s B A, on the host and on the device
     double *sums;                           // (rows, 4): of W^2, D^2, |D| > 0, of these unchanged
     double totals[4];
-    // of the tensor at work
-    const Slot *slot;
-    const Lora *lora;                       // or NULL
-    const real *change;                     // the delta as the host sees it
-    size_t first, n_rows;
+    // of the rows at work
+    DType type;                             // as they are written
+    Weight from;                            // what they are read from: the file's or a 4-bit one
+    size_t first;                           // of them in there
+    const real *change;                     // the delta as the host sees it, or NULL
 } Merger;
 
 typedef struct { real *delta; const real *B, *A; real s; size_t K, r; } LowRankTask;
@@ -9089,41 +9087,26 @@ static void low_rank(Device *dev, real *delta, const real *B, const real *A, rea
     parallel_for(dev->pool, rows, low_rank_task, &a);
 }
 
-// One row: adds the adapter's share and rounds.
+// One row: widened, with the adapter's share, rounded.
 static void merge_row_task(void *arguments, size_t row, int thread) {
     Merger *a = arguments;
-    size_t K = a->slot->columns;
-    DType type = safetensors_types[a->slot->file_type].dtype;
-    float *w = a->rows + row * K;
+    size_t K = a->from.K, size = dtype_size(a->type);
+    real *w = a->rows + row * K;
     double *sums = a->sums + 4 * row;
     (void)thread;
+    weight_row(w, &a->from, a->first + row, 0, K, DT_REAL);
     sums[0] = sums[1] = sums[2] = sums[3] = 0;
     for (size_t k = 0; k < K; k++) {
-        float delta = (float)a->change[row * K + k];
-        float sum = w[k] + delta;
-        float merged = type == DT_F32 ? sum : type == DT_F16 ? f16_to_float(float_to_f16(sum))
-                                                             : bf16_to_float(float_to_bf16(sum));
-        sums[0] += (double)w[k] * (double)w[k];
+        char *out = a->raw + (row * K + k) * size;
+        float before = (float)w[k], delta = a->change ? (float)a->change[row * K + k] : 0;
+        float merged = before + delta;
+        narrow_values(out, &merged, a->type, 1);
+        widen_values(&merged, out, a->type, 1);
+        sums[0] += (double)before * (double)before;
         sums[1] += (double)delta * (double)delta;
         sums[2] += !(fabsf(delta) <= 0);
-        sums[3] += !(fabsf(delta) <= 0) && merged == w[k];
-        w[k] = merged;
+        sums[3] += !(fabsf(delta) <= 0) && merged == before;
     }
-}
-
-// Adds the adapter's share to the rows at work.
-static int add_adapter(Merger *a) {
-    Device *dev = &a->q->device;
-    size_t K = a->slot->columns, r = a->lora->r, n = a->n_rows * K;
-    dev->ops->low_rank(dev, a->remote, a->lora->B + a->first * r, a->lora->A, a->lora->scale,
-                       a->n_rows, K, r);
-    a->change = seen(dev, a->delta, a->remote, n * sizeof(real));
-    if (dev->ops->check(dev, a->loader.err)) return -1;
-    parallel_for(dev->pool, a->n_rows, merge_row_task, a);
-    for (size_t i = 0; i < a->n_rows; i++)
-        for (size_t k = 0; k < 4; k++) a->totals[k] += a->sums[4 * i + k];
-    if (all_finite(a->rows, DT_F32, n)) return 0;
-    return fail(a->loader.err, "tensor %s: the merged values are not finite", a->slot->name);
 }
 
 // The linear a weight slot belongs to, if it has an adapter.
@@ -9135,27 +9118,32 @@ static const Lora *slot_lora(qlora_model *q, const Slot *slot) {
     return NULL;
 }
 
-// Writes the merged tensor of a->slot, some rows at a time. They are read from the file, those of a
-// 4-bit slot from its weight.
-static int merge_rows(Merger *a, Writer *w) {
-    const Slot *slot = a->slot;
+// Writes a merged tensor, some rows at a time. They are read from the file, those of a 4-bit slot
+// from its weight.
+static int merge_rows(Merger *a, const Slot *slot, Writer *w) {
+    Device *dev = &a->q->device;
+    qlora_error *err = a->loader.err;
     bool packed = slot->weight && is_4bit(slot->weight->dtype);
-    DType type = safetensors_types[slot->file_type].dtype;
     const TensorInfo *t = packed ? NULL : loader_find(&a->loader, slot->name, "");
-    size_t K = slot->columns;
-    for (a->first = 0; a->first < slot->rows; a->first += a->n_rows) {
-        a->n_rows = min_size(a->values / K, slot->rows - a->first);
-        size_t n = a->n_rows * K;
-        if (t && read_values(a->loader.files, t, a->raw, a->first * K, n, a->loader.err)) return -1;
-        if (t) widen_values(a->rows, a->raw, type, n);
-        for (size_t i = 0; packed && i < a->n_rows; i++) {
-            real *row = (real *)(void *)a->raw;
-            weight_row(row, slot->weight, a->first + i, 0, K, DT_REAL);
-            for (size_t k = 0; k < K; k++) a->rows[i * K + k] = (float)row[k];
-        }
-        if (a->lora && add_adapter(a)) return -1;
-        narrow_values(a->raw, a->rows, type, n);
-        if (writer_write(w, a->raw, n * dtype_size(type))) return -1;
+    const Lora *lora = slot_lora(a->q, slot);
+    size_t K = slot->columns, rows;
+    a->type = safetensors_types[slot->file_type].dtype;
+    a->from = packed ? *slot->weight : (Weight){.dtype = a->type, .K = K, .data = a->raw};
+    for (size_t first = 0; first < slot->rows; first += rows) {
+        rows = min_size(a->values / K, slot->rows - first);
+        size_t n = rows * K;
+        if (t && read_values(a->loader.files, t, a->raw, first * K, n, err)) return -1;
+        if (lora)
+            dev->ops->low_rank(dev, a->remote, lora->B + first * lora->r, lora->A, lora->scale,
+                               rows, K, lora->r);
+        a->change = lora ? seen(dev, a->delta, a->remote, n * sizeof(real)) : NULL;
+        if (dev->ops->check(dev, err)) return -1;
+        a->first = packed ? first : 0;
+        if (lora || packed) parallel_for(dev->pool, rows, merge_row_task, a);
+        for (size_t i = 0; lora && i < 4 * rows; i++) a->totals[i % 4] += a->sums[i];
+        if (!all_finite(a->raw, a->type, n))
+            return fail(err, "tensor %s: the merged values are not finite", slot->name);
+        if (writer_write(w, a->raw, n * dtype_size(a->type))) return -1;
     }
     return 0;
 }
@@ -9164,19 +9152,15 @@ static int merge_rows(Merger *a, Writer *w) {
 static int fill_merged(void *user, const TensorInfo *tensor, Writer *w) {
     Merger *a = user;
     WeightLoader *l = &a->loader;
-    a->slot = tensor->data;
-    a->lora = slot_lora(a->q, a->slot);
-    if (!a->slot->weight || !is_4bit(a->slot->weight->dtype)) return merge_rows(a, w);
-    Slot slot = *a->slot;
-    Weight packed = *slot.weight;
+    Slot *slot = (Slot *)(uintptr_t)tensor->data;
     Arena arena = {NULL, 0};
-    slot.weight = &packed;
-    a->slot = &slot;
-    if (place_slot(l, &slot, &arena)) return -1;
+    if (!slot->weight || !is_4bit(slot->weight->dtype)) return merge_rows(a, slot, w);
+    if (place_slot(l, slot, &arena)) return -1;
     size_t bytes = arena.used;
     char *memory = host_allocate(l->dev, bytes, l->err);
     arena = (Arena){memory, 0};
-    int bad = !memory || place_slot(l, &slot, &arena) || load_4bit(l, &slot) || merge_rows(a, w);
+    int bad = !memory || place_slot(l, slot, &arena) || load_4bit(l, slot) ||
+              merge_rows(a, slot, w);
     host_release(l->dev, memory, bytes);
     return bad ? -1 : 0;
 }
@@ -9277,7 +9261,7 @@ int qlora_merge(const char *model_dir, const char *adapter_dir, const char *out_
     q->options.quant = QLORA_QUANT_NONE;                    // 16-bit tensors are merged as they are
     a.loader.files = tensors_open(model_dir, "model.safetensors", &q->allocator, err);
     int bad =
-        !a.loader.files || load_adapter(&q->transformer, adapter_dir, &q->allocator, err) ||
+        !a.loader.files || load_adapter(q, adapter_dir, err) ||
         open_text(q, adapter_dir, err) || check_merge(q, out_dir, err) || prepare_merge(&a, err) ||
         write_merged_shards(&a, out_dir, max_size(max_shard_bytes, 1), err) ||
         write_config(out_dir, q->config, NULL, &q->region, err) ||
@@ -9488,8 +9472,8 @@ static int not_finite(Trainer *t, const char *what, size_t step) {
                 "lines %s; try a lower --learning-rate or --compute f32", step + 1, what, lines);
 }
 
-static bool should_stop(const Trainer *t) {
-    return t->q->options.stop && t->q->options.stop(t->q->options.stop_user);
+static bool should_stop(const qlora_model *q) {
+    return q->options.stop && q->options.stop(q->options.stop_user);
 }
 
 __attribute__((format(printf, 2, 3)))
@@ -9528,7 +9512,7 @@ static int train_step(Trainer *t, size_t step, const size_t *pack, size_t n, qlo
                                             true);
         loss_and_gradients(m, &t->session.w, &labelled, &record->loss, 1 / (real)p->supervised,
                            true);
-        if (should_stop(t)) return STOPPED;
+        if (should_stop(t->q)) return STOPPED;
     }
     p->learning_rate = (double)o->learning_rate * schedule_factor(t->schedule, step, t->steps,
                                                                   t->warmup);
@@ -9564,7 +9548,7 @@ static int evaluate(Trainer *t, const SampleList *list, qlora_score *score) {
             hits += hit[s];
         }
         score->tokens += S;
-        if (should_stop(t)) return STOPPED;
+        if (should_stop(t->q)) return STOPPED;
     }
     double n = (double)score->tokens;
     score->loss = sum / n;
@@ -9678,8 +9662,7 @@ static int write_plot(Trainer *t) {
         {"loss", "training loss", "steelblue"}, {"eval_loss", "held-out loss", "firebrick"}};
     double highest = 1e-3;
     Buffer svg = {.allocator = &t->q->allocator};
-    const char *path = path_join(&t->region, t->options->output_dir, "loss.svg", t->err);
-    int bad = !path || plot_values(t, NULL, "loss", &highest) ||
+    int bad = plot_values(t, NULL, "loss", &highest) ||
               plot_values(t, NULL, "eval_loss", &highest) ||
               buffer_printf(&svg, t->err,
                             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"800\" "
@@ -9695,10 +9678,9 @@ static int write_plot(Trainer *t) {
                             curves[k].colour, curves[k].name, curves[k].colour) ||
               plot_values(t, &svg, curves[k].key, &highest) ||
               buffer_printf(&svg, t->err, "\"/>\n");
-    bad = bad || buffer_printf(&svg, t->err, "</svg>\n") ||
-          write_file(path, svg.data, svg.size, t->err);
-    buffer_free(&svg);
-    return bad ? -1 : 0;
+    bad = bad || buffer_printf(&svg, t->err, "</svg>\n");
+    return write_buffer(path_join(&t->region, t->options->output_dir, "loss.svg", t->err), &svg,
+                        bad, t->err);
 }
 
 // Of what is trained on: ids, masks and lengths.
@@ -9747,10 +9729,9 @@ static int write_run(Trainer *t, const char *directory) {
         {"version", QLORA_VERSION}, {"command", o->command_line ? o->command_line : ""},
         {"model", t->q->directory}, {"template", t->q->chat.row->name},
         {"quant", quant_names[quant]}, {"settings", t->settings}};
-    const char *path = path_join(&t->region, directory, "run.json", t->err);
     const char *const *data = path_list(&t->paths);
     Buffer b = {.allocator = &t->q->allocator};
-    int bad = !path || buffer_printf(&b, t->err, "{\n");
+    int bad = buffer_printf(&b, t->err, "{\n");
     for (size_t i = 0; i < sizeof texts / sizeof *texts && !bad; i++)
         bad = buffer_printf(&b, t->err, "  \"%s\": ", texts[i].key) ||
               json_write_string(&b, texts[i].text, strlen(texts[i].text), t->err) ||
@@ -9759,10 +9740,8 @@ static int write_run(Trainer *t, const char *directory) {
         bad = buffer_printf(&b, t->err, i ? ", " : "  \"data\": [") ||
               json_write_string(&b, data[i], strlen(data[i]), t->err);
     bad = bad || buffer_printf(&b, t->err, "],\n  \"double_quant\": %s,\n  \"seed\": %llu\n}\n",
-                               w->absmax8 ? "true" : "false", (unsigned long long)o->seed) ||
-          write_file(path, b.data, b.size, t->err);
-    buffer_free(&b);
-    return bad ? -1 : 0;
+                               w->absmax8 ? "true" : "false", (unsigned long long)o->seed);
+    return write_buffer(path_join(&t->region, directory, "run.json", t->err), &b, bad, t->err);
 }
 
 // ------------------------------------------------------------------------------------- checkpoints
@@ -9776,27 +9755,10 @@ static int write_run(Trainer *t, const char *directory) {
 typedef struct { char magic[8]; uint64_t text; } StateHead;           // text: its bytes
 static const char state_magic[8] = {'Q', 'L', 'O', 'R', 'A', 'C', 'K', '2'};
 
-typedef struct { Writer w; uint64_t hash; } StateWriter;
-
-static int state_write(StateWriter *s, const void *data, size_t n) {
-    s->hash = checksum(s->hash, data, n);
-    return writer_write(&s->w, data, n);
-}
-
-static int state_write_values(StateWriter *s, Device *dev, const real *values, size_t n) {
-    real room[PIECE];
-    int bad = 0;
-    for (size_t at = 0; at < n && !bad; at += PIECE) {
-        size_t bytes = min_size(PIECE, n - at) * sizeof *room;
-        const real *here = seen(dev, room, values + at, bytes);
-        bad = dev->ops->check(dev, s->w.err) || state_write(s, here, bytes);
-    }
-    return bad;
-}
-
 static int write_state(Trainer *t, const char *path) {
     const Transformer *m = &t->q->transformer;
-    StateWriter s = {.hash = 1};
+    const real *values[] = {m->parameters, m->moment1, m->moment2};
+    Writer w;
     StateHead head;
     Buffer text = {.allocator = &t->q->allocator};
     double best = isfinite(t->best_loss) ? t->best_loss : -1;
@@ -9806,17 +9768,15 @@ static int write_state(Trainer *t, const char *path) {
               json_write_string(&text, t->settings, strlen(t->settings), t->err);
     size_t more = text.size + 2 + t->log.size;
     bad = bad || buffer_printf(&text, t->err, "%*s}\n", (int)(round_up(more, 8) - more), "") ||
-          buffer_append(&text, t->log.data, t->log.size, t->err) ||
-          writer_open(&s.w, path, t->err);
+          buffer_append(&text, t->log.data, t->log.size, t->err) || writer_open(&w, path, t->err);
     if (!bad) {
         memcpy(head.magic, state_magic, sizeof state_magic);
         head.text = text.size;
-        bad = state_write(&s, &head, sizeof head) || state_write(&s, text.data, text.size) ||
-              state_write_values(&s, m->dev, m->parameters, m->n_parameters) ||
-              state_write_values(&s, m->dev, m->moment1, m->n_parameters) ||
-              state_write_values(&s, m->dev, m->moment2, m->n_parameters) ||
-              writer_write(&s.w, &s.hash, sizeof s.hash);
-        bad = writer_close(&s.w, bad);
+        uint64_t hash = checksum(checksum(1, &head, sizeof head), text.data, text.size);
+        bad = writer_write(&w, &head, sizeof head) || writer_write(&w, text.data, text.size);
+        for (int i = 0; i < 3; i++)
+            bad = bad || write_parameters(&w, &hash, m->dev, values[i], m->n_parameters);
+        bad = writer_close(&w, bad || writer_write(&w, &hash, sizeof hash));
     }
     buffer_free(&text);
     return bad ? -1 : 0;
@@ -10058,7 +10018,7 @@ static int after_step(Trainer *t) {
     t->evaluated = true;
     if (saves) bad = save_checkpoint(t);
     if (!bad && epoch_ends) bad = show_samples(t);
-    return bad ? bad : step < t->steps && should_stop(t) ? STOPPED : 0;
+    return bad ? bad : step < t->steps && should_stop(t->q) ? STOPPED : 0;
 }
 
 static int train_loop(Trainer *t) {
@@ -10589,14 +10549,17 @@ typedef struct {
     qlora_error *err;
 } Generation;
 
-// Hands out the text that one more token makes certain. Returns 1 when the caller has enough.
+// Hands out the text that one more token makes certain, or (id -1) the end of all. Returns 1 when
+// the caller has enough.
 static int emit(Generation *g, int32_t id) {
-    if (!g->text || !g->q->tokenizer) return 0;
-    g->piece.size = 0;
-    if (token_stream_push(g->q->tokenizer, &g->stream, id, !g->how->keep_special, &g->piece,
-                          g->err))
+    const Tokenizer *t = g->q->tokenizer;
+    Buffer *piece = &g->piece;
+    if (!g->text || !t) return 0;
+    piece->size = 0;
+    if (id < 0 ? token_stream_end(t, &g->stream, piece, g->err)
+               : token_stream_push(t, &g->stream, id, !g->how->keep_special, piece, g->err))
         return -1;
-    return g->piece.size && g->text(g->user, g->piece.data, g->piece.size) ? 1 : 0;
+    return piece->size && g->text(g->user, piece->data, piece->size) ? 1 : 0;
 }
 
 // The step that is the same for every new token: a row through the model, its logits, the next id.
@@ -10643,14 +10606,10 @@ static int generate_tokens(Generation *g, Session *s, size_t prompt, size_t room
         if (!g->how->ignore_eos && is_end(g->q, id)) break;
         int enough = emit(g, id);
         if (enough < 0) return -1;
-        if (enough || (g->q->options.stop && g->q->options.stop(g->q->options.stop_user))) break;
+        if (enough || should_stop(g->q)) break;
         if (i + 1 < room) dev->ops->replay(dev, &s->record, decode_step, s);
     }
-    g->piece.size = 0;
-    if (!g->text || !g->q->tokenizer) return 0;
-    if (token_stream_end(g->q->tokenizer, &g->stream, &g->piece, g->err)) return -1;
-    if (g->piece.size) g->text(g->user, g->piece.data, g->piece.size);
-    return 0;
+    return emit(g, -1) < 0 ? -1 : 0;
 }
 
 int qlora_generate(qlora_model *q, const int32_t *ids, size_t n, const qlora_sampling *how,
