@@ -9490,16 +9490,24 @@ static void tell(const qlora_train_options *o, const char *format, ...) {
 enum { STOPPED = 1 };                       // the stop callback asked for it: no error yet
 enum { MAX_PENDING = 1024 };
 
-// One optimiser step over the n packs of this epoch that begin with pack[0]. Nothing is changed
-// when it is stopped, or when its loss or gradient is not finite, which read_back finds out.
-static int train_step(Trainer *t, size_t step, const size_t *pack, size_t n, qlora_progress *p) {
-    const uint32_t *samples = t->epoch.index + pack[0];
+// The next optimiser step, over packs of this epoch. Nothing is changed when it is stopped, or when
+// its loss or gradient is not finite, which read_back finds out.
+static int train_step(Trainer *t) {
     const qlora_train_options *o = t->options;
     Transformer *m = &t->q->transformer;
     Device *dev = m->dev;
-    size_t batch = o->per_device_train_batch_size;
+    size_t step = t->step, batch = o->per_device_train_batch_size;
+    size_t skipped = step % t->steps_per_epoch * t->per_step;
+    size_t n = min_size(t->per_step, t->train.n_packs - skipped);
+    const size_t *pack = t->epoch.pack + skipped;
+    const uint32_t *samples = t->epoch.index + pack[0];
     StepRecord *record = &t->records[t->n_pending];
-    p->tokens = p->supervised = 0;
+    qlora_progress *p = &t->pending[t->n_pending];
+    *p = (qlora_progress){
+        .step = step + 1, .steps = t->steps,
+        .epoch = (double)(step + 1) / (double)t->steps_per_epoch,
+        .learning_rate = (double)o->learning_rate *
+                         schedule_factor(t->schedule, step, t->steps, t->warmup)};
     for (size_t i = 0; i < pack[n] - pack[0]; i++) {
         p->supervised += t->data.samples[samples[i]].supervised;
         p->tokens += t->data.samples[samples[i]].length;
@@ -9514,13 +9522,14 @@ static int train_step(Trainer *t, size_t step, const size_t *pack, size_t n, qlo
                            true);
         if (should_stop(t->q)) return STOPPED;
     }
-    p->learning_rate = (double)o->learning_rate * schedule_factor(t->schedule, step, t->steps,
-                                                                  t->warmup);
     dev->ops->clip_gradient(dev, record, t->n_pending ? record - 1 : NULL, m->gradients,
                             m->n_parameters, (real)o->max_grad_norm);
     dev->ops->adamw(dev, m->parameters, m->gradients, m->moment1, m->moment2, m->n_parameters,
                     (real)p->learning_rate, (real)0.9, (real)0.999, (real)1e-8,
                     (real)o->weight_decay, record, step + 1);
+    t->step++;
+    t->n_pending++;
+    t->evaluated = false;
     return 0;
 }
 
@@ -10025,20 +10034,13 @@ static int train_loop(Trainer *t) {
     size_t epoch = SIZE_MAX;
     int bad;
     while (!(bad = after_step(t)) && t->step < t->steps) {
-        size_t first = t->step % t->steps_per_epoch * t->per_step;
-        size_t n = min_size(t->per_step, t->train.n_packs - first);
-        qlora_progress p = {.step = t->step + 1, .steps = t->steps,
-                            .epoch = (double)(t->step + 1) / (double)t->steps_per_epoch};
         if (t->step / t->steps_per_epoch != epoch) {
             epoch = t->step / t->steps_per_epoch;
             order_epoch(t, epoch);
         }
         if (!t->n_pending) t->window_began = now_seconds();
-        bad = train_step(t, t->step, t->epoch.pack + first, n, &p);
+        bad = train_step(t);
         if (bad) break;
-        t->step++;
-        t->evaluated = false;
-        t->pending[t->n_pending++] = p;
     }
     return bad == STOPPED ? stopped(t) : bad;
 }
@@ -10129,19 +10131,13 @@ static int check_disk(Trainer *t) {
                           "(--save-total-limit)", o->output_dir, room * 1e-6, saves, need * 1e-6);
 }
 
-// The finding after this one, or the first; NULL at the end.
-static const Finding *next_finding(const Trainer *t, const Finding *f) {
-    f = f ? f + 1 : t->findings.list;
-    return f < t->findings.list + t->findings.n ? f : NULL;
-}
-
 static void tell_plan(const Trainer *t) {
     const qlora_train_options *o = t->options;
     const Dataset *d = &t->data;
     if (*t->q->note) tell(o, "%s", t->q->note);
     tell(o, "data: %zu samples (%zu held out), %zu tokens, %zu supervised, %zu ends of turn among "
          "them", d->n, t->val.n, d->tokens, d->supervised, d->ends);
-    for (const Finding *f = next_finding(t, NULL); f; f = next_finding(t, f))
+    for (const Finding *f = t->findings.list; f < t->findings.list + t->findings.n; f++)
         tell(o, "  %s: %s", severity_names[f->severity], f->text);
     if (t->packing)
         tell(o, "packing: %zu samples in %zu packs of at most %zu tokens", t->train.n,
@@ -10216,7 +10212,7 @@ static int check_data(Trainer *t) {
 
 // Fails with the first of the findings that is an error.
 static int refuse_errors(const Trainer *t) {
-    for (const Finding *f = next_finding(t, NULL); f; f = next_finding(t, f))
+    for (const Finding *f = t->findings.list; f < t->findings.list + t->findings.n; f++)
         if (f->severity == ERROR) return fail(t->err, "%s", f->text);
     return 0;
 }
@@ -11036,10 +11032,10 @@ static int print_samples(const Trainer *t, const Dataset *shown, bool json, qlor
 }
 
 static void print_findings(const Trainer *t, bool json) {
-    const Finding *f = next_finding(t, NULL);
     if (json) printf("\"findings\": [");
-    else if (!f) printf("checks: nothing is wrong\n");
-    for (size_t i = 0; f; f = next_finding(t, f), i++) {
+    else if (!t->findings.n) printf("checks: nothing is wrong\n");
+    for (size_t i = 0; i < t->findings.n; i++) {
+        const Finding *f = &t->findings.list[i];
         if (json) printf("%s{\"severity\": \"%s\", \"code\": \"%s\", \"count\": %zu, \"text\": ",
                          comma(i), severity_names[f->severity], f->code, f->n);
         else printf("%s: ", severity_names[f->severity]);
@@ -12090,92 +12086,27 @@ static void apply_mask(real *x, size_t k, size_t n, const Mask *mask, size_t row
     }
 }
 
-// ------------------------------------------------------------------------------------- packing A
-
-// Activations as the left operand: blocks of 256 steps, in each the rows one after the other.
-typedef struct { Word *words; size_t rows, n; } Left;         // n elements along the sum
+// ---------------------------------------------------------------------------------------- operands
 
 static bool uses_bf16(const Device *dev) { return HAS_BF16_DOT && dev->act == DT_BF16; }
 
 // Steps of a sum over n elements. The last word of an odd sum is padded with 0 on both sides.
 static size_t steps_of(bool bf16, size_t n) { return bf16 ? (n + 1) / 2 : n; }
 
-static size_t left_words(size_t rows, size_t n) { return ceil_div(n, BLOCK_STEPS) * rows * PITCH; }
-
-static Left left_alloc(Arena *arena, bool bf16, size_t rows, size_t n) {
-    Word *words = arena_alloc(arena, left_words(rows, steps_of(bf16, n)), sizeof *words);
-    return (Left){words, rows, n};
-}
-
-static Word *left_at(const Left *a, size_t row, size_t step) {
-    return a->words + (step / BLOCK_STEPS * a->rows + row) * PITCH + step % BLOCK_STEPS;
-}
-
-typedef struct {
-    const Device *dev;
-    Left to;                                                  // (rows, n)
-    const void *x;                  // (T, stride) act, of which n columns are taken
-    size_t first, stride;           // the token that becomes row 0
-    Mask mask;
-} PackTask;
-
-static void pack_task(void *arguments, size_t task, int thread) {
-    PackTask *a = arguments;
-    DType act = a->dev->act;
-    bool bf16 = uses_bf16(a->dev);
-    size_t n = a->to.n, per_block = bf16 ? 2 * BLOCK_STEPS : BLOCK_STEPS;
-    size_t end = min_size(a->to.rows, (task + 1) * PACK_ROWS);
-    real *row = thread_rows(a->dev, thread), *rounded = row + n;
-    for (size_t i = task * PACK_ROWS; i < end; i++) {
-        const void *x = act_at(act, a->x, (a->first + i) * a->stride);
-        if (a->mask.lora) {
-            load_row(row, act, x, 0, n);
-            apply_mask(row, 0, n, &a->mask, i);
-            store_row(act, rounded, 0, row, n);
-            x = rounded;
-        }
-        for (size_t k = 0, count; k < n; k += count) {
-            char *to = (char *)left_at(&a->to, i, steps_of(bf16, k));
-            count = min_size(per_block, n - k);
-            if (!bf16) load_row((real *)(void *)to, act, x, k, count);
-            else memcpy(to, (const uint16_t *)x + k, 2 * count);
-            if (bf16 && count % 2) memset(to + 2 * count, 0, 2);
-        }
-    }
-}
-
-// Rows first .. first+rows-1 and the first n columns of x (T, stride).
-static Left pack_rows(Device *dev, Arena *arena, const void *x, size_t first, size_t rows, size_t n,
-                      size_t stride, Mask mask) {
-    PackTask a = {dev, left_alloc(arena, uses_bf16(dev), rows, n), x, first, stride, mask};
-    parallel_for(dev->pool, ceil_div(rows, PACK_ROWS), pack_task, &a);
-    return a.to;
-}
-
-// The transpose of x (T, r): row j holds feature j of n tokens from `first` on.
-static Left pack_transposed(Device *dev, Arena *arena, const void *x, size_t first, size_t n,
-                            size_t r) {
-    bool bf16 = uses_bf16(dev);
-    Left a = left_alloc(arena, bf16, r, n);
-    for (size_t t = 0; t < round_up(n, 1 + bf16); t++)
-        for (size_t j = 0; j < r; j++) {
-            size_t index = (first + t) * r + j;
-            void *to = left_at(&a, j, bf16 ? t / 2 : t);
-            if (!bf16) load_row(to, dev->act, x, index, 1);
-            else ((uint16_t *)to)[t % 2] = t < n ? ((const uint16_t *)x)[index] : 0;
-        }
-    return a;
-}
-
-// ------------------------------------------------------------------------------------- packing B
-
-// The right operand. Straight: its columns are the rows of `matrix`, the sum runs along them (x
-// W^T). Transposed: its columns are those of `matrix`, the sum runs down (dy W).
+// What is packed: frozen weights, trainable ones or activations. As the right operand, straight:
+// its columns are the rows of `matrix`, the sum runs along them (x W^T). Transposed: its columns
+// are those of `matrix`, the sum runs down (dy W).
 typedef struct {
     Weight matrix;                  // (columns, n) straight, (n, columns) transposed
     bool transposed;
     Mask mask;                      // of the matrix's rows, when it is x
 } Right;
+
+// A trainable matrix, or activations.
+static Right plain_matrix(DType act, const void *data, size_t N, size_t K, bool transposed) {
+    Weight w = {.dtype = act == DT_REAL ? DT_F32 : act, .N = N, .K = K, .data = data};
+    return (Right){.matrix = w, .transposed = transposed};
+}
 
 // n elements (at most 512) of a row of the matrix from column k on, as they enter the product:
 // bf16, or float32 with the values that chapter 3 would multiply.
@@ -12205,8 +12136,9 @@ static void unpack_row(void *out, const Right *b, size_t row, size_t k, size_t n
     }
 #endif
     real *wide = bf16 ? values : out;
-    if (bf16 && w->dtype == DT_BF16 && !b->mask.lora) {
-        memcpy(out, (const uint16_t *)w->data + index, 2 * n);
+    DType final = bf16 ? DT_BF16 : dev->act == DT_REAL ? DT_F32 : DT_OTHER;   // enters as it stands
+    if (w->dtype == final && !b->mask.lora) {
+        memcpy(out, (const char *)w->data + index * dtype_size(final), n * dtype_size(final));
         return;
     }
     weight_row(wide, w, row, k, n, dev->act);
@@ -12216,6 +12148,62 @@ static void unpack_row(void *out, const Right *b, size_t row, size_t k, size_t n
     }
     if (bf16) store_row(DT_BF16, out, 0, values, n);
 }
+
+// ------------------------------------------------------------------------------------- packing A
+
+// The left operand: blocks of 256 steps, in each the rows one after the other.
+typedef struct { Word *words; size_t rows, n; } Left;         // n elements along the sum
+
+static size_t left_words(size_t rows, size_t n) { return ceil_div(n, BLOCK_STEPS) * rows * PITCH; }
+
+static Left left_alloc(Arena *arena, bool bf16, size_t rows, size_t n) {
+    Word *words = arena_alloc(arena, left_words(rows, steps_of(bf16, n)), sizeof *words);
+    return (Left){words, rows, n};
+}
+
+static Word *left_at(const Left *a, size_t row, size_t step) {
+    return a->words + (step / BLOCK_STEPS * a->rows + row) * PITCH + step % BLOCK_STEPS;
+}
+
+typedef struct { const Device *dev; Left to; const Right *from; } PackTask;
+
+static void pack_task(void *arguments, size_t task, int thread) {
+    PackTask *a = arguments;
+    bool bf16 = uses_bf16(a->dev);
+    size_t n = a->to.n, end = min_size(a->to.rows, (task + 1) * PACK_ROWS), count;
+    (void)thread;
+    for (size_t i = task * PACK_ROWS; i < end; i++)
+        for (size_t k = 0; k < n; k += count) {
+            Word *to = left_at(&a->to, i, steps_of(bf16, k));
+            count = min_size(bf16 ? 2 * BLOCK_STEPS : BLOCK_STEPS, n - k);
+            if (bf16) to[count / 2] = 0;                      // half of it is an odd sum's padding
+            unpack_row(to, a->from, i, k, count, a->dev);
+        }
+}
+
+// The rows of a matrix, n columns of them.
+static Left pack_rows(Device *dev, Arena *arena, const Right *from, size_t n) {
+    PackTask a = {dev, left_alloc(arena, uses_bf16(dev), from->matrix.N, n), from};
+    parallel_for(dev->pool, ceil_div(from->matrix.N, PACK_ROWS), pack_task, &a);
+    return a.to;
+}
+
+// The transpose of x (T, r): row j holds feature j of n tokens from `first` on.
+static Left pack_transposed(Device *dev, Arena *arena, const void *x, size_t first, size_t n,
+                            size_t r) {
+    bool bf16 = uses_bf16(dev);
+    Left a = left_alloc(arena, bf16, r, n);
+    for (size_t t = 0; t < round_up(n, 1 + bf16); t++)
+        for (size_t j = 0; j < r; j++) {
+            size_t index = (first + t) * r + j;
+            void *to = left_at(&a, j, bf16 ? t / 2 : t);
+            if (!bf16) load_row(to, dev->act, x, index, 1);
+            else ((uint16_t *)to)[t % 2] = t < n ? ((const uint16_t *)x)[index] : 0;
+        }
+    return a;
+}
+
+// ------------------------------------------------------------------------------------- packing B
 
 // Packs `width` columns (at most 64) of the right operand from `column` on, elements k .. k+n-1 of
 // the sum, to lines of 64 words; what is beyond the width is 0. A transposed line is two rows of
@@ -12355,12 +12343,6 @@ enum {
     HEAD_COLUMNS = 4096             // columns of dlogits at a time: 8 MB for 1024 rows
 };
 
-// A trainable matrix, or activations, as the right operand of a product.
-static Right plain_matrix(DType act, const void *data, size_t N, size_t K, bool transposed) {
-    Weight w = {.dtype = act == DT_REAL ? DT_F32 : act, .N = N, .K = K, .data = data};
-    return (Right){.matrix = w, .transposed = transposed};
-}
-
 // Forward; the sums go to y, or unrounded to the logits.
 static void forward_fast(Device *dev, real *logits, const Product *products, size_t n,
                          const void *x, const Batch *batch) {
@@ -12369,7 +12351,8 @@ static void forward_fast(Device *dev, real *logits, const Product *products, siz
     for (size_t first = 0; first < batch->T; first += CHUNK_ROWS) {
         size_t rows = min_size(CHUNK_ROWS, batch->T - first);
         Arena scratch = {dev->scratch, 0};
-        Left px = pack_rows(dev, &scratch, x, first, rows, K, K, (Mask){0}); // (rows, K)
+        Right tokens = plain_matrix(act, act_at(act, x, first * K), rows, K, false);
+        Left px = pack_rows(dev, &scratch, &tokens, K);
         for (size_t i = 0; i < n; i++) {
             const Linear *linear = products[i].linear;
             const Lora *lora = &linear->lora;
@@ -12379,15 +12362,15 @@ static void forward_fast(Device *dev, real *logits, const Product *products, siz
                                  act_at(type, logits ? logits : products[i].y, first * N), type);
             y.bias = linear->bias;
             if (r) {                                          // u, and its share of y
-                Mask mask = mask_of(lora, batch, first);      // every module draws its own
-                Left masked = px;
-                if (mask.lora) masked = pack_rows(dev, &memory, x, first, rows, K, K, mask);
+                tokens.mask = mask_of(lora, batch, first);    // every module draws its own
+                Left masked = tokens.mask.lora ? pack_rows(dev, &memory, &tokens, K) : px;
                 Matmul u = matmul_of(dev, masked, plain_matrix(DT_REAL, lora->A, r, K, false), r,
                                      act_at(act, products[i].u, first * r), act);
                 u.scale = lora->scale;
                 matmul(&u);
+                Right down = plain_matrix(act, u.out, rows, r, false);
                 y.segments[y.n_segments++] = (Segment){
-                    .left = pack_rows(dev, &memory, products[i].u, first, rows, r, r, (Mask){0}),
+                    .left = pack_rows(dev, &memory, &down, r),
                     .right = plain_matrix(DT_REAL, lora->B, N, r, false)};
             }
             matmul(&y);
@@ -12428,10 +12411,10 @@ static void backward_chunk(const Backward *b, Arena scratch, size_t first, size_
     for (size_t i = 0; i < b->n; i++) {
         const Product *p = &b->products[i];
         const Lora *lora = &p->linear->lora;
-        size_t N = p->linear->weight.N, r = lora->r;
+        size_t N = p->linear->weight.N, r = lora->r, stride = b->dy_stride ? b->dy_stride : N;
         if (!r && !out) continue;                             // frozen, and nothing below learns
-        Left dy = pack_rows(dev, &scratch, p->y, first, rows, N, b->dy_stride ? b->dy_stride : N,
-                            (Mask){0});
+        Right tokens = plain_matrix(act, act_at(act, p->y, first * stride), rows, stride, false);
+        Left dy = pack_rows(dev, &scratch, &tokens, N);
         dx.segments[dx.n_segments++] = (Segment){
             .left = dy, .right = {.matrix = p->linear->weight, .transposed = true}};
         if (!r) continue;
@@ -12439,8 +12422,9 @@ static void backward_chunk(const Backward *b, Arena scratch, size_t first, size_
                               act_at(act, b->du[i], first * r), act);
         du.scale = lora->scale;
         matmul(&du);
+        tokens = plain_matrix(act, du.out, rows, r, false);
         dx.segments[dx.n_segments++] = (Segment){
-            .left = pack_rows(dev, &scratch, b->du[i], first, rows, r, r, (Mask){0}),
+            .left = pack_rows(dev, &scratch, &tokens, r),
             .right = plain_matrix(DT_REAL, lora->A, r, b->K, true),
             .mask = mask_of(lora, b->batch, first)};
     }

@@ -628,7 +628,8 @@ static void test_data_checks(Test *t) {
         Trainer trainer = new_trainer(x.q, &o, &err);
         check(t, !read_data_options(&trainer) && !open_data(&trainer, x.paths[0], false) &&
               !check_data(&trainer), "case %zu: %s", i, err.text);
-        for (const Finding *f = next_finding(&trainer, NULL); f; f = next_finding(&trainer, f)) {
+        for (size_t k = 0; k < trainer.findings.n; k++) {
+            const Finding *f = &trainer.findings.list[k];
             error |= f->severity == ERROR;
             if (!c->code) check(t, false, "case %zu: %s", i, f->text);
             else if (strcmp(f->code, c->code) == 0) found = f;
@@ -660,7 +661,8 @@ static void test_data_checks_held_out(Test *t) {
     Trainer trainer = new_trainer(x.q, &o, &err);
     check(t, !read_data_options(&trainer) && !open_data(&trainer, x.paths[0], false) &&
           !check_data(&trainer), "%s", err.text);
-    for (const Finding *f = next_finding(&trainer, NULL); f; f = next_finding(&trainer, f))
+    const Finding *all = trainer.findings.list;
+    for (const Finding *f = all; f < all + trainer.findings.n; f++)
         snprintf(codes + strlen(codes), sizeof codes - strlen(codes), "%s%s:%zu:%s ",
                  strncmp(f->text, "held-out data: ", 15) ? "" : "held-", f->code, f->n,
                  severity_names[f->severity]);
