@@ -9233,6 +9233,7 @@ static int check_merge(qlora_model *q, const char *out, qlora_error *err) {
 
 // Finds every tensor and gets the memory for merging.
 static int prepare_merge(Merger *a, qlora_error *err) {
+    static const char *const parts[] = {"", ".quant_map", ".absmax", ".nested_quant_map"};
     qlora_model *q = a->q;
     size_t tallest = 1;
     Arena plan = {NULL, 0};
@@ -9240,6 +9241,9 @@ static int prepare_merge(Merger *a, qlora_error *err) {
     for (size_t i = 0; i < q->slots.n; i++) {
         Slot *slot = &q->slots.slots[i];
         if (place_slot(&a->loader, slot, &plan)) return -1;
+        if (slot->weight && is_4bit(slot->weight->dtype))     // loaded later, but found now
+            for (size_t k = 0; k < sizeof parts / sizeof *parts; k++)
+                loader_find(&a->loader, slot->name, parts[k]);
         a->values = max_size(a->values, slot->columns);
         tallest = max_size(tallest, slot->rows);
     }

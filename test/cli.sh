@@ -92,6 +92,8 @@ check "the merged model" 0 "Question" $Q generate "$W/merged" --prompt "Question
 check "merge onto another model" 1 "there is a model in this directory" $Q merge $M "$W/a" "$W/q4"
 check "merge onto itself" 0 "merged" $Q merge "$W/merged" "$W/a" "$W/merged" --max-shard-size 1M
 check "and it is whole" 0 "qwen2: 2 layers" $Q info "$W/merged"
+check "merge onto a 4-bit directory" 0 "merged 25600 parameters" $Q merge "$W/q4" "$W/a" "$W/merged-4"
+check "which becomes a 16-bit one" 0 "tensors of type BF16" $Q info "$W/merged-4"
 check "an adapter for another model" 1 "another model" $Q generate test/fixtures/models/llama \
     --adapter "$W/a" --prompt x
 
