@@ -8926,8 +8926,7 @@ typedef struct {
     Workspace w;
     LayerActs *layers;
     real *logits;                           // (rows, V) when inferring
-    void **cache;                           // (2 L) keys and values of each layer, or NULL
-    size_t cache_rows, past;                // room and tokens in the cache
+    size_t cache_rows, past;                // room and tokens in the layers' keys and values
     BatchArrays here, there;                // on the host and on the device; on the CPU the same
     size_t batch_bytes;
     Sequence text;                          // what is being generated
@@ -8980,8 +8979,10 @@ static void session_carve(Session *s, const SessionShape *shape, Arena *arena) {
     s->batch_bytes = arena->used - before;
     s->cache_rows = shape->cache_rows;
     if (!s->cache_rows) return;
-    for (size_t i = 0; i < 2 * c->L; i++)
-        s->cache[i] = arena_alloc(arena, s->cache_rows * c->G * c->hd, size);
+    for (size_t l = 0; l < c->L; l++) {
+        s->layers[l].keys = arena_alloc(arena, s->cache_rows * c->G * c->hd, size);
+        s->layers[l].values = arena_alloc(arena, s->cache_rows * c->G * c->hd, size);
+    }
     s->text.ids = arena_alloc(arena, s->cache_rows, sizeof *s->text.ids);
     s->text.n = arena_alloc(arena, 1, sizeof *s->text.n);
     s->text.id = arena_alloc(arena, 1, sizeof *s->text.id);
@@ -9022,13 +9023,10 @@ static int session_plan(Session *s, SessionShape *shape, qlora_error *err) {
 }
 
 static int session_open(Session *s, qlora_model *q, SessionShape shape, qlora_error *err) {
-    const Config *c = &q->transformer.config;
     Device *dev = &q->device;
     *s = (Session){.q = q, .outer = q->device, .region.allocator = &q->allocator};
-    s->layers = region_alloc(&s->region, c->L, sizeof *s->layers, err);
-    s->cache = region_alloc(&s->region, 2 * c->L, sizeof *s->cache, err);
-    bool ready = s->layers && s->cache && !session_plan(s, &shape, err) &&
-                 !need_weights(q, false, err);
+    s->layers = region_alloc(&s->region, q->transformer.config.L, sizeof *s->layers, err);
+    bool ready = s->layers && !session_plan(s, &shape, err) && !need_weights(q, false, err);
     void *host = ready && !dev->ops->host ? region_alloc(&s->region, s->batch_bytes, 1, err) : NULL;
     if (ready && (dev->ops->host || host)) s->memory = dev->ops->allocate(dev, s->bytes, err);
     if (!s->memory) { session_close(s); return -1; }
@@ -9323,7 +9321,7 @@ typedef struct {
     double best_loss;                       // INFINITY before the first evaluation
     uint32_t *shuffled;                     // (train.n_packs) this epoch's permutation of the packs
     SampleList epoch;                       // the samples in that order
-    size_t T, S, n_spans;                   // the most a micro-batch can have, samples too
+    SessionShape shape;                     // T, S, n_spans: the most a micro-batch can have
     // Steps whose loss and norm have not been looked at yet: on the CPU none, on a GPU those since
     // the last line of the log, so that no step waits for it.
     size_t window, n_pending;               // the most there can be, how many there are
@@ -9373,7 +9371,7 @@ static int choose(const char *const *names, size_t n, const char *name, const ch
 // The most tokens, supervised tokens and samples that any `batch` packs of one list have together.
 static int largest_batch(Trainer *t, const SampleList *list, size_t batch) {
     size_t *sizes = region_alloc(&t->region, list->n_packs, sizeof *sizes, t->err);
-    size_t *most[3] = {&t->T, &t->S, &t->n_spans};
+    size_t *most[3] = {&t->shape.T, &t->shape.S, &t->shape.n_spans};
     if (!sizes) return -1;
     for (int kind = 0; kind < 3; kind++) {
         size_t sum = 0;
@@ -9872,43 +9870,28 @@ static int save_checkpoint(Trainer *t) {
     return (limit && remove_checkpoints(t, limit)) || write_log(t, true);
 }
 
-// What a state file says; the pointers point into `file`.
-typedef struct {
-    Buffer file;
-    const Json *header;
-    const char *log, *values;
-    size_t log_size, values_size;
-} State;
+enum { DAMAGED = 1 };
 
-// False if any byte of the file is wrong.
-static bool read_state(const char *path, State *state, Region *region) {
+// Continues from the state in a file if it belongs to this run. DAMAGED if any byte of it is wrong.
+static int read_state(Trainer *t, const char *path, Buffer *file, Region *region) {
+    Transformer *m = &t->q->transformer;
+    real *const to[] = {m->parameters, m->moment1, m->moment2};
     StateHead head;
     uint64_t stored;
-    if (read_whole_file(path, SIZE_MAX / 4, &state->file, NULL) ||
-        state->file.size < sizeof head + sizeof stored)
-        return false;
-    const char *data = state->file.data, *text = data + sizeof head;
-    size_t room = state->file.size - sizeof head - sizeof stored;
-    memcpy(&head, data, sizeof head);
-    memcpy(&stored, text + room, sizeof stored);
-    if (memcmp(head.magic, state_magic, sizeof state_magic) || head.text > room ||
-        checksum(1, data, sizeof head + room) != stored)
-        return false;
-    const char *newline = memchr(text, '\n', (size_t)head.text);
-    if (!newline) return false;
-    state->values = text + head.text;
-    state->values_size = room - (size_t)head.text;
-    state->log = newline + 1;
-    state->log_size = (size_t)(state->values - state->log);
-    state->header = json_parse(text, (size_t)(newline - text), path, 1, region, NULL);
-    return state->header != NULL;
-}
-
-// Continues from a state if it belongs to this run.
-static int apply_state(Trainer *t, const State *state, const char *path) {
-    Transformer *m = &t->q->transformer;
     size_t bytes = m->n_parameters * sizeof(real);
-    const char *settings = json_get_text(state->header, "settings");
+    if (read_whole_file(path, SIZE_MAX / 4, file, NULL) ||
+        file->size < sizeof head + sizeof stored)
+        return DAMAGED;
+    const char *text = file->data + sizeof head, *end = file->data + file->size - sizeof stored;
+    memcpy(&head, file->data, sizeof head);
+    memcpy(&stored, end, sizeof stored);
+    if (memcmp(head.magic, state_magic, sizeof state_magic) || head.text > (size_t)(end - text) ||
+        checksum(1, file->data, (size_t)(end - file->data)) != stored)
+        return DAMAGED;
+    const char *values = text + head.text, *log = memchr(text, '\n', (size_t)head.text);
+    const Json *json = log ? json_parse(text, (size_t)(log - text), path, 1, region, NULL) : NULL;
+    if (!json) return DAMAGED;
+    const char *settings = json_get_text(json, "settings");
     if (!settings || strcmp(settings, t->settings)) {
         size_t i = 0;
         while (settings && settings[i] && settings[i] == t->settings[i]) i++;
@@ -9918,39 +9901,37 @@ static int apply_state(Trainer *t, const State *state, const char *path) {
                     "with the same ones",
                     path, settings ? settings + i : "none", t->settings + i);
     }
-    if (state->values_size != 3 * bytes ||
-        !json_to_size(json_get(state->header, "step"), &t->step) || t->step > t->steps ||
-        !json_to_size(json_get(state->header, "best_step"), &t->best_step))
+    if ((size_t)(end - values) != 3 * bytes || !json_to_size(json_get(json, "step"), &t->step) ||
+        t->step > t->steps || !json_to_size(json_get(json, "best_step"), &t->best_step))
         return fail(t->err, "%s: does not fit this model", path);
-    t->evaluated = json_get_bool(state->header, "evaluated", true);
-    json_to_double(json_get(state->header, "best_loss"), &t->best_loss);
+    t->evaluated = json_get_bool(json, "evaluated", true);
+    json_to_double(json_get(json, "best_loss"), &t->best_loss);
     if (t->best_loss < 0) t->best_loss = INFINITY;
-    upload(m->dev, m->parameters, state->values, bytes);
-    upload(m->dev, m->moment1, state->values + bytes, bytes);
-    upload(m->dev, m->moment2, state->values + 2 * bytes, bytes);
+    for (size_t i = 0; i < 3; i++) upload(m->dev, to[i], values + i * bytes, bytes);
     t->saved_step = t->step;
-    return buffer_append(&t->log, state->log, state->log_size, t->err);
+    return buffer_append(&t->log, log + 1, (size_t)(values - log - 1), t->err);
 }
 
 // Goes on from the newest good checkpoint; damaged ones are passed over, and said so.
 static int resume(Trainer *t) {
-    int bad = list_checkpoints(t);
+    if (list_checkpoints(t)) return -1;
     const size_t *steps = (const size_t *)(const void *)t->checkpoints.data;
-    bool good = false;
-    for (size_t i = t->checkpoints.size / sizeof *steps; !bad && !good && i-- > 0;) {
+    int state = DAMAGED;
+    for (size_t i = t->checkpoints.size / sizeof *steps; state == DAMAGED && i-- > 0;) {
         Region region = {.allocator = &t->q->allocator};
-        State state = {.file.allocator = &t->q->allocator};
+        Buffer file = {.allocator = &t->q->allocator};
         const char *path = checkpoint_path(t, steps[i], "/state.bin");
-        good = path && read_state(path, &state, &region);
-        if (good) bad = apply_state(t, &state, path);
-        else if (path) tell(t->options, "%s is damaged; trying the checkpoint before it", path);
-        buffer_free(&state.file);
+        state = path ? read_state(t, path, &file, &region) : -1;
+        if (state == DAMAGED)
+            tell(t->options, "%s is damaged; trying the checkpoint before it", path);
+        buffer_free(&file);
         region_free(&region);
     }
-    if (!bad && t->step) tell(t->options, "resuming after step %zu of %zu", t->step, t->steps);
-    else if (!bad) tell(t->options, "no checkpoint in %s yet: starting at the beginning",
-                        t->options->output_dir);
-    return bad;
+    if (!state) tell(t->options, "resuming after step %zu of %zu", t->step, t->steps);
+    if (state == DAMAGED)
+        tell(t->options, "no checkpoint in %s yet: starting at the beginning",
+             t->options->output_dir);
+    return state < 0 ? -1 : 0;
 }
 
 // ----------------------------------------------------------------------------------- the main loop
@@ -10096,9 +10077,11 @@ static int prepare_training(Trainer *t) {
     if (largest_batch(t, &t->train, batch) || largest_batch(t, &t->val, batch) ||
         new_list(t, &t->epoch, &t->data, t->train.n))
         return -1;
+    t->shape.max_span = t->shape.T;
+    t->shape.training = true;
     t->shuffled = region_alloc(&t->region, t->train.n_packs, sizeof *t->shuffled, t->err);
-    t->nll = region_alloc(&t->region, t->S, sizeof *t->nll, t->err);
-    t->hit = region_alloc(&t->region, t->S, 1, t->err);
+    t->nll = region_alloc(&t->region, t->shape.S, sizeof *t->nll, t->err);
+    t->hit = region_alloc(&t->region, t->shape.S, 1, t->err);
     t->pending = region_alloc(&t->region, t->window, sizeof *t->pending, t->err);
     t->seen = region_alloc(&t->region, t->window, sizeof *t->seen, t->err);
     return t->shuffled && t->nll && t->hit && t->pending && t->seen ? 0 : -1;
@@ -10231,18 +10214,12 @@ static void trainer_close(Trainer *t) {
     region_free(&t->region);
 }
 
-static int open_session(Trainer *t) {
-    SessionShape shape = {.T = t->T, .S = t->S, .n_spans = t->n_spans, .max_span = t->T,
-                          .training = true};
-    return session_open(&t->session, t->q, shape, t->err);
-}
-
 // The run itself, when all is checked.
 static int run_training(Trainer *t) {
     const qlora_train_options *o = t->options;
     Device *dev = &t->q->device;
     size_t bytes = t->window * sizeof *t->records;
-    if (open_session(t)) return -1;
+    if (session_open(&t->session, t->q, t->shape, t->err)) return -1;
     tell_plan(t);
     describe_settings(t);
     t->records = dev->ops->allocate(dev, bytes, t->err);
@@ -10310,7 +10287,8 @@ int qlora_evaluate(qlora_model *q, const char *data, const qlora_train_options *
     *result = (qlora_score){0};
     int bad = check_train_options(&o, err) || read_data_options(&t) || need_data_chat(q, err) ||
               open_data(&t, data, true) || dataset_usable(&t.data, &t.how, err) ||
-              prepare_training(&t) || supervised_bytes(&t, &bytes) || open_session(&t);
+              prepare_training(&t) || supervised_bytes(&t, &bytes) ||
+              session_open(&t.session, q, t.shape, err);
     if (!bad) {
         bad = evaluate(&t, &t.train, result);
         session_close(&t.session);
@@ -10374,12 +10352,7 @@ static int open_inference(Session *s, qlora_model *q, size_t tokens, size_t logi
     size_t T = min_size(tokens, PREFILL_TOKENS);
     SessionShape shape = {.T = T, .S = logit_rows, .n_spans = 1, .max_span = tokens,
                           .logit_rows = logit_rows, .cache_rows = tokens};
-    if (session_open(s, q, shape, err)) return -1;
-    for (size_t l = 0; l < q->transformer.config.L; l++) {
-        s->layers[l].keys = s->cache[2 * l];
-        s->layers[l].values = s->cache[2 * l + 1];
-    }
-    return 0;
+    return session_open(s, q, shape, err);
 }
 
 int qlora_logits(qlora_model *q, const int32_t *ids, size_t n, float *logits, qlora_error *err) {
@@ -11565,10 +11538,11 @@ static double product_norm(const float *A, const float *B, size_t r, size_t K, s
 static float *read_floats(const TensorFiles *files, const TensorInfo *t, Region *region,
                           qlora_error *err) {
     DType type = safetensors_types[t->type].dtype;
-    void *raw = type == DT_OTHER ? NULL : region_alloc(region, t->bytes, 1, err);
+    void *raw = region_alloc(region, t->bytes, 1, err);
     float *values = raw ? region_alloc(region, t->elements, sizeof *values, err) : NULL;
-    if (type == DT_OTHER) fail(err, "%s: expected F32, F16 or BF16", t->name);
-    if (!values || tensor_read(files, t, raw, 0, t->bytes, err)) return NULL;
+    if (!values || check_tensor(files, t, 2, t->shape[0], t->shape[1], err) ||
+        tensor_read(files, t, raw, 0, t->bytes, err))
+        return NULL;
     widen_values(values, raw, type, t->elements);
     return values;
 }
@@ -11919,12 +11893,10 @@ static inline Vec vec_fma(Vec sum, Vec a, Vec b) {
 
 // sum + a b over the two bf16 of each word. Without such an instruction words are float32 always.
 #if defined(__AVX512BF16__)
-enum { HAS_BF16_DOT = 1 };
 static inline Vec vec_dot_bf16(Vec sum, Vec a, Vec b) {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 #else
-enum { HAS_BF16_DOT = 0 };
 #define vec_dot_bf16 vec_fma
 #endif
 
@@ -12092,7 +12064,7 @@ static void apply_mask(real *x, size_t k, size_t n, const Mask *mask, size_t row
 
 // ---------------------------------------------------------------------------------------- operands
 
-static bool uses_bf16(const Device *dev) { return HAS_BF16_DOT && dev->act == DT_BF16; }
+static bool uses_bf16(const Device *dev) { return has_bf16_units() && dev->act == DT_BF16; }
 
 // Steps of a sum over n elements. The last word of an odd sum is padded with 0 on both sides.
 static size_t steps_of(bool bf16, size_t n) { return bf16 ? (n + 1) / 2 : n; }

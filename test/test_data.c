@@ -497,10 +497,9 @@ static void test_pack_gradient(Test *t) {
     Trainer x = new_trainer(q, &o, &err);
     bool ok = check(t, !need_chat(q, &err) && !read_data_options(&x) && !open_data(&x, data, false) &&
                     !prepare_training(&x), "%s", err.text);
-    SessionShape shape = {.T = x.T, .S = x.S, .n_spans = x.n_spans, .max_span = x.T, .training = true};
-    ok = ok && check(t, !session_open(&x.session, q, shape, &err), "%s", err.text);
-    check(t, !ok || (x.train.n_packs < 15 && x.n_spans > 2 && x.T <= 100), "%zu packs, at most "
-          "%zu tokens", x.train.n_packs, x.T);
+    ok = ok && check(t, !session_open(&x.session, q, x.shape, &err), "%s", err.text);
+    check(t, !ok || (x.train.n_packs < 15 && x.shape.n_spans > 2 && x.shape.T <= 100),
+          "%zu packs, at most %zu tokens", x.train.n_packs, x.shape.T);
     for (size_t p = 0; ok && p < x.train.n_packs; p++) {
         size_t first = x.train.pack[p], n = x.train.pack[p + 1] - first;
         size_t bytes = q->transformer.n_parameters * sizeof(real);
