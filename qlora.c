@@ -10824,30 +10824,29 @@ static void print_counts(const Trainer *t, bool json) {
                percent(tokens, t->train.n_packs * t->how.max_length));
 }
 
-// The lengths of all records in tokens, before truncation, ascending.
-typedef struct { const size_t *sorted; size_t n; } Lengths;
-
-static size_t quantile(const Lengths *l, double share) {
-    return l->n ? l->sorted[min_size(l->n - 1, (size_t)(share * (double)l->n))] : 0;
+// Of the lengths of all records in tokens, before truncation, which are in ascending order by now.
+static size_t quantile(const Dataset *d, double share) {
+    size_t n = d->n_lengths;
+    return n ? d->lengths[min_size(n - 1, (size_t)(share * (double)n))] : 0;
 }
 
 // How many are under a limit.
-static size_t shorter_than(const Lengths *l, size_t limit) {
+static size_t shorter_than(const Dataset *d, size_t limit) {
     size_t n = 0;
-    while (n < l->n && l->sorted[n] < limit) n++;
+    while (n < d->n_lengths && d->lengths[n] < limit) n++;
     return n;
 }
 
 // The last bin has no upper end.
-static void print_histogram(const Lengths *l, bool json) {
+static void print_histogram(const Dataset *d, bool json) {
     enum { MAX_BINS = 14, WIDTH = 40 };
     size_t width = 1, most = 1, n_bins, bins[MAX_BINS];
-    for (size_t i = 0; width * (MAX_BINS - 2) < quantile(l, 0.99); i++)      // 1, 2, 5, 10, ...
+    for (size_t i = 0; width * (MAX_BINS - 2) < quantile(d, 0.99); i++)      // 1, 2, 5, 10, ...
         width = i % 3 == 1 ? width / 2 * 5 : width * 2;
-    n_bins = min_size(MAX_BINS, quantile(l, 1) / width + 1);
+    n_bins = min_size(MAX_BINS, quantile(d, 1) / width + 1);
     for (size_t i = 0; i < n_bins; i++) {
-        size_t end = i + 1 < n_bins ? shorter_than(l, (i + 1) * width) : l->n;
-        bins[i] = end - shorter_than(l, i * width);
+        size_t end = i + 1 < n_bins ? shorter_than(d, (i + 1) * width) : d->n_lengths;
+        bins[i] = end - shorter_than(d, i * width);
         most = max_size(most, bins[i]);
     }
     for (size_t i = 0; i < n_bins; i++) {
@@ -10855,7 +10854,7 @@ static void print_histogram(const Lengths *l, bool json) {
             printf("%s{\"from\": %zu, \"samples\": %zu}", comma(i), i * width, bins[i]);
             continue;
         }
-        if (quantile(l, 0) >= (i + 1) * width && i + 1 < n_bins) continue;    // below the shortest
+        if (quantile(d, 0) >= (i + 1) * width && i + 1 < n_bins) continue;    // below the shortest
         if (i + 1 < n_bins) printf("  %6zu - %-6zu ", i * width, (i + 1) * width - 1);
         else printf("  %6zu and up  ", i * width);
         for (size_t k = 0; k < ceil_div(bins[i] * WIDTH, most); k++) putchar('#');
@@ -10864,30 +10863,31 @@ static void print_histogram(const Lengths *l, bool json) {
 }
 
 static void print_lengths(Trainer *t, bool json) {
-    Lengths l = {t->data.lengths, t->data.n_lengths};
+    Dataset *d = &t->data;
+    size_t n = d->n_lengths;
     size_t context = t->q->transformer.config.context;
-    if (l.n) qsort(t->data.lengths, l.n, sizeof *l.sorted, by_number);
+    if (n) qsort(d->lengths, n, sizeof *d->lengths, by_number);
     else if (!json) return;
     printf(json ? "\"lengths\": {\"shortest\": %zu, \"median\": %zu, \"p90\": %zu, \"p99\": %zu, "
                   "\"longest\": %zu, \"histogram\": ["
                 : "length: shortest %zu tokens, median %zu, 90 %% up to %zu, 99 %% up to %zu, "
-                  "longest %zu\n", quantile(&l, 0), quantile(&l, 0.5), quantile(&l, 0.9),
-           quantile(&l, 0.99), quantile(&l, 1));
-    print_histogram(&l, json);
+                  "longest %zu\n", quantile(d, 0), quantile(d, 0.5), quantile(d, 0.9),
+           quantile(d, 0.99), quantile(d, 1));
+    print_histogram(d, json);
     if (json) printf("], \"over\": [");
     for (size_t limit = 128, over = 1; over && limit < 2 * context; limit *= 2) {
-        over = l.n - shorter_than(&l, limit + 1);
+        over = n - shorter_than(d, limit + 1);
         if (json) printf("%s{\"limit\": %zu, \"samples\": %zu}", comma(limit > 128), limit, over);
-        else printf("  %zu (%.1f %%) do not fit into %zu\n", over, percent(over, l.n), limit);
+        else printf("  %zu (%.1f %%) do not fit into %zu\n", over, percent(over, n), limit);
     }
     // The suggestion holds everything, unless a rare few would double it.
-    size_t p99 = round_up(quantile(&l, 0.99), 64);
-    size_t most = max_size(round_up(quantile(&l, 1), 64), 64);
+    size_t p99 = round_up(quantile(d, 0.99), 64);
+    size_t most = max_size(round_up(quantile(d, 1), 64), 64);
     size_t suggested = min_size(most <= 2 * p99 ? most : p99, context);
-    size_t fit = shorter_than(&l, suggested + 1);
+    size_t fit = shorter_than(d, suggested + 1);
     printf(json ? "], \"suggested_max_length\": %zu}, "
-                : "  suggested: --max-length %zu holds %zu of %zu (%.1f %%)\n", suggested, fit, l.n,
-           percent(fit, l.n));
+                : "  suggested: --max-length %zu holds %zu of %zu (%.1f %%)\n", suggested, fit, n,
+           percent(fit, n));
 }
 
 // A sample token by token, as it was before truncation.
@@ -11058,6 +11058,7 @@ typedef struct {
     const char *given[128];                 // what was given to each option of the table, or NULL
     char command_line[2048];
     Region region;                          // of a command: freed at its end
+    qlora_model *q;                         // the model at `path`, for the commands that want one
 } Arguments;
 
 enum { CMD_TRAIN = 1, CMD_GENERATE = 2, CMD_CHAT = 4, CMD_LOGITS = 8, CMD_TOKENIZE = 16,
@@ -11317,12 +11318,12 @@ static int finish_arguments(Arguments *a, int command, qlora_error *err) {
 
 // --------------------------------------------------------------------------------------- commands
 //
-// `q` is the model at a->path, opened and closed by main for the commands that want one.
+// a->q is opened and closed by main.
 
-static int run_train(Arguments *a, qlora_model *q, qlora_error *err) {
+static int run_train(Arguments *a, qlora_error *err) {
     qlora_train_options *o = &a->train;
     ProgressView view = {.terminal = isatty(STDOUT_FILENO)};
-    print_banner(q);
+    print_banner(a->q);
     if (a->output) o->output_dir = a->output;
     if (a->resume) o->output_dir = a->resume;
     o->resume = a->resume != NULL;
@@ -11330,7 +11331,7 @@ static int run_train(Arguments *a, qlora_model *q, qlora_error *err) {
     o->progress = print_progress;
     o->message = print_message;
     o->user = &view;
-    int bad = qlora_train(q, a->data, o, err);
+    int bad = qlora_train(a->q, a->data, o, err);
     close_bar(&view);
     if (!bad)
         printf("the adapter is in %s, its losses in %s/loss.svg. Next:\n  ./qlora chat %s\n"
@@ -11347,9 +11348,9 @@ static int print_text(void *user, const char *utf8, size_t n) {
 }
 
 // The model's own way to sample, changed by what was given.
-static void choose_sampling(Arguments *a, const qlora_model *q) {
+static void choose_sampling(Arguments *a) {
     size_t first = offsetof(Arguments, sampling);
-    a->sampling = qlora_default_sampling(q);
+    a->sampling = qlora_default_sampling(a->q);
     for (size_t i = 0; i < N_OPTIONS; i++) {
         const Option *o = &option_table[i];
         if (a->given[i] && o->offset >= first && o->offset < first + sizeof a->sampling)
@@ -11358,15 +11359,14 @@ static void choose_sampling(Arguments *a, const qlora_model *q) {
     a->sampling.seed = a->train.seed;
 }
 
-static int generate_one(const Arguments *a, qlora_model *q, const char *prompt, size_t n,
-                        qlora_error *err) {
-    Buffer text = {.allocator = &q->allocator};
+static int generate_one(const Arguments *a, const char *prompt, size_t n, qlora_error *err) {
+    Buffer text = {.allocator = a->region.allocator};
     int32_t *ids = NULL;
     size_t n_ids = 0;
-    int bad = qlora_tokenize(q, prompt, n, 1, &ids, &n_ids, err);
+    int bad = qlora_tokenize(a->q, prompt, n, 1, &ids, &n_ids, err);
     if (!bad && !a->json) print_safely(prompt, n);
-    bad = bad || qlora_generate(q, ids, n_ids, &a->sampling, a->json ? collect_text : print_text,
-                                &text, NULL, NULL, err);
+    bad = bad || qlora_generate(a->q, ids, n_ids, &a->sampling,
+                                a->json ? collect_text : print_text, &text, NULL, NULL, err);
     if (!bad && a->json) {
         printf("{\"prompt\": ");
         print_json(prompt, n);
@@ -11375,20 +11375,20 @@ static int generate_one(const Arguments *a, qlora_model *q, const char *prompt, 
         printf("}");
     }
     printf("\n");
-    qlora_free(q, ids);
+    qlora_free(a->q, ids);
     buffer_free(&text);
     return bad ? -1 : 0;
 }
 
-static int run_generate(Arguments *a, qlora_model *q, qlora_error *err) {
-    Buffer file = {.allocator = &q->allocator};
+static int run_generate(Arguments *a, qlora_error *err) {
+    Buffer file = {.allocator = a->region.allocator};
     const char *line;
     size_t n;
-    choose_sampling(a, q);
-    if (a->prompt) return generate_one(a, q, a->prompt, strlen(a->prompt), err);
+    choose_sampling(a);
+    if (a->prompt) return generate_one(a, a->prompt, strlen(a->prompt), err);
     int bad = read_whole_file(a->data, SIZE_MAX / 4, &file, err);
     for (size_t at = 0; !bad && !caught_signal && (line = next_line(&file, &at, &n)) != NULL;)
-        if (n) bad = generate_one(a, q, line, n, err);
+        if (n) bad = generate_one(a, line, n, err);
     buffer_free(&file);
     return bad;
 }
@@ -11408,15 +11408,15 @@ static int parse_ids(const char *text, Buffer *ids, qlora_error *err) {
     return 0;
 }
 
-static int run_logits(Arguments *a, qlora_model *q, qlora_error *err) {
-    Buffer ids = {.allocator = &q->allocator};
+static int run_logits(Arguments *a, qlora_error *err) {
+    Buffer ids = {.allocator = a->region.allocator};
     TensorInfo tensor;
     int bad = parse_ids(a->ids, &ids, err);
-    size_t V = q->transformer.config.V, n = ids.size / sizeof(int32_t);
+    size_t V = a->q->transformer.config.V, n = ids.size / sizeof(int32_t);
     float *logits = bad ? NULL : region_alloc(&a->region, n * V, sizeof *logits, err);
     describe_tensor(&tensor, "logits", ST_F32, 2, n, V, logits);
-    bad = !logits || qlora_logits(q, (const int32_t *)(const void *)ids.data, n, logits, err) ||
-          write_tensors(a->output, &tensor, 1, NULL, NULL, &q->allocator, err);
+    bad = !logits || qlora_logits(a->q, (const int32_t *)(const void *)ids.data, n, logits, err) ||
+          write_tensors(a->output, &tensor, 1, NULL, NULL, a->region.allocator, err);
     buffer_free(&ids);
     return bad ? -1 : 0;
 }
@@ -11448,13 +11448,12 @@ static int tokenize_piece(const Arguments *a, const Tokenizer *t, const char *te
     return 0;
 }
 
-static int run_tokenize(Arguments *a, qlora_model *q, qlora_error *err) {
+static int run_tokenize(Arguments *a, qlora_error *err) {
     const qlora_allocator *heap = a->region.allocator;
     Buffer text = {.allocator = heap}, ids = {.allocator = heap}, out = {.allocator = heap};
     Tokenizer *t = tokenizer_open(a->path, heap, err);
     const char *line;
     size_t n;
-    (void)q;
     int bad = !t || read_standard_input(&text, err);
     if (!bad && a->decode) {
         bad = parse_ids(text.data, &ids, err) ||
@@ -11473,9 +11472,9 @@ static int run_tokenize(Arguments *a, qlora_model *q, qlora_error *err) {
     return bad ? -1 : 0;
 }
 
-static int run_eval(Arguments *a, qlora_model *q, qlora_error *err) {
+static int run_eval(Arguments *a, qlora_error *err) {
     qlora_score s;
-    if (qlora_evaluate(q, a->data, &a->train, &s, err)) return -1;
+    if (qlora_evaluate(a->q, a->data, &a->train, &s, err)) return -1;
     printf(a->json ? "{\"loss\": %.6f, \"standard_error\": %.6f, \"perplexity\": %.4f, "
                      "\"bits_per_byte\": %.4f, \"accuracy\": %.4f, \"tokens\": %zu, "
                      "\"samples\": %zu}\n"
@@ -11486,28 +11485,25 @@ static int run_eval(Arguments *a, qlora_model *q, qlora_error *err) {
     return 0;
 }
 
-static int run_merge(Arguments *a, qlora_model *q, qlora_error *err) {
+static int run_merge(Arguments *a, qlora_error *err) {
     qlora_merge_report r;
-    (void)q;
     if (qlora_merge(a->path, a->data, a->more[0], a->max_shard, &a->options, &r, err)) return -1;
     printf("merged %zu parameters: |change| / |weights| %.2e; rounding undid %.1f %% of the "
            "changes\n", r.adapter_parameters, r.relative_change, 100 * r.lost_in_rounding);
     return 0;
 }
 
-static int run_quantize(Arguments *a, qlora_model *q, qlora_error *err) {
-    (void)q;
+static int run_quantize(Arguments *a, qlora_error *err) {
     return qlora_quantize(a->path, a->data, &a->options, err);
 }
 
-static int run_init(Arguments *a, qlora_model *q, qlora_error *err) {
-    (void)q;
+static int run_init(Arguments *a, qlora_error *err) {
     return qlora_init(a->path, a->data, a->train.seed, &a->options, err);
 }
 
 // Fails as train would, after it has shown why. Opens the model itself: it wants no weights.
-static int run_inspect(Arguments *a, qlora_model *q, qlora_error *err) {
-    q = open_on_host(a->path, &a->options, err);
+static int run_inspect(Arguments *a, qlora_error *err) {
+    qlora_model *q = open_on_host(a->path, &a->options, err);
     if (!q) return -1;
     Trainer t = new_trainer(q, &a->train, err);
     int bad = open_text(q, a->path, err) || need_data_chat(q, err) ||
@@ -11597,11 +11593,10 @@ static int info_model(Arguments *a, const TensorFiles *files, qlora_error *err) 
     return 0;
 }
 
-static int run_info(Arguments *a, qlora_model *q, qlora_error *err) {
+static int run_info(Arguments *a, qlora_error *err) {
     const char *config = path_join(&a->region, a->path, "adapter_config.json", err);
     if (!config) return -1;
     bool adapter = file_exists(config);
-    (void)q;
     TensorFiles *files = tensors_open(a->path, adapter ? "adapter_model.safetensors"
                                                        : "model.safetensors",
                                       a->region.allocator, err);
@@ -11671,7 +11666,8 @@ static int chat_command(Chat *chat, const char *line, const qlora_sampling *how)
     return 1;
 }
 
-static int run_chat(Arguments *a, qlora_model *q, qlora_error *err) {
+static int run_chat(Arguments *a, qlora_error *err) {
+    qlora_model *q = a->q;
     Chat chat = {.q = q, .region = &a->region, .messages.allocator = &q->allocator,
                  .answer.allocator = &q->allocator, .err = err};
     char *line = NULL;
@@ -11681,7 +11677,7 @@ static int run_chat(Arguments *a, qlora_model *q, qlora_error *err) {
     print_banner(q);
     if (!bad && *q->note) print_message(NULL, q->note);
     if (!bad && a->system) bad = chat_push(&chat, "system", a->system, strlen(a->system));
-    choose_sampling(a, q);
+    choose_sampling(a);
     for (; !bad && command != 2 && caught_signal != SIGTERM; a->sampling.seed++) {
         if (isatty(STDIN_FILENO)) printf("> ");
         fflush(stdout);
@@ -11705,7 +11701,7 @@ typedef struct {
     const char *name;
     const char *positional;                 // arguments; [may be left out], any number of those...
     bool model;                             // the first is a model or adapter, to be opened
-    int (*run)(Arguments *a, qlora_model *q, qlora_error *err);
+    int (*run)(Arguments *a, qlora_error *err);
     const char *help;
 } Command;
 
@@ -11819,11 +11815,10 @@ int main(int argc, char **argv) {
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
-    qlora_model *q = NULL;
     int bad = finish_arguments(&a, 1 << (command - command_table), &err) ||
-              (command->model && !(q = qlora_open(a.path, &a.options, &err))) ||
-              (a.adapter && qlora_load_adapter(q, a.adapter, &err)) || command->run(&a, q, &err);
-    qlora_close(q);
+              (command->model && !(a.q = qlora_open(a.path, &a.options, &err))) ||
+              (a.adapter && qlora_load_adapter(a.q, a.adapter, &err)) || command->run(&a, &err);
+    qlora_close(a.q);
     region_free(&a.region);
     if (bad) fprintf(stderr, "qlora: %s\n", err.text);
     return caught_signal ? 128 + caught_signal : bad;
