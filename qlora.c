@@ -9632,9 +9632,9 @@ static int show_samples(Trainer *t) {
 // log.jsonl is rewritten whole, at most every two seconds unless `now`.
 static int write_log(Trainer *t, bool now) {
     if (!t->options->output_dir || (!now && now_seconds() - t->log_written < 2)) return 0;
-    const char *path = path_join(&t->region, t->options->output_dir, "log.jsonl", t->err);
     t->log_written = now_seconds();
-    return path ? write_file(path, t->log.data ? t->log.data : "", t->log.size, t->err) : -1;
+    return write_file(path_join(&t->region, t->options->output_dir, "log.jsonl", t->err),
+                      t->log.data ? t->log.data : "", t->log.size, t->err);
 }
 
 // The next line of a text, which *at moves behind; NULL at the end.
@@ -10092,10 +10092,10 @@ static int check_output(Trainer *t) {
     const qlora_train_options *o = t->options;
     if (!o->output_dir) return 0;
     if (make_directory(o->output_dir, t->err)) return -1;
-    const char *path = path_join(&t->region, o->output_dir, "adapter_model.safetensors", t->err);
-    if (!path || list_checkpoints(t)) return -1;
+    bool has_run = directory_has(o->output_dir, "adapter_model.safetensors");
+    if (list_checkpoints(t)) return -1;
     if (o->overwrite_output_dir && remove_checkpoints(t, 0)) return -1;
-    if (!o->overwrite_output_dir && !o->resume && (file_exists(path) || t->checkpoints.size))
+    if (!o->overwrite_output_dir && !o->resume && (has_run || t->checkpoints.size))
         return fail(t->err, "%s: there is a run in this directory already; continue it with "
                     "--resume %s, choose another with --output, or give --overwrite-output-dir",
                     o->output_dir, o->output_dir);
@@ -10516,7 +10516,7 @@ typedef struct {
     const qlora_sampling *how;
     qlora_text_callback text;
     void *user;
-    Buffer ids;                             // prompt and answer
+    Buffer ids;                             // of the answer
     Buffer piece;                           // text to hand out
     TokenStream stream;
     qlora_error *err;
@@ -10568,9 +10568,10 @@ static void start_text(Generation *g, Session *s, const int32_t *ids, size_t pro
     dev->ops->next_token(dev, s->logits, &s->text, V);
 }
 
-static int generate_tokens(Generation *g, Session *s, size_t prompt, size_t room) {
+static int generate_tokens(Generation *g, Session *s, const int32_t *ids, size_t prompt,
+                           size_t room) {
     Device *dev = &g->q->device;
-    start_text(g, s, (const int32_t *)(const void *)g->ids.data, prompt);
+    start_text(g, s, ids, prompt);
     for (size_t i = 0; i < room; i++) {
         int32_t id = 0;
         dev->ops->download(dev, &id, s->text.id, sizeof id);
@@ -10600,12 +10601,11 @@ int qlora_generate(qlora_model *q, const int32_t *ids, size_t n, const qlora_sam
                                   context);
     size_t room = min_size(g.how->max_new_tokens, context - n);
     if (open_inference(&s, q, n + max_size(room, 1), 1, err)) return -1;
-    int bad = buffer_append(&g.ids, ids, n * sizeof *ids, err) ||
-              generate_tokens(&g, &s, n, room);
+    int bad = generate_tokens(&g, &s, ids, n, room);
     if (!bad && ids_out) {
-        *ids_out = give(q, g.ids.data + n * sizeof *ids, g.ids.size - n * sizeof *ids, err);
+        *ids_out = give(q, g.ids.data, g.ids.size, err);
         bad = !*ids_out;
-        if (n_out) *n_out = g.ids.size / sizeof *ids - n;
+        if (n_out) *n_out = g.ids.size / sizeof *ids;
     }
     token_stream_free(&g.stream);
     buffer_free(&g.ids);
@@ -11594,9 +11594,7 @@ static int info_model(Arguments *a, const TensorFiles *files, qlora_error *err) 
 }
 
 static int run_info(Arguments *a, qlora_error *err) {
-    const char *config = path_join(&a->region, a->path, "adapter_config.json", err);
-    if (!config) return -1;
-    bool adapter = file_exists(config);
+    bool adapter = directory_has(a->path, "adapter_config.json");
     TensorFiles *files = tensors_open(a->path, adapter ? "adapter_model.safetensors"
                                                        : "model.safetensors",
                                       a->region.allocator, err);
