@@ -12019,8 +12019,8 @@ static Mask mask_of(const Lora *lora, const Batch *batch, size_t first) {
     return (Mask){lora->r && has_dropout(lora, batch) ? lora : NULL, batch, first};
 }
 
-// Multiplies features k .. k+n-1 of a row with its mask, as dropout_row does. Philox runs for
-// several counters at once, 4 features each, in loops that become vector code.
+// Multiplies features k .. k+n-1 of a row with its mask, as dropout_row does, but runs Philox for
+// several counters at once, 4 features each, in a loop that becomes vector code.
 static void apply_mask(real *x, size_t k, size_t n, const Mask *mask, size_t row) {
     enum { MASK_LANES = 16 };
     const Lora *lora = mask->lora;
@@ -12028,28 +12028,21 @@ static void apply_mask(real *x, size_t k, size_t n, const Mask *mask, size_t row
     const Span *span = batch->spans;
     size_t t = mask->first + row;
     while (t >= span->q0 + span->nq) span++;
-    uint64_t c[4][MASK_LANES];      // 32 bits each, wide enough for the products
+    uint32_t key[2] = {(uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u,
+                       batch->step};
+    uint32_t position = (uint32_t)(t - span->q0), ordinal = span->ordinal, module = lora->module;
     real keep = 1 / (1 - (real)lora->dropout);                // so that the mean stays
     for (size_t begin = k / 4 * 4; begin < k + n; begin += 4 * MASK_LANES) {
-        uint32_t k0 = (uint32_t)batch->seed ^ (uint32_t)(batch->seed >> 32) * 0x9E3779B9u;
-        uint32_t k1 = batch->step;
-        for (size_t i = 0; i < MASK_LANES; i++) {
-            c[0][i] = begin / 4 + i; c[1][i] = t - span->q0;
-            c[2][i] = span->ordinal; c[3][i] = lora->module;
-        }
-        for (int round = 0; round < 10; round++, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
-            #pragma GCC unroll 1
-            for (size_t i = 0; i < MASK_LANES; i++) {
-                uint64_t a = 0xD2511F53u * c[0][i], b = 0xCD9E8D57u * c[2][i];
-                c[0][i] = b >> 32 ^ c[1][i] ^ k0;
-                c[2][i] = a >> 32 ^ c[3][i] ^ k1;
-                c[1][i] = b & 0xFFFFFFFFu;
-                c[3][i] = a & 0xFFFFFFFFu;
-            }
+        uint32_t bits[4][MASK_LANES];
         real factor[4 * MASK_LANES];
+        for (size_t i = 0; i < MASK_LANES; i++) {
+            uint32_t counter[4] = {(uint32_t)(begin / 4 + i), position, ordinal, module}, out[4];
+            philox(out, counter, key);
+            for (size_t j = 0; j < 4; j++) bits[j][i] = out[j];
+        }
         for (size_t i = 0; i < MASK_LANES; i++)
             for (size_t j = 0; j < 4; j++)
-                factor[4 * i + j] = unit_float((uint32_t)c[j][i]) < lora->dropout ? 0 : keep;
+                factor[4 * i + j] = unit_float(bits[j][i]) < lora->dropout ? 0 : keep;
         size_t from = max_size(begin, k), to = min_size(begin + 4 * MASK_LANES, k + n);
         for (size_t f = from; f < to; f++) x[f - k] *= factor[f - begin];
     }
@@ -12110,11 +12103,11 @@ static void unpack_row(void *out, const Right *b, size_t row, size_t k, size_t n
         memcpy(out, (const char *)w->data + index * dtype_size(final), n * dtype_size(final));
         return;
     }
-    weight_row(wide, w, row, k, n, dev->act);
-    if (b->mask.lora) {
+    if (b->mask.lora) {                                       // then it is x
+        load_row(wide, dev->act, w->data, index, n);
         apply_mask(wide, k, n, &b->mask, row);
-        for (size_t i = 0; i < n; i++) wide[i] = as_act(dev->act, wide[i]);
-    }
+        for (size_t i = 0; !bf16 && i < n; i++) wide[i] = as_act(dev->act, wide[i]);
+    } else weight_row(wide, w, row, k, n, dev->act);
     if (bf16) store_row(DT_BF16, out, 0, values, n);
 }
 
@@ -12183,18 +12176,17 @@ static void pack_right(Word *lines, const Right *b, size_t column, size_t width,
     bool bf16 = uses_bf16(dev);
     size_t steps = steps_of(bf16, n);
     if (b->transposed) {
-        uint16_t even[LINE] = {0}, odd[LINE] = {0};
-        for (size_t i = 0; i < n; i += bf16 ? 2 : 1, lines += LINE) {
+        for (size_t i = 0; i < n; i += 1 + bf16, lines += LINE) {
+            uint16_t halves[2][LINE] = {{0}};
             if (!bf16) {
                 memset(lines, 0, LINE * sizeof *lines);
                 unpack_row(lines, b, k + i, column, width, dev);
                 continue;
             }
-            unpack_row(even, b, k + i, column, width, dev);
-            if (i + 1 < n) unpack_row(odd, b, k + i + 1, column, width, dev);
-            else memset(odd, 0, sizeof odd);
+            for (size_t h = 0; h < 2 && i + h < n; h++)
+                unpack_row(halves[h], b, k + i + h, column, width, dev);
             for (size_t j = 0; j < LINE; j++) {
-                uint32_t pair = even[j] | (uint32_t)odd[j] << 16;
+                uint32_t pair = halves[0][j] | (uint32_t)halves[1][j] << 16;
                 memcpy(lines + j, &pair, sizeof pair);
             }
         }
