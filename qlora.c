@@ -9139,7 +9139,7 @@ static int merge_rows(Merger *a, const Slot *slot, Writer *w) {
         a->first = packed ? first : 0;
         if (lora || packed) parallel_for(dev->pool, rows, merge_row_task, a);
         for (size_t i = 0; lora && i < 4 * rows; i++) a->totals[i % 4] += a->sums[i];
-        if (!all_finite(a->raw, a->type, n))
+        if (lora && !all_finite(a->raw, a->type, n))
             return fail(err, "tensor %s: the merged values are not finite", slot->name);
         if (writer_write(w, a->raw, n * dtype_size(a->type))) return -1;
     }
