@@ -1014,7 +1014,7 @@ static void append_keys(Device *dev, void *keys, void *values, const void *k, co
 
 typedef struct {
     Device *dev;
-    void *out, *dq, *dk, *dv;       // act: out, q and theirs (T, H, hd), k, v and theirs (.., G, hd)
+    void *out, *dq, *dk, *dv;       // act: those of q (T, H, hd), those of k and v (.., G, hd)
     const void *q, *k, *v, *dout;
     real *lse;                      // (T, H)
     AttentionShape shape;

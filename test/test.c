@@ -7,7 +7,7 @@
 // test/fixtures; material in ../shared/real is used when it is there. Exit status 1 if any failed;
 // the last line is "N passed, N failed, N skipped".
 //
-// Built with -DQLORA_REAL_DOUBLE it holds the finite-difference tests instead, with -DQLORA_CUDA the
+// With -DQLORA_REAL_DOUBLE it holds the finite-difference tests instead, with -DQLORA_CUDA the
 // comparisons of a GPU with the CPU.
 #include "../qlora.c"
 

@@ -304,7 +304,7 @@ static void test_data_truncation(Test *t) {
         check(t, tally[TALLY_CUT_ANSWER].n == cut_answers &&
               (kind != TRUNCATE_KEEP_START || cut_answers), "%zu answers are cut, counted %zu",
               cut_answers, tally[TALLY_CUT_ANSWER].n);
-        check(t, x.d.n_lengths == 20 && x.d.longest == whole.longest, "lengths are not those before");
+        check(t, x.d.n_lengths == 20 && x.d.longest == whole.longest, "other lengths than before");
         dataset_close(&x.d);
     }
     check(t, bos > 40, "only %zu samples begin with BOS", bos);
@@ -480,7 +480,7 @@ static void write_short_data(Test *t, const char *path, size_t records) {
     buffer_free(&b);
 }
 
-// A pack's gradient is the sum of its documents' gradients, bit for bit: they do not see each other.
+// A pack's gradient is the sum of its documents', bit for bit: they do not see each other.
 static void test_pack_gradient(Test *t) {
     qlora_model *q = trainable_model(t, "qwen2", QLORA_COMPUTE_F32, 2, 0.1f, NULL);
     qlora_error err = {{0}};
@@ -495,7 +495,8 @@ static void test_pack_gradient(Test *t) {
     o.val_split = 0;
     o.per_device_train_batch_size = 1;
     Trainer x = new_trainer(q, &o, &err);
-    bool ok = check(t, !need_chat(q, &err) && !read_data_options(&x) && !open_data(&x, data, false) &&
+    bool ok = check(t, !need_chat(q, &err) && !read_data_options(&x) &&
+                    !open_data(&x, data, false) &&
                     !prepare_training(&x), "%s", err.text);
     ok = ok && check(t, !session_open(&x.session, q, x.shape, &err), "%s", err.text);
     check(t, !ok || (x.train.n_packs < 15 && x.shape.n_spans > 2 && x.shape.T <= 100),
@@ -548,7 +549,7 @@ static int packed_run(const char *data, const char *out, RunControl *control, bo
     return bad;
 }
 
-// Packed training: batches of 1 x 4 packs and 4 x 1 packs, stopped and resumed: the same bits. Other
+// Packed training: batches of 1 x 4 and of 4 x 1 packs, stopped and resumed: the same bits. Other
 // packs are other settings, which a resumed run refuses.
 static void test_packed_training(Test *t) {
     char data[100], a[100], b[100];
@@ -688,8 +689,8 @@ static void test_data_unknown_template(Test *t) {
         bool bad = need_data_chat(x.q, &err) || read_data_options(&trainer) ||
                    open_data(&trainer, x.paths[0], false);
         check(t, bad == (i == 1), "file %d: %s", i, err.text);
-        if (bad) check_message(t, err.text, (const char *const[]){x.paths[0], ":1:1: ", "--template",
-                                                                  "chatml, "}, 4, "a chat");
+        const char *const says[] = {x.paths[0], ":1:1: ", "--template", "chatml, "};
+        if (bad) check_message(t, err.text, says, 4, "a chat");
         trainer_close(&trainer);
         remove_files(&x);
         qlora_close(x.q);
@@ -699,7 +700,7 @@ static void test_data_unknown_template(Test *t) {
 // --------------------------------------------------------------------------------- hostile bytes
 
 static void put_bytes(Test *t, const char *path, const char *data, size_t n) {
-    int file = open(path, O_WRONLY | O_CREAT, 0666);      // not O_TRUNC: ext4 then waits for the disk
+    int file = open(path, O_WRONLY | O_CREAT, 0666);    // not O_TRUNC: ext4 then waits for the disk
     check(t, file >= 0 && write(file, data, n) == (ssize_t)n && !ftruncate(file, (off_t)n) &&
           !close(file), "cannot write %s", path);
 }
@@ -716,7 +717,7 @@ static int digest(DataTest *x, const char *path, bool inspecting, qlora_error *e
     return bad;
 }
 
-// Every truncation and every changed byte of a file with all formats, as lines and as an array: read
+// Every truncation and every changed byte of a file of all formats, as lines and as an array: read
 // or refused with one line that names the file; nothing leaks.
 static void test_data_hostile(Test *t) {
     static const char others[] = {'"', '\\', '{', ']', ',', '\n', '0', 0, (char)0xC3, (char)0xFF};

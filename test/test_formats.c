@@ -72,7 +72,8 @@ static void check_quantised(Test *t, Reference *r, Device *dev, const char *name
     snprintf(key, sizeof key, "%s.%s.absmax", name, kind);
     const void *scales = reference_bytes(t, r, key, &info);
     if (!nested) {
-        check(t, scales && memcmp(scales, w.absmax, blocks * sizeof *absmax) == 0, "%s differs", key);
+        bool same = scales && memcmp(scales, w.absmax, blocks * sizeof *absmax) == 0;
+        check(t, same, "%s differs", key);
     } else {
         // Codes are equal. The offset is the mean, which torch sums in float32 in vector order and
         // we in double: it may differ in the last bit, and so may the scales' scale.

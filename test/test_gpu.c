@@ -59,7 +59,9 @@ static void test_gpu_quantise(Test *t) {
                 same_on_device(t, dev, b->absmax8, a->absmax8, blocks, "scales' codes", i);
                 same_on_device(t, dev, b->absmax2, a->absmax2,
                                ceil_div(blocks, SCALE_BLOCK) * sizeof(float), "outer scales", i);
-            } else same_on_device(t, dev, b->absmax, a->absmax, blocks * sizeof(float), "scales", i);
+            } else {
+                same_on_device(t, dev, b->absmax, a->absmax, blocks * sizeof(float), "scales", i);
+            }
         }
         qlora_close(q[0]);
         qlora_close(q[1]);
@@ -124,7 +126,8 @@ static void test_gpu_gradients(Test *t) {
                 learn[k] = k % 5 != 0;
             }
             trainer.options = &options;
-            check(t, !new_adapter(&q->transformer, "all-linear,lm_head", 4, 8, 0.2f, 42, &err), "%s",
+            const char *all = "all-linear,lm_head";
+            check(t, !new_adapter(&q->transformer, all, 4, 8, 0.2f, 42, &err), "%s",
                   err.text);
             Device *dev = &q->device;
             n = q->transformer.n_parameters;
@@ -135,7 +138,8 @@ static void test_gpu_gradients(Test *t) {
             free(values);
             SessionShape shape = {.T = 96, .S = 96, .n_spans = 3, .max_span = 96, .training = true};
             StepRecord *record = dev->ops->allocate(dev, sizeof *record, &err), seen_record;
-            if (!check(t, record && !session_open(&trainer.session, q, shape, &err), "%s", err.text))
+            bool open = record && !session_open(&trainer.session, q, shape, &err);
+            if (!check(t, open, "%s", err.text))
                 return;
             if (tight) trainer.session.w.kept = 0;
             dev->ops->zero(dev, record, sizeof *record);
@@ -254,13 +258,14 @@ static void test_gpu_resume(Test *t) {
     check(t, !gpu_run(data, whole, run, &err), "%s", err.text);
     for (size_t i = 0; i < 3; i++) {
         remove_run(out);
-        run = (GpuRun){"cuda", QLORA_COMPUTE_BF16, i == 2 ? 4 : 1, false, i == 2 ? 0 : 2 + 3 * i, 6};
+        run = (GpuRun){"cuda", QLORA_COMPUTE_BF16, i == 2 ? 4 : 1, false,
+                       i == 2 ? 0 : 2 + 3 * i, 6};
         int stopped_run = gpu_run(data, out, run, &err);
         check(t, (stopped_run != 0) == (i < 2), "%s", err.text);
         run.stop_at = 0;
         run.resume = true;
         if (i < 2) check(t, !gpu_run(data, out, run, &err), "%s", err.text);
-        check(t, same_files(whole, out, "adapter_model.safetensors"), "case %zu: another adapter", i);
+        check(t, same_files(whole, out, "adapter_model.safetensors"), "%zu: another adapter", i);
         check(t, i == 2 || same_files(whole, out, "log.jsonl"), "case %zu: another log", i);
     }
     remove_run(whole);
@@ -419,5 +424,6 @@ static void test_gpu_failing_calls(Test *t) {
     {"gpu_resume", "stopped and resumed = never stopped, bit for bit", test_gpu_resume},           \
     {"gpu_generate", "greedy and drawn texts are the CPU's", test_gpu_generate},                   \
     {"gpu_merge", "merged files are the CPU's, byte for byte", test_gpu_merge},                    \
-    {"gpu_not_finite", "NaN is never applied and is told at the next read-back", test_gpu_not_finite}, \
+    {"gpu_not_finite", "NaN is never applied and is told at the next read-back", \
+     test_gpu_not_finite}, \
     EMULATED_TESTS_ROWS

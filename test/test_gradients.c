@@ -114,8 +114,8 @@ static void compare(Bench *b, Loss loss, void *user, real *x, const real *gradie
 enum { BATCH_T = 12 };
 static const Span batch_spans[] = {{0, 5, 0, 5, 7}, {5, 1, 5, 1, 0}, {6, 6, 6, 6, 2}};
 static const int32_t batch_position[BATCH_T] = {0, 1, 2, 3, 4, 0, 0, 1, 2, 3, 4, 99};
-static const Batch training_batch = {BATCH_T, 3, 6, 6, batch_spans, batch_position, 0x123456789ABCu, 3,
-                                     true};
+static const Batch training_batch = {BATCH_T, 3, 6, 6, batch_spans, batch_position,
+                                     0x123456789ABCu, 3, true};
 
 // ----------------------------------------------------------------------------------- residual norm
 
@@ -168,7 +168,8 @@ static Weight random_weight(Bench *b, DType type, bool nested, size_t N, size_t 
     uint16_t *half = (uint16_t *)(uintptr_t)w.data;
     if (is_4bit(type)) {
         float *absmax = bench_alloc(b, ceil_div(n, QUANT_BLOCK), sizeof *absmax);
-        quantize_values(&b->dev, (uint8_t *)(uintptr_t)w.data, scales_of(&w, absmax), values, DT_F32,
+        uint8_t *codes = (uint8_t *)(uintptr_t)w.data;
+        quantize_values(&b->dev, codes, scales_of(&w, absmax), values, DT_F32,
                         type, n);
         finish_weight(&b->dev, &w, absmax);
     } else if (type == DT_F32) memcpy((float *)(uintptr_t)w.data, values, n * sizeof *values);

@@ -211,7 +211,7 @@ static void test_damaged_checkpoint(Test *t) {
     unlink(data);
 }
 
-// A NaN or infinity in the loss or the gradient ends the run in the same step, names the samples, and
+// A NaN or infinity in loss or gradient ends the run in the same step, names the samples, and
 // is never applied: B is still zero.
 static void test_not_finite_loss(Test *t) {
     char data[200];
@@ -244,6 +244,7 @@ static void test_not_finite_loss(Test *t) {
 #define TRAINER_TESTS                                                                              \
     {"resume", "stopped at every step and resumed = never stopped, bit for bit", test_resume},     \
         {"kill", "killed 200 times at random and resumed = never killed", test_kill},              \
-        {"not_finite_loss", "NaN and infinity stop the step and are never applied", test_not_finite_loss}, \
-    {"damaged_checkpoint", "a damaged checkpoint is passed over for the one before",           \
+        {"not_finite_loss", "NaN and infinity stop the step and are never applied",                \
+         test_not_finite_loss},                                                                    \
+        {"damaged_checkpoint", "a damaged checkpoint is passed over for the one before",           \
          test_damaged_checkpoint},
